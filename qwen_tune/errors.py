@@ -1,0 +1,81 @@
+"""The errors that are the user's to mend, in one tree.
+
+QwenTuneError                  the message is all that the user sees; the process ends with exit code 2
+├── RecipeError                the recipe, or an override of it
+├── DataError                  rows, files or data sets
+├── ModelError                 the base checkpoint, its tokenizer, its template, or what this machine can run of it
+├── RunError                   the run directory: in use, unfinished, of another recipe
+├── TrainingError              the run itself: a loss that is not a number
+└── MergeError                 an adapter and a base that do not make a model
+
+Anything else that is raised is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+SHOWN_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with the user's input, and how to mend it.
+
+    `where` is `file:line` (or as near to it as the input allows), `what` says what was found and, behind a semicolon,
+    what is expected. `fix` is a sentence without the word "Fix".
+    """
+
+    where: str
+    what: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}"
+        if not self.fix:
+            return text
+        return f"{text}{'' if text.endswith(('.', '?', '!')) else '.'} Fix: {self.fix}"
+
+
+class QwenTuneError(Exception):
+    """Input that the user has to change.
+
+    Holds every problem that was found, so that all of them are told at once.
+    """
+
+    def __init__(self, problems: Problem | str | Iterable[Problem]) -> None:
+        if isinstance(problems, str):
+            problems = Problem(where="qwen-tune", what=problems)
+        self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        lines = [str(problem) for problem in self.problems[:SHOWN_PROBLEMS]]
+        if len(self.problems) > SHOWN_PROBLEMS:
+            lines.append(f"… and {len(self.problems) - SHOWN_PROBLEMS} more")
+        return "\n".join(lines)
+
+
+class RecipeError(QwenTuneError):
+    """The recipe or an override does not say what a recipe can say."""
+
+
+class DataError(QwenTuneError):
+    """A data file or a row in it cannot be trained on."""
+
+
+class ModelError(QwenTuneError):
+    """The base checkpoint is missing, unsuitable, or too much for this machine."""
+
+
+class RunError(QwenTuneError):
+    """The run directory cannot be used for what was asked."""
+
+
+class TrainingError(QwenTuneError):
+    """Training stopped for a reason that the user has to decide on."""
+
+
+class MergeError(QwenTuneError):
+    """Base and adapter do not make a complete model."""

@@ -1,0 +1,235 @@
+"""Base and adapter into a full model, with proof that the merge changed what it should and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_tune.adapter import write_generation_config
+from qwen_tune.base import BaseCheckpoint, resolve_base
+from qwen_tune.errors import MergeError, Problem
+from qwen_tune.recipe import ModelSpec
+from qwen_tune.run_dir import RunDir, write_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class AdapterDir:
+    """A PEFT adapter directory with the base that it names."""
+
+    path: Path
+    config: Mapping[str, Any]
+    base: BaseCheckpoint
+
+    @classmethod
+    def open(cls, path: Path, base: str | None = None) -> AdapterDir:
+        """Reads an adapter's configuration and finds its base.
+
+        Args:
+            path: A run directory or an adapter directory.
+            base: Another base than the one that the adapter names.
+
+        Raises:
+            MergeError: There is no adapter.
+            ModelError: The base is not to be had.
+        """
+        folder = path / "adapter" if (path / "adapter").is_dir() else path
+        config_file = folder / "adapter_config.json"
+        if not config_file.exists():
+            raise MergeError(
+                Problem(
+                    str(path),
+                    "there is no adapter here; expected a finished run, or a directory with adapter_config.json",
+                    "run `qwen-tune train` first",
+                )
+            )
+        if not (folder / "adapter_model.safetensors").exists():
+            raise MergeError(Problem(str(folder), "there is no adapter_model.safetensors; pickles are not loaded"))
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        named = base or config["base_model_name_or_path"]
+        revision = None if base or Path(named).is_dir() else config.get("revision")
+        return cls(folder, config, resolve_base(ModelSpec(base=named, revision=revision)))
+
+
+def merge_run(run: RunDir) -> Path:
+    """Merges a run's own adapter into its own base, beside the adapter."""
+    return merge(run.path, output=run.merged)
+
+
+def merge(path: Path, *, output: Path | None = None, base: str | None = None, overwrite: bool = False) -> Path:
+    """Merges an adapter into its base as PEFT does, in the type of the base's weights.
+
+    Args:
+        path: A run directory or an adapter directory.
+        output: Where the model goes; `merged` in the run directory when None.
+        base: Another base than the one that the adapter was trained on.
+        overwrite: Whether a model that is there may be replaced.
+
+    Returns:
+        The model's directory, complete: weights, configuration, tokenizer, chat template and merge.json.
+
+    Raises:
+        MergeError: Adapter and base do not fit, or the output is in use.
+    """
+    adapter = AdapterDir.open(path, base)
+    target = output or (path / "merged" if adapter.path != path else path.with_name(f"{path.resolve().name}-merged"))
+    if target.exists() and not overwrite:
+        raise MergeError(
+            Problem(str(target), "the output is there already", "give another --output, or replace it with --overwrite")
+        )
+    _check_base(adapter, path)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        consumed = _write_model(adapter, temporary)
+        facts = _prove(adapter, temporary, consumed)
+        write_atomically(temporary / "merge.json", json.dumps(facts, indent=2) + "\n")
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def load_with_adapter(adapter: AdapterDir, dtype: Any) -> PreTrainedModel:
+    """Base and adapter in memory, as PEFT puts them together; every key of the adapter must find its place.
+
+    Raises:
+        MergeError: The adapter has keys or shapes that this base does not.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(adapter.base.path, dtype=dtype, trust_remote_code=False)
+    try:
+        loaded = PeftModel.from_pretrained(model, adapter.path)
+    except (ValueError, RuntimeError) as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise MergeError(
+            Problem(str(adapter.path), f"the adapter does not fit the base {adapter.base.id} ({line})", "give --base")
+        ) from error
+    return loaded
+
+
+def _write_model(adapter: AdapterDir, target: Path) -> int:
+    """Writes the merged model.
+
+    Returns:
+        How many of the adapter's tensors found a place.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+    from transformers import AutoTokenizer
+
+    model = load_with_adapter(adapter, "auto")
+    with safe_open(adapter.path / "adapter_model.safetensors", framework="pt") as file:
+        stored = set(file.keys())
+    # Embeddings are no part of it; "auto" would ask the Hub whether the vocabulary has grown.
+    placed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if stored != placed:
+        lost = sorted(stored ^ placed)
+        raise MergeError(
+            Problem(str(adapter.path), f"{len(lost)} of the adapter's tensors fit nothing in the base ({lost[0]}, …)")
+        )
+    merged = model.merge_and_unload()
+    # What a tokenizer and a server read comes from the adapter; sampling settings would refuse to be saved when they
+    # contradict each other in the base's file, so the file is written by us.
+    merged.generation_config = type(merged.generation_config)()
+    merged.save_pretrained(target)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        adapter.path if (adapter.path / "tokenizer_config.json").exists() else adapter.base.path
+    )
+    tokenizer.save_pretrained(target)
+    write_generation_config(target, adapter.base, tokenizer)
+    _add_legacy_keys(target / "config.json")
+    return len(placed)
+
+
+def _add_legacy_keys(path: Path) -> None:
+    """Adds the keys under which transformers 4 looks: without them it takes 10,000 for rope_theta, saying nothing."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+    if "dtype" in config:
+        config.setdefault("torch_dtype", config["dtype"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_base(adapter: AdapterDir, path: Path) -> None:
+    """Compares the base with the one that the run recorded.
+
+    PEFT takes any base whose shapes fit, and the result is a model that nobody trained.
+    """
+    record = path / "run.json"
+    if not record.exists():
+        return
+    trained_on = RunDir.open(path).facts.get("base", {}).get("weights_fingerprint")
+    if trained_on and trained_on != adapter.base.weights_fingerprint():
+        raise MergeError(
+            Problem(
+                adapter.base.id,
+                "these are not the weights that the adapter was trained on (their fingerprints differ)",
+                "give the right base with --base",
+            )
+        )
+
+
+def _prove(adapter: AdapterDir, target: Path, consumed: int) -> dict[str, Any]:
+    """Compares the files that were written with the base's: names, shapes, numbers, and which tensors changed.
+
+    Raises:
+        MergeError: A tensor is missing, has another shape, is not a number, or changed (or did not) against the plan.
+    """
+    import torch
+    from safetensors import safe_open
+
+    merged = BaseCheckpoint(id=str(target), revision=None, path=target, is_local=True)
+    ours, theirs = merged.tensors(), adapter.base.tensors()
+    if {name: span.shape for name, span in ours.items()} != {name: span.shape for name, span in theirs.items()}:
+        different = sorted(ours.keys() ^ theirs.keys()) or ["a shape"]
+        raise MergeError(Problem(adapter.base.id, f"the merged tensors are not the base's ({different[0]}, …)"))
+    with safe_open(adapter.path / "adapter_model.safetensors", framework="pt") as file:
+        planned = {
+            key.removeprefix("base_model.model.").split(".lora_")[0] + ".weight"
+            for key in file.keys()  # noqa: SIM118
+        }
+    changed: set[str] = set()
+    for name, span in ours.items():
+        with safe_open(span.file, framework="pt") as new, safe_open(theirs[name].file, framework="pt") as old:
+            tensor, before = new.get_tensor(name), old.get_tensor(name)
+        if not bool(torch.isfinite(tensor).all()):
+            raise MergeError(Problem(name, "the merged tensor holds values that are no numbers"))
+        if tensor.dtype != before.dtype or not torch.equal(tensor, before):
+            changed.add(name)
+    if changed - planned:
+        raise MergeError(Problem(sorted(changed - planned)[0], "the merge changed a tensor that has no adapter"))
+    if not changed:
+        raise MergeError(
+            Problem(str(adapter.path), "the merge changed nothing: the adapter's matrices are zero", "train it first")
+        )
+    return {
+        "base": {"id": adapter.base.id, "revision": adapter.base.revision},
+        "adapter_tensors": consumed,
+        "tensors": len(ours),
+        "changed": len(changed),
+        "planned": len(planned),
+        "unchanged_with_adapter": sorted(planned - changed),
+        "files": {file.name: _sha256(file) for file in sorted(target.iterdir()) if file.is_file()},
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

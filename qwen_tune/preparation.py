@@ -1,0 +1,215 @@
+"""Conversations into token ids and labels, with every row and token accounted for.
+
+`preview` and `train` both come through here, so what is shown is what trains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from qwen_tune.chatml import ChatTemplate, TokenizedExample, tokenize
+from qwen_tune.conversation import Conversation, RowError
+from qwen_tune.errors import DataError, Problem
+from qwen_tune.recipe import DataSpec, EvalSpec
+from qwen_tune.sources import PROBLEMS_KEPT, load_conversations, load_sources
+
+OVERLONG = "overlong"
+NO_LABELS = "no_labels"
+
+
+@dataclass
+class PreparedSplit:
+    """The samples of one side (training or evaluation) and what became of its rows."""
+
+    examples: list[TokenizedExample] = field(default_factory=list)
+    rows_read: int = 0
+    rows_kept: int = 0
+    rows_dropped: Counter[str] = field(default_factory=Counter)
+    samples_dropped: Counter[str] = field(default_factory=Counter)
+    expanded: int = 0
+    warnings: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all samples, once through."""
+        return sum(len(example.input_ids) for example in self.examples)
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that carry loss."""
+        return sum(example.supervised for example in self.examples)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Everything that trains and evaluates, and the balance of rows and tokens."""
+
+    train: PreparedSplit
+    evaluation: PreparedSplit
+
+    def facts(self) -> dict[str, Any]:
+        """The balance for run.json: rows.read is the sum of what became of them, prepared = supervised + context."""
+        both = (self.train, self.evaluation)
+        prepared, supervised = sum(s.tokens for s in both), sum(s.supervised for s in both)
+        return {
+            "rows": {
+                "read": sum(split.rows_read for split in both),
+                "trained": self.train.rows_kept,
+                "evaluation": self.evaluation.rows_kept,
+                "not_sampled": 0,
+                "dropped": dict(self.train.rows_dropped + self.evaluation.rows_dropped),
+            },
+            "samples": {
+                "train": len(self.train.examples),
+                "evaluation": len(self.evaluation.examples),
+                "expanded": sum(split.expanded for split in both),
+                "dropped": dict(self.train.samples_dropped + self.evaluation.samples_dropped),
+            },
+            "tokens": {"prepared": prepared, "supervised": supervised, "context": prepared - supervised},
+            "warnings": dict(self.train.warnings + self.evaluation.warnings),
+        }
+
+    def fingerprint(self) -> str:
+        """sha256 over every token id and label, in order."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.evaluation):
+            digest.update(b"split")
+            for example in split.examples:
+                digest.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]).tobytes())
+        return digest.hexdigest()
+
+
+def prepare_data(data: DataSpec, template: ChatTemplate, *, seed: int) -> PreparedData:
+    """Reads, renders and tokenizes all data of a recipe.
+
+    Args:
+        data: The recipe's data section.
+        template: The checkpoint's chat template.
+        seed: Decides which conversations are held out when `eval` is a fraction.
+
+    Raises:
+        DataError: Every row that cannot be trained on, or too little that can.
+    """
+    train = load_conversations(data)
+    held_out: list[Conversation] = []
+    if isinstance(data.eval, EvalSpec):
+        train, held_out = split_conversations(train, data.eval.fraction, seed)
+    elif data.eval is not None:
+        held_out = load_sources(data.eval, system=data.system)
+    problems: list[Problem] = []
+    prepared = PreparedData(
+        train=prepare_split(train, template, data, problems),
+        evaluation=prepare_split(held_out, template, data, problems),
+    )
+    if problems:
+        raise DataError(problems)
+    for split, name in ((prepared.train, "training"), (prepared.evaluation, "evaluation")):
+        _require_samples(split, name)
+    return prepared
+
+
+def prepare_split(
+    conversations: Iterable[Conversation], template: ChatTemplate, data: DataSpec, problems: list[Problem]
+) -> PreparedSplit:
+    """Tokenizes conversations; a row that cannot be trained on is added to `problems`."""
+    split = PreparedSplit()
+    for conversation in conversations:
+        split.rows_read += 1
+        split.warnings.update(set(conversation.warnings))
+        try:
+            samples = tokenize(conversation, template, data)
+            fitted = [_fit(sample, data) for sample in samples]
+        except RowError as problem:
+            problems.append(problem.at(conversation.source))
+            if len(problems) >= PROBLEMS_KEPT:
+                raise DataError(problems) from None
+            continue
+        kept = [sample for sample in fitted if isinstance(sample, TokenizedExample)]
+        reasons = [reason for reason in fitted if isinstance(reason, str)]
+        split.samples_dropped.update(reasons)
+        if not kept:
+            split.rows_dropped[reasons[0] if reasons else NO_LABELS] += 1
+        else:
+            split.rows_kept += 1
+            split.expanded += len(samples) - 1
+            split.examples += kept
+        if truncated := sum(sample.truncated for sample in kept):
+            split.warnings["sample truncated before its end of turn"] += truncated
+        if straddling := sum(sample.straddling for sample in samples):
+            split.warnings["token that straddles the end of a prompt, trained as context"] += straddling
+    return split
+
+
+def split_conversations(
+    conversations: Sequence[Conversation], fraction: float, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Holds out a share of the conversations, equal ones always on the same side.
+
+    Which ones are held out depends on their content and the seed alone, so rows that are added or reordered do not
+    move others across.
+
+    Returns:
+        Conversations to train on and conversations to evaluate on; at least one of the latter.
+
+    Raises:
+        DataError: Nothing would be left to train on.
+    """
+    hashes = [hashlib.sha256(f"{seed}:{c.content_hash()}".encode()).hexdigest() for c in conversations]
+    wanted = max(1, math.floor(fraction * len(conversations) + 0.5))
+    held_out: set[str] = set()
+    count = Counter(hashes)
+    total = 0
+    for digest in sorted(count):
+        if total >= wanted:
+            break
+        held_out.add(digest)
+        total += count[digest]
+    if total >= len(conversations):
+        raise DataError(
+            Problem(
+                "data.eval.fraction",
+                f"{fraction} of {len(conversations)} rows leaves none to train on",
+                "add rows or set data.eval=null",
+            )
+        )
+    pairs = list(zip(conversations, hashes, strict=True))
+    return [c for c, digest in pairs if digest not in held_out], [c for c, digest in pairs if digest in held_out]
+
+
+def _fit(sample: TokenizedExample, data: DataSpec) -> TokenizedExample | str:
+    """The sample as it fits into the length, or the reason for which it is dropped."""
+    limit = data.max_length_tokens
+    if len(sample.input_ids) > limit:
+        if data.overlong == "error":
+            raise RowError(
+                f"the sample has {len(sample.input_ids)} tokens; at most {limit} fit (data.max_length_tokens)",
+                "shorten it, or write overlong: drop",
+            )
+        if data.overlong == "drop":
+            return OVERLONG
+        sample = replace(sample, input_ids=sample.input_ids[:limit], labels=sample.labels[:limit], truncated=True)
+    return sample if sample.supervised else NO_LABELS
+
+
+def _require_samples(split: PreparedSplit, name: str) -> None:
+    if not split.rows_read:
+        return
+    dropped = ", ".join(f"{count} {reason}" for reason, count in split.rows_dropped.items())
+    if not split.examples:
+        raise DataError(
+            Problem(f"data ({name})", f"no row is left of {split.rows_read} ({dropped})", "see data.max_length_tokens")
+        )
+    if split.rows_dropped[NO_LABELS] > split.rows_read / 2:
+        raise DataError(
+            Problem(
+                f"data ({name})",
+                f"{split.rows_dropped[NO_LABELS]} of {split.rows_read} rows have no token to learn from",
+                'see data.loss_on, "train": false in the rows, and data.max_length_tokens',
+            )
+        )

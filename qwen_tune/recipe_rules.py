@@ -1,0 +1,180 @@
+"""What a recipe may not say although each of its keys is right: rules over several keys, and what has to wait.
+
+`findings` looks at a recipe that the schema has accepted. Each finding names all the keys that it was concluded from,
+so that a conclusion from a broken key can be left out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from qwen_tune.recipe import NOT_YET, Recipe, SourceSpec
+from qwen_tune.recipe_errors import load_trainer_args, to_shown
+from qwen_tune.recipe_tree import KeyPath
+
+_SCHEDULER_NEEDS = {
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
+    "warmup_stable_decay": ("num_decay_steps",),
+}
+"""Settings without which Transformers makes no such scheduler: one of each row."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a recipe may not say."""
+
+    path: KeyPath
+    what: str
+    fix: str
+    sources: tuple[KeyPath, ...] = ()
+    """Further keys that it was concluded from."""
+
+
+def findings(recipe: Recipe) -> list[Finding]:
+    """Return everything that this recipe may not say, values that have to wait first."""
+    waiting = list(_not_yet(recipe))
+    refused = {finding.path for finding in waiting}
+    rules: tuple[Callable[[Recipe], Iterator[Finding]], ...] = (_model, _sources, _batch, _steps, _trainer_args)
+    concluded = [finding for rule in rules for finding in rule(recipe)]
+    return waiting + [finding for finding in concluded if refused.isdisjoint((finding.path, *finding.sources))]
+
+
+def _not_yet(recipe: Recipe) -> Iterator[Finding]:
+    for entry in NOT_YET:
+        for path, value in _values(recipe, entry.key.split("."), ()):
+            if entry.is_refused(value):
+                what = f"not yet: got {to_shown(value)}, which is planned, but cannot be used so far"
+                yield Finding(path, what, entry.fix)
+
+
+def _values(section: Any, keys: list[str], path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    """Yield every value that a key path with `[]` stands for, and where it is."""
+    if not keys:
+        yield path, section
+        return
+    name = keys[0].removesuffix("[]")
+    value = getattr(section, name)
+    if keys[0] == name:
+        yield from _values(value, keys[1:], (*path, name))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _values(item, keys[1:], (*path, name, index))
+
+
+def _model(recipe: Recipe) -> Iterator[Finding]:
+    base = recipe.model.base
+    if "://" in base:
+        fix = "write the Hub id alone, such as Qwen/Qwen3-0.6B, or the path of a folder"
+        yield Finding(("model", "base"), "got a URL; must be a Hub id or a folder", fix)
+
+
+def _sources(recipe: Recipe) -> Iterator[Finding]:
+    lists: dict[str, list[SourceSpec]] = {"train": recipe.data.train}
+    if isinstance(recipe.data.eval, list):
+        lists["eval"] = recipe.data.eval
+    for part, sources in lists.items():
+        for index, source in enumerate(sources):
+            path: KeyPath = ("data", part, index)
+            if source.rows is not None and source.weight != 1.0:
+                what = f"got {source.rows} beside weight: {source.weight}; each says how much of the source is drawn"
+                yield Finding((*path, "rows"), what, "keep one of them", ((*path, "weight"),))
+        names = Counter(source.name for source in sources)
+        for index, source in enumerate(sources):
+            first = next(number for number, other in enumerate(sources) if other.name == source.name)
+            if names[source.name] > 1 and first != index:
+                what = f"got {source.name}, the name of data.{part}[{first}] too; names must differ"
+                at: KeyPath = ("data", part, index)
+                named: KeyPath = (*at, "name" if "name" in source.model_fields_set else "path")
+                yield Finding(named, what, f"give the source a `name`, such as {source.name}-{index + 1}", (at,))
+
+
+def _batch(recipe: Recipe) -> Iterator[Finding]:
+    train = recipe.train
+    per_device = 1 if train.per_device_train_batch_size == "auto" else train.per_device_train_batch_size
+    processes = train.num_processes or 1
+    unit, batch = per_device * processes, train.global_batch_size
+    if batch % unit:
+        below, above = batch // unit * unit, -(-batch // unit) * unit
+        what = (
+            f"got {batch}, which leaves a remainder of {batch % unit}; must be a multiple of "
+            f"per_device_train_batch_size × num_processes = {per_device} × {processes} = {unit}"
+        )
+        fix = f"write {below} or {above}" if below else f"write {above}"
+        sources: tuple[KeyPath, ...] = (("train", "per_device_train_batch_size"), ("train", "num_processes"))
+        yield Finding(("train", "global_batch_size"), what, fix, sources)
+
+
+def _steps(recipe: Recipe) -> Iterator[Finding]:
+    train = recipe.train
+    if train.max_steps is not None and "num_train_epochs" in train.model_fields_set:
+        what = f"got {train.max_steps} beside num_train_epochs: {train.num_train_epochs:g}; each says how long to train"
+        fix = "keep one of them; num_train_epochs: null takes the other back"
+        yield Finding(("train", "max_steps"), what, fix, (("train", "num_train_epochs"),))
+    if train.warmup_steps >= 1 and train.warmup_steps != int(train.warmup_steps):
+        what = f"got {train.warmup_steps}; must be a whole number of steps, or a share below 1"
+        yield Finding(("train", "warmup_steps"), what, f"write {round(train.warmup_steps)}")
+    if train.eval_steps is not None and recipe.data.eval is None:
+        what = f"got {train.eval_steps}, but there is nothing to evaluate on"
+        fix = "add `eval: {fraction: 0.02}` to data, or leave eval_steps out"
+        yield Finding(("train", "eval_steps"), what, fix, (("data", "eval"),))
+    if train.load_best_model_at_end:
+        path: KeyPath = ("train", "load_best_model_at_end")
+        steps: tuple[KeyPath, ...] = (("train", "eval_steps"), ("train", "save_steps"))
+        missing = [name for name in ("eval_steps", "save_steps") if getattr(train, name) is None]
+        if missing:
+            what = f"got true, which needs train.{' and train.'.join(missing)}"
+            yield Finding(path, what, f"set {' and '.join(missing)}, or write false", steps)
+        elif train.eval_steps and train.save_steps and train.save_steps % train.eval_steps:
+            what = (
+                f"got true, but save_steps: {train.save_steps} is no multiple of eval_steps: {train.eval_steps}, so "
+                "that checkpoints have no evaluation"
+            )
+            yield Finding(path, what, f"write save_steps: {train.eval_steps}", steps)
+    needs = _SCHEDULER_NEEDS.get(train.lr_scheduler_type)
+    settings = train.trainer_args.get("lr_scheduler_kwargs")
+    if needs and not (isinstance(settings, dict) and any(name in settings for name in needs)):
+        what = f"got {train.lr_scheduler_type}, which needs {' or '.join(needs)}"
+        fix = f"add `trainer_args: {{lr_scheduler_kwargs: {{{needs[-1]}: …}}}}`, or write cosine"
+        at: KeyPath = ("train", "trainer_args")
+        yield Finding(("train", "lr_scheduler_type"), what, fix, (at, (*at, "lr_scheduler_kwargs")))
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "number": (int, float),
+    "integer": (int,),
+    "boolean": (bool,),
+    "text": (str,),
+    "mapping": (dict,),
+}
+_KIND_NAMES = {"number": "a number", "integer": "a whole number", "boolean": "true or false", "text": "text"}
+
+
+def _trainer_args(recipe: Recipe) -> Iterator[Finding]:
+    if not recipe.train.trainer_args:
+        return
+    lists = load_trainer_args()
+    for name, value in recipe.train.trainer_args.items():
+        path: KeyPath = ("train", "trainer_args", name)
+        if name in lists.owned:
+            yield Finding(path, "is set by the toolkit itself", lists.owner(name))
+        elif name not in lists.allowed:
+            near = difflib.get_close_matches(name, lists.allowed, n=1)
+            fix = f"write {near[0]}" if near else f"delete it; accepted are {', '.join(lists.allowed)}"
+            yield Finding(path, "unknown key", fix)
+        elif value is not None and not _is_kind(value, lists.allowed[name]):
+            kind = lists.allowed[name]
+            example = f"{name}: {{…: …}}" if kind == "mapping" else f"{name}: {_KIND_NAMES[kind]}"
+            what = f"got {to_shown(value, with_kind=True)}; must be {_KIND_NAMES.get(kind, 'a mapping')}"
+            yield Finding(path, what, f"write `{example}`")
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    if isinstance(value, bool) or kind == "boolean":
+        return isinstance(value, bool) and kind == "boolean"
+    return isinstance(value, _KINDS[kind]) and not (isinstance(value, float) and not math.isfinite(value))

@@ -1,0 +1,71 @@
+"""What a secret looks like, so that a recipe that holds one is refused without showing it.
+
+The patterns name formats that services document (Hugging Face, GitHub, OpenAI, AWS, Slack) and URLs with a password.
+"""
+
+from __future__ import annotations
+
+import re
+
+HIDDEN = "…"
+
+_VALUE = re.compile(
+    r"""
+    \bhf_[A-Za-z0-9]{20,}
+    | \bapi_org_[A-Za-z0-9]{20,}
+    | \bsk-(?=[\w-]*\d)[\w-]{16,}
+    | \bgh[pousr]_[A-Za-z0-9]{20,}
+    | \bgithub_pat_\w{20,}
+    | \bglpat-[\w-]{16,}
+    | \bxox[abprs]-[\w-]{10,}
+    | \bAKIA[0-9A-Z]{16}\b
+    | \bwandb_v\d_\w{16,}
+    | \bBearer\s+(?=\S*\d|\S{20})[\w.~+/=-]{8,}
+    | (?<=://)[^/\s:@]*:[^/\s@]+(?=@)
+    """,
+    re.VERBOSE,
+)
+_KEY = re.compile(
+    r"(?:^|_)(?:api_?key|access_?key(?:_id)?|secret(?:s|_?key)?|private_?key|pass(?:words?|wd|phrase)|credentials?)$"
+    r"|(?:^|_)(?:access|api|auth|bearer|git(?:hub|lab)|hf|hub|hugging_?face(?:_hub)?|modelscope|openai|refresh|session"
+    r"|wandb)_?token$"
+    r"|^tokens?$"
+)
+_HEX_KEY = re.compile(r"[0-9a-fA-F]{32,}")
+
+
+def is_secret_key(key: str) -> bool:
+    """Whether a key's name says that its value is a secret; `eos_token` and its like do not."""
+    return _KEY.search(_snake_case(key)) is not None
+
+
+def is_secret_value(value: str, key: str = "") -> bool:
+    """Whether a text holds something that looks like a secret; under a key named like `key`, long hex digits do."""
+    if _VALUE.search(value):
+        return True
+    return "key" in _snake_case(key) and _HEX_KEY.fullmatch(value.strip()) is not None
+
+
+def _snake_case(key: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower().replace("-", "_")
+
+
+class Secrets:
+    """The secrets found so far, to be kept out of every message."""
+
+    def __init__(self) -> None:
+        self._found: set[str] = set()
+
+    def add(self, value: object) -> None:
+        """Keep a value out of messages from now on."""
+        # A flag such as `use_auth_token: true` is refused too, but hiding every "true" would only garble messages.
+        if value is not None and not isinstance(value, bool) and str(value).strip():
+            self._found.add(str(value).strip())
+
+    def redact(self, text: str) -> str:
+        """Put an ellipsis in the place of every secret in a message."""
+        for secret in sorted(self._found, key=len, reverse=True):
+            # Short ones only as whole words: "7" is no part of "4706".
+            pattern = re.escape(secret) if len(secret) > 3 else rf"(?<!\w){re.escape(secret)}(?!\w)"
+            text = re.sub(pattern, HIDDEN, text)
+        return _VALUE.sub(HIDDEN, text)

@@ -1,0 +1,95 @@
+"""What a run says before its first step and after its last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+
+from qwen_tune.base import BaseCheckpoint
+from qwen_tune.machine import device_name, world_size
+from qwen_tune.preparation import PreparedData
+from qwen_tune.recipe import Recipe
+from qwen_tune.run_dir import RunDir
+from qwen_tune.schedule import Schedule
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 1 << 30
+
+
+def show_start(
+    recipe: Recipe,
+    run: RunDir,
+    base: BaseCheckpoint,
+    data: PreparedData,
+    schedule: Schedule,
+    dtype: torch.dtype,
+) -> None:
+    """Base, data, batch and machine, each on a line; then what was dropped and what looks odd."""
+    facts = data.facts()
+    rows, samples, tokens = facts["rows"], facts["samples"], facts["tokens"]
+    unit = "packs" if recipe.data.packing else "samples"
+    tokens_per_step = data.train.tokens * recipe.train.global_batch_size // max(schedule.rows, 1)
+    lines = {
+        "base": f"{base.id}  ({base.model_type}, {str(dtype).removeprefix('torch.')})",
+        "data": f"{rows['read']:,} rows: {rows['trained']:,} train, {rows['evaluation']:,} evaluate"
+        + (f", {sum(rows['dropped'].values()):,} dropped" if rows["dropped"] else ""),
+        "tokens": f"{tokens['prepared']:,} in {samples['train'] + samples['evaluation']:,} samples, "
+        f"{tokens['supervised'] / tokens['prepared']:.0%} carry loss",
+        "adapter": f"LoRA r={recipe.lora.r}, alpha={recipe.lora.lora_alpha} on {_targets(recipe)}",
+        "batch": f"{recipe.train.global_batch_size} {unit} a step = {world_size()} process x "
+        f"{schedule.per_device_train_batch_size} x {schedule.gradient_accumulation_steps} accumulated, "
+        f"about {tokens_per_step:,} tokens",
+        "steps": f"{schedule.max_steps:,} ({schedule.steps_per_epoch:,} an epoch of {schedule.rows:,} {unit})",
+        "machine": device_name(),
+        "run": str(run.path),
+    }
+    console = Console()
+    console.print(f"[bold]{recipe.name}[/]")
+    _print_table(console, lines)
+    _show_warnings(console, facts)
+
+
+def show_end(run: RunDir) -> None:
+    """Losses, speed, memory, and the commands that come next."""
+    console = Console()
+    losses = run.facts["losses"]
+    lines = {"loss": f"{losses['train_first']:.3f} -> {losses['train_last']:.3f} (training)"}
+    if losses["eval_before"] is not None:
+        lines["held out"] = f"{losses['eval_before']:.3f} -> {losses['eval_after']:.3f}"
+    lines["speed"] = f"{run.facts['tokens_per_second']:,.0f} tokens/s"
+    lines["memory"] = f"{run.facts['peak_memory_bytes'] / GIB:.1f} GiB at most"
+    lines["adapter"] = str(run.adapter)
+    if run.merged.exists():
+        lines["merged"] = str(run.merged)
+    _print_table(console, lines)
+    console.print(f'  next: qwen-tune chat {run.path} "Hello"', highlight=False)
+    if not run.merged.exists():
+        console.print(f"        qwen-tune merge {run.path}", highlight=False)
+
+
+def _print_table(console: Console, lines: Mapping[str, str]) -> None:
+    table = Table.grid(padding=(0, 2))
+    for name, text in lines.items():
+        table.add_row(f"[dim]{name}[/]", text)
+    console.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _show_warnings(console: Console, facts: Mapping[str, Any]) -> None:
+    for reason, count in facts["rows"]["dropped"].items():
+        console.print(f"  [yellow]dropped[/] {count:,} rows: {reason}", highlight=False)
+    for reason, count in facts["samples"]["dropped"].items():
+        if count > facts["rows"]["dropped"].get(reason, 0):
+            console.print(f"  [yellow]dropped[/] {count:,} samples: {reason}", highlight=False)
+    for reason, count in facts["warnings"].items():
+        console.print(f"  [yellow]warning[/] {count:,} x {reason}", highlight=False)
+
+
+def _targets(recipe: Recipe) -> str:
+    targets = recipe.lora.target_modules
+    return targets if isinstance(targets, str) else ", ".join(targets)

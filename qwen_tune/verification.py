@@ -1,0 +1,148 @@
+"""Whether a merged model answers like base and adapter: their logits, on the rows of the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_tune.errors import MergeError, Problem
+from qwen_tune.merge import AdapterDir, load_with_adapter
+from qwen_tune.run_dir import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+SAMPLES = 8
+TOKENS_A_SAMPLE = 256
+PLAIN_PROMPTS = ("Hello!", "Write a function that adds two numbers.", "What is the capital of France?")
+
+# The largest |logit - logit'| over the largest |logit|. In float32 only the order of sums differs; a merge stored in 16
+# bits rounds every weight it touches, to 8 (bfloat16) or 11 (float16) significant bits.
+TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-1}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Base + adapter against the merged model, both computed in float32.
+
+    `relative_difference` is the largest difference of two logits over the largest logit; `same_choice` the share of
+    positions at which both prefer the same next token.
+    """
+
+    samples: int
+    tokens: int
+    stored_dtype: str
+    relative_difference: float
+    tolerance: float
+    same_choice: float
+
+    def facts(self) -> dict[str, Any]:
+        """For merge.json."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"verified on {self.tokens:,} tokens of {self.samples} samples: the same next token at "
+            f"{self.same_choice:.1%} of the positions, logits within {self.relative_difference:.1e} of the largest "
+            f"(at most {self.tolerance:.0e} for weights stored in {self.stored_dtype})"
+        )
+
+
+def verify_merged(run_or_adapter: Path, merged: Path) -> Comparison:
+    """Compares, and adds the result to the model's merge.json; see `compare_merged`."""
+    comparison = compare_merged(run_or_adapter, merged)
+    record = merged / "merge.json"
+    facts = json.loads(record.read_text(encoding="utf-8"))
+    write_atomically(record, json.dumps({**facts, "verification": comparison.facts()}, indent=2) + "\n")
+    return comparison
+
+
+def compare_merged(run_or_adapter: Path, merged: Path) -> Comparison:
+    """Loads both models one after the other and compares their logits.
+
+    Args:
+        run_or_adapter: The run, whose held-out rows are used (or training rows, or else a few plain prompts).
+        merged: The merged model's directory.
+
+    Raises:
+        MergeError: They differ by more than the rounding of the stored type explains.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    adapter = AdapterDir.open(run_or_adapter)
+    batches = _token_ids(run_or_adapter, merged)
+    expected = list(_logits(load_with_adapter(adapter, torch.float32), batches))
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, trust_remote_code=False)
+    largest = difference = 0.0
+    same = 0
+    for one, other in zip(expected, _logits(model, batches), strict=True):
+        largest = max(largest, float(one.abs().max()))
+        difference = max(difference, float((one - other).abs().max()))
+        same += int((one.argmax(-1) == other.argmax(-1)).sum())
+    tokens = sum(ids.shape[1] for ids in batches)
+    stored = _stored_dtype(merged)
+    result = Comparison(
+        samples=len(batches),
+        tokens=tokens,
+        stored_dtype=stored,
+        relative_difference=difference / largest,
+        tolerance=TOLERANCE[stored],
+        same_choice=same / tokens,
+    )
+    if not result.relative_difference <= result.tolerance:
+        raise MergeError(
+            Problem(
+                str(merged),
+                f"the merged model does not answer like base and adapter: its logits differ by "
+                f"{result.relative_difference:.1e} of the largest; expected at most {result.tolerance:.0e}",
+                "merge again; if it stays, the base is another one than the adapter was trained on",
+            )
+        )
+    return result
+
+
+def _logits(model: PreTrainedModel, batches: list[Tensor]) -> Iterator[Tensor]:
+    import torch
+
+    model.eval()
+    with torch.inference_mode():
+        for ids in batches:
+            yield model(input_ids=ids, use_cache=False).logits[0].float()
+
+
+def _stored_dtype(merged: Path) -> str:
+    from qwen_tune.base import BaseCheckpoint
+
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    spans = BaseCheckpoint(id=str(merged), revision=None, path=merged, is_local=True).tensors().values()
+    return min((names[span.dtype] for span in spans), key=lambda name: -TOLERANCE[name])
+
+
+def _token_ids(run_or_adapter: Path, merged: Path) -> list[Tensor]:
+    import torch
+    from transformers import AutoTokenizer
+
+    from qwen_tune.chatml import ChatTemplate
+
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    template = ChatTemplate(tokenizer)
+    recipe_file = run_or_adapter / "recipe.yaml"
+    if recipe_file.exists():
+        from qwen_tune.preparation import prepare_data
+        from qwen_tune.recipe_file import load_recipe
+
+        recipe = load_recipe(recipe_file)
+        data = prepare_data(recipe.data, template, seed=recipe.train.seed)
+        rows = [example.input_ids for example in (data.evaluation.examples or data.train.examples)[:SAMPLES]]
+    else:
+        texts = [
+            template.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+            for prompt in PLAIN_PROMPTS
+        ]
+        rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    return [torch.tensor([row[:TOKENS_A_SAMPLE]]) for row in rows]

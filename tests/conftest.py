@@ -1,0 +1,86 @@
+"""Fixtures that several test files share. Nothing here needs more than the clone."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as the commands set it, before torch is imported
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "data" / "tiny-qwen"
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run tests that take more than a minute")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+        if "gpu" in item.keywords:
+            import torch
+
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a command: offline, without a network's time-outs, and without a terminal's width."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", **changes}
+
+
+@pytest.fixture(scope="session")
+def qwen_tune() -> Run:
+    """Runs `qwen-tune …` as a process of its own."""
+
+    def run(*arguments: str, cwd: Path = ROOT, **changes: str) -> subprocess.CompletedProcess[str]:
+        command = [str(Path(sys.executable).with_name("qwen-tune")), *arguments]
+        return subprocess.run(command, cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=600)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="session")
+def official_template() -> Callable[[str], str]:
+    """The original chat templates of Qwen checkpoints, as TRL's package carries them."""
+    spec = importlib.util.find_spec("trl")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    folder = Path(spec.submodule_search_locations[0]) / "chat_templates"
+    return lambda name: (folder / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """A directory of its own with a small recipe, its rows, and the tiny model beside it."""
+    (tmp_path / "tiny-qwen").symlink_to(TINY)
+    shutil.copy(ROOT / "data" / "quickstart.jsonl", tmp_path / "rows.jsonl")
+    (tmp_path / "recipe.yaml").write_text(
+        "name: small\n"
+        "model: {base: ./tiny-qwen}\n"
+        "data:\n"
+        "  train: [{path: rows.jsonl}]\n"
+        "  eval: {fraction: 0.1}\n"
+        "  max_length_tokens: 256\n"
+        "train: {max_steps: 3, global_batch_size: 2, learning_rate: 1e-3}\n"
+    )
+    return tmp_path

@@ -1,0 +1,115 @@
+"""The house itself: what imports what, what is named how, and that nothing is promised that does not exist."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment
+
+PACKAGE = ROOT / "qwen_tune"
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "pandas", "pyarrow")
+
+
+def loaded_modules(code: str) -> set[str]:
+    """The top-level modules that a fresh interpreter holds after some code."""
+    script = f"import sys, json\n{code}\nprint(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+    )
+    return set(json.loads(result.stdout.splitlines()[-1]))
+
+
+def test_commands_that_answer_at_once_load_nothing_heavy():
+    code = (
+        "from qwen_tune.cli import run_command, app\n"
+        "import contextlib, io\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        "    assert run_command(lambda: app(['--help'])) == 0\n"
+        "    assert run_command(lambda: app(['train', '--help'])) == 0\n"
+        "    assert run_command(lambda: app(['validate', 'recipes/quickstart.yaml'])) == 0\n"
+    )
+    assert not loaded_modules(code) & set(HEAVY)
+
+
+def test_no_module_answers_to_a_name_of_another_package():
+    taken = set(sys.stdlib_module_names) | set(packages_distributions())
+    assert not {name for name in MODULES if not name.startswith("__")} & taken
+
+
+def test_train_defines_no_class_and_names_its_stages_in_order():
+    tree = ast.parse((PACKAGE / "train.py").read_text())
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    [main] = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    called = [
+        node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+        for node in sorted(
+            (n for n in ast.walk(main) if isinstance(n, ast.Call)), key=lambda n: (n.lineno, n.col_offset)
+        )
+        if isinstance(node.func, (ast.Name, ast.Attribute))
+    ]
+    stages = [
+        "load_recipe",
+        "resolve_base",
+        "load_tokenizer",
+        "prepare_data",
+        "pack",
+        "plan_schedule",
+        "load_base_model",
+        "build_trainer",
+        "save_adapter",
+        "merge_run",
+    ]
+    assert [name for name in called if name in stages and called.index(name) >= 0][:4] == stages[:4]
+    positions = [called.index(name) for name in stages]
+    assert positions == sorted(positions)
+
+
+def test_every_shipped_recipe_is_valid():
+    from qwen_tune.recipe_file import load_recipe
+
+    recipes = sorted((ROOT / "recipes").rglob("*.yaml"))
+    assert len(recipes) == 2
+    for path in recipes:
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/decisions.md", "docs/run-directory.md", "docs/verification.md"])
+def test_links_and_paths_in_the_documentation_exist(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (ROOT / name).parent.joinpath(target).exists(), target
+    for path in re.findall(r"`((?:qwen_tune|scripts|recipes|tests|docs|data)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_no_file_holds_a_path_of_the_machine_it_was_written_on():
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    own = str(ROOT)
+    for name in filter(None, tracked.split("\0")):
+        path = ROOT / name
+        if path.is_file() and path.suffix != ".safetensors":
+            assert own + "/" not in path.read_text(encoding="utf-8"), name
+
+
+def test_constraints_pin_everything_the_project_asks_for():
+    try:
+        import tomllib
+    except ModuleNotFoundError:
+        pytest.skip("tomllib comes with Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in _lines(ROOT / "constraints.txt")}
+    asked = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    names = {re.split(r"[^\w-]", requirement)[0].lower().replace("_", "-") for requirement in asked}
+    assert names <= pinned
+
+
+def _lines(path: Path) -> list[str]:
+    return [line for line in path.read_text().splitlines() if line and not line.startswith("#")]

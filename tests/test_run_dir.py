@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from qwen_tune.errors import RunError
+from qwen_tune.run_dir import RunDir, write_atomically
+
+RECIPE = "name: one\n"
+
+
+def finished(path, recipe=RECIPE) -> RunDir:
+    run = RunDir(path)
+    with run.recording(recipe):
+        run.record({"world_size": 1})
+    return run
+
+
+def test_a_run_is_recorded_from_its_start_to_its_end(tmp_path):
+    run = RunDir(tmp_path / "deep" / "run")
+    with run.recording(RECIPE):
+        assert json.loads(run.run_json.read_text())["state"] == "running"
+        run.record({"steps": 3})
+    assert json.loads(run.run_json.read_text()) == {"state": "finished", "exit": 0, "steps": 3}
+    assert run.recipe.read_text() == RECIPE
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "code"),
+    [(KeyboardInterrupt, "interrupted", 130), (RunError("no"), "failed", 2), (ZeroDivisionError, "failed", 1)],
+)
+def test_however_a_run_ends_it_is_recorded(tmp_path, error, state, code):
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(BaseException), run.recording(RECIPE):  # noqa: B017, PT011
+        raise error
+    facts = json.loads(run.run_json.read_text())
+    assert (facts["state"], facts["exit"]) == (state, code)
+
+
+def test_the_same_recipe_has_nothing_to_do_and_another_one_is_refused(tmp_path):
+    run = finished(tmp_path / "run")
+    assert not RunDir(run.path).check(RECIPE, overwrite=False, resume="auto")
+    assert RunDir(run.path).check(RECIPE, overwrite=True, resume="auto")
+    with pytest.raises(RunError, match=r"finished run.*run\.dir=.*--overwrite"):
+        RunDir(run.path).check(RECIPE, overwrite=False, resume="never")
+    with pytest.raises(RunError, match="of another recipe"):
+        RunDir(run.path).check("name: two\n", overwrite=False, resume="auto")
+
+
+def test_a_directory_with_other_files_is_never_taken(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunError, match=r"no run's \(thesis\.txt\)"):
+        RunDir(tmp_path).check(RECIPE, overwrite=True, resume="auto")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="is a file"):
+        RunDir(tmp_path / "file").check(RECIPE, overwrite=False, resume="auto")
+
+
+def test_overwriting_clears_what_the_earlier_run_left(tmp_path):
+    run = finished(tmp_path / "run")
+    (run.path / "adapter").mkdir()
+    run.metrics.write_text("{}\n")
+    finished(run.path)
+    assert not run.adapter.exists()
+    assert not run.metrics.exists()
+
+
+def test_a_live_process_holds_its_directory_until_it_is_killed(tmp_path):
+    path = tmp_path / "run"
+    code = (
+        "import sys, time; from pathlib import Path; from qwen_tune.run_dir import RunDir\n"
+        "with RunDir(Path(sys.argv[1])).recording('name: one\\n'):\n"
+        "    print('begun', flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        with pytest.raises(RunError, match="in use by a process"):
+            RunDir(path).check(RECIPE, overwrite=True, resume="auto")
+        with pytest.raises(RunError, match="another process took"):
+            RunDir(path).begin(RECIPE)
+    finally:
+        process.kill()
+        process.communicate()
+    with pytest.raises(RunError, match="unfinished run"):
+        RunDir(path).check(RECIPE, overwrite=False, resume="auto")
+    assert RunDir(path).check(RECIPE, overwrite=True, resume="auto")
+
+
+def test_files_are_replaced_whole(tmp_path):
+    path = tmp_path / "run.json"
+    write_atomically(path, "one")
+    write_atomically(path, "two")
+    assert path.read_text() == "two"
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
