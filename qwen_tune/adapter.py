@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_tune.base import BaseCheckpoint
 from qwen_tune.chatml import END_OF_TURN
 from qwen_tune.recipe import Recipe
-from qwen_tune.run_dir import RunDir
+from qwen_tune.run_dir import RunDir, temporary_beside
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,8 +29,7 @@ def save_adapter(
     The directory appears whole: it is written beside its place and renamed.
     """
     target = run.adapter
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_beside(target)
     model.save_pretrained(temporary, save_embedding_layers=False)
     _name_base(temporary / "adapter_config.json", base)
     tokenizer.save_pretrained(temporary)

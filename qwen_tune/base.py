@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3")
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt")
 WEIGHT_FILES = ("*.safetensors",)
+PROBE = "Grüße, 世界! x = 12345\n"  # what a byte-level tokenizer gives back unchanged
 
 FINGERPRINT_BLOCKS = 64
 FINGERPRINT_BLOCK_BYTES = 4096
@@ -39,7 +40,7 @@ class BaseCheckpoint:
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """config.json."""
-        return _read_json(self.path / "config.json")
+        return read_json(self.path / "config.json")
 
     @property
     def model_type(self) -> str:
@@ -65,7 +66,7 @@ class BaseCheckpoint:
             raise ModelError(
                 Problem(str(self.path), "no model.safetensors there; expected weights in safetensors files")
             )
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
         for name in names:
             if Path(name).name != name:
                 raise ModelError(Problem(str(index), f"it names {name!r}, which is not a file beside it"))
@@ -153,10 +154,22 @@ def load_tokenizer(model: ModelSpec, base: BaseCheckpoint) -> PreTrainedTokenize
 
     from qwen_tune.chatml import END_OF_TURN
 
+    if not (base.path / "tokenizer.json").exists() and not (base.path / "vocab.json").exists():
+        # Transformers would make up a tokenizer of two tokens and say nothing.
+        raise ModelError(Problem(base.id, "there is no tokenizer.json; expected the checkpoint's own"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises bare exceptions for files it cannot read
         raise ModelError(Problem(base.id, f"the tokenizer cannot be loaded: {_first_line(error)}")) from error
+    vocabulary = int(base.config.get("vocab_size", 0))
+    if len(tokenizer) > vocabulary or tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=False)) != PROBE:
+        raise ModelError(
+            Problem(
+                base.id,
+                f"its tokenizer of {len(tokenizer):,} tokens loses text, or is not this model's of {vocabulary:,}",
+                "download the checkpoint's own tokenizer files",
+            )
+        )
     if model.chat_template is not None:
         tokenizer.chat_template = _read_template(model.chat_template)
     if tokenizer.eos_token != END_OF_TURN:
@@ -238,7 +251,7 @@ def _read_header(file: Path) -> dict[str, TensorSpan]:
             raise ModelError(Problem(str(file), f"not a safetensors file ({error})", "download it again")) from None
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def read_json(path: Path) -> Mapping[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

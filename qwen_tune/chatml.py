@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qwen_tune.conversation import Conversation, Message, RowError
+from qwen_tune.conversation import Conversation, Message, RowError, tool_name
 from qwen_tune.errors import ModelError, Problem
 
 if TYPE_CHECKING:
@@ -135,13 +135,11 @@ def render_samples(conversation: Conversation, template: ChatTemplate, data: Dat
     messages = [message.for_template() for message in conversation.messages]
     tools = conversation.tools
     if data.loss_on == "all":
-        kwargs = {"enable_thinking": True, **conversation.chat_template_kwargs}
-        text = template.render(messages, tools=tools, **kwargs)
-        return [RenderedSample(text, ((0, len(text)),))]
+        return [_render_whole(conversation, template, data)]
     samples: list[RenderedSample] = []
     for index in _trained_turns(conversation, data.loss_on):
         kwargs = {
-            "enable_thinking": _enable_thinking(conversation.messages[index], index, data.thinking, template),
+            "enable_thinking": _enable_thinking(conversation.messages[index], index, data.thinking),
             **conversation.chat_template_kwargs,
         }
         prompt = template.render(messages[:index], tools=tools, add_generation_prompt=True, **kwargs)
@@ -159,6 +157,20 @@ def render_samples(conversation: Conversation, template: ChatTemplate, data: Dat
         else:
             samples.append(RenderedSample(full, (span,)))
     return samples
+
+
+def _render_whole(conversation: Conversation, template: ChatTemplate, data: DataSpec) -> RenderedSample:
+    """The conversation in one piece, every token of it learned."""
+    answers = [(index, turn) for index, turn in enumerate(conversation.messages) if turn.role == "assistant"]
+    if any(not turn.train for _, turn in answers):
+        raise RowError('"train": false contradicts loss_on: all', "remove it, or write loss_on: assistant")
+    thinks = [_enable_thinking(turn, index, data.thinking) for index, turn in answers]
+    kwargs = {"enable_thinking": any(thinks), **conversation.chat_template_kwargs}
+    messages = [message.for_template() for message in conversation.messages]
+    text = template.render(messages, tools=conversation.tools, **kwargs)
+    for index, _ in answers:
+        _refuse_losses(conversation, index, text, text)
+    return RenderedSample(text, ((0, len(text)),))
 
 
 def tokenize(conversation: Conversation, template: ChatTemplate, data: DataSpec) -> list[TokenizedExample]:
@@ -208,7 +220,7 @@ def _trained_turns(conversation: Conversation, loss_on: str) -> list[int]:
     return [index for index in turns if conversation.messages[index].train]
 
 
-def _enable_thinking(message: Message, index: int, thinking: str, template: ChatTemplate) -> bool:
+def _enable_thinking(message: Message, index: int, thinking: str) -> bool:
     reasons = message.reasoning_content is not None
     if thinking == "off" and reasons:
         raise RowError(
@@ -295,9 +307,10 @@ def _refuse_losses(conversation: Conversation, index: int, prompt: str, answer: 
     if any(text and text.strip() not in answer for text in taught):
         raise RowError(f"messages[{index}]: the chat template leaves out a part of this turn")
     for tool in conversation.tools:
-        name = tool.get("function", tool).get("name")
-        if name and name not in prompt:
-            raise RowError(f'the chat template leaves out the tool "{name}"', "use a checkpoint that knows tools")
+        if tool_name(tool) not in prompt:
+            raise RowError(
+                f'the chat template leaves out the tool "{tool_name(tool)}"', "use a checkpoint that knows tools"
+            )
 
 
 def _why_not_a_prefix(conversation: Conversation, index: int, kwargs: Mapping[str, Any]) -> str:

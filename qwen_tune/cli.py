@@ -116,7 +116,7 @@ def merge(
     if verify:
         from qwen_tune.verification import verify_merged
 
-        print(verify_merged(run, target))
+        print(verify_merged(run, target, base))
 
 
 @app.command()

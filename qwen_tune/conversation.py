@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from qwen_tune.errors import Problem
+from qwen_tune.strict_json import decode
 
 ROLES = ("system", "user", "assistant", "tool")
 MESSAGE_KEYS = frozenset({"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "train"})
@@ -126,9 +127,18 @@ def parse_tools(raw: Any) -> tuple[Mapping[str, Any], ...]:
         return ()
     if isinstance(raw, str):
         raw = parse_json_text(raw, "tools")
-    if not isinstance(raw, list) or not all(isinstance(tool, dict) for tool in raw):
+    if not isinstance(raw, list):
         raise RowError(f"tools is {kind(raw)}; expected a list of JSON schemas")
+    for index, tool in enumerate(raw):
+        function = tool.get("function", tool) if isinstance(tool, dict) else tool
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(f"tools[{index}] names no function", 'write {"function": {"name": …, "parameters": {…}}}')
     return tuple(raw)
+
+
+def tool_name(tool: Mapping[str, Any]) -> str:
+    """The function's name in a tool of `parse_tools`."""
+    return str(tool.get("function", tool)["name"])
 
 
 def parse_json_text(text: str, name: str) -> Any:
@@ -138,7 +148,7 @@ def parse_json_text(text: str, name: str) -> Any:
         RowError: The string is not JSON.
     """
     try:
-        return json.loads(text)
+        return decode(text)
     except ValueError as error:
         raise RowError(f"{name} is a string that is not JSON ({error}); expected JSON") from None
 
@@ -179,6 +189,9 @@ def _parse_message(entry: Any, index: int, warnings: list[str]) -> Message:
         raise RowError(f"{at}.content is {kind(content)}; expected a string")
     calls = _parse_tool_calls(entry.get("tool_calls"), role, at)
     reasoning = _optional_text(entry, "reasoning_content", at)
+    if reasoning is not None and not reasoning.strip():
+        # Blank reasoning is none: it would switch thinking on and teach an empty think block.
+        reasoning = None
     if reasoning is not None and role != "assistant":
         raise RowError(f"{at} is a {role} turn with reasoning_content; only assistant turns reason")
     if not calls and (content is None or not content.strip()) and role != "tool":

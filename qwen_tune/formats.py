@@ -73,13 +73,12 @@ def to_conversation(
     for column in ("images", "audios", "videos", "image", "audio", "video"):
         if row.get(column):
             raise RowError(f'not yet: the row carries "{column}"; only text is trained so far', "remove these rows")
-    raw = TO_MESSAGES[format_name](row)
-    if system is not None and (not raw or not isinstance(raw[0], dict) or raw[0].get("role") != "system"):
-        raw = [{"role": "system", "content": system}, *raw]
-    messages, warnings = parse_messages(raw)
+    messages, warnings = parse_messages(_with_system(TO_MESSAGES[format_name](row), row.get("system"), system))
     template_kwargs = row.get("chat_template_kwargs") or {}
     if not isinstance(template_kwargs, dict):
         raise RowError(f"chat_template_kwargs is {kind(template_kwargs)}; expected an object")
+    if not isinstance(template_kwargs.get("enable_thinking", False), bool):
+        raise RowError("chat_template_kwargs.enable_thinking must be true or false")
     if reserved := template_kwargs.keys() & OWNED_TEMPLATE_KWARGS:
         raise RowError(f"chat_template_kwargs sets {', '.join(sorted(reserved))}, which the toolkit sets itself")
     return Conversation(
@@ -92,6 +91,15 @@ def to_conversation(
     )
 
 
+def _with_system(raw: list[Any], own: Any, default: str | None) -> list[Any]:
+    """Puts the row's `system` column, or else the recipe's system text, before turns that begin without one."""
+    begins = bool(raw) and isinstance(raw[0], dict) and raw[0].get("role") == "system"
+    if own and begins and raw[0].get("content") != own:
+        raise RowError('the row has a "system" column and another system turn', "keep one of them")
+    text = own or default
+    return raw if begins or not text else [{"role": "system", "content": text}, *raw]
+
+
 def _from_messages(row: Mapping[str, Any]) -> list[Any]:
     return _list_column(row, "messages")
 
@@ -99,8 +107,6 @@ def _from_messages(row: Mapping[str, Any]) -> list[Any]:
 def _from_sharegpt(row: Mapping[str, Any]) -> list[Any]:
     turns = _list_column(row, "conversations")
     messages: list[dict[str, Any]] = []
-    if row.get("system"):
-        messages.append({"role": "system", "content": row["system"]})
     for index, turn in enumerate(turns):
         at = f"conversations[{index}]"
         if not isinstance(turn, dict):
@@ -109,27 +115,24 @@ def _from_sharegpt(row: Mapping[str, Any]) -> list[Any]:
             messages.append(turn)
             continue
         speaker = turn.get("from")
-        if speaker not in SHAREGPT_ROLES:
+        if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
             raise RowError(
                 f"{at}.from is {speaker!r}; expected one of {', '.join(SHAREGPT_ROLES)}", "rename the speaker"
             )
         value = turn.get("value")
+        # Whatever else the turn says (train, reasoning_content, weight …) is read, or refused, like a message's.
+        others = {key: item for key, item in turn.items() if key not in ("from", "value")}
         if speaker == "function_call":
             call = parse_json_text(value, f"{at}.value") if isinstance(value, str) else value
             calls = call if isinstance(call, list) else [call]
-            messages.append({"role": "assistant", "content": None, "tool_calls": calls})
+            messages.append({**others, "role": "assistant", "content": None, "tool_calls": calls})
         else:
-            message = {"role": SHAREGPT_ROLES[speaker], "content": value}
-            if "train" in turn:
-                message["train"] = turn["train"]
-            messages.append(message)
+            messages.append({**others, "role": SHAREGPT_ROLES[speaker], "content": value})
     return messages
 
 
 def _from_alpaca(row: Mapping[str, Any]) -> list[Any]:
     messages: list[dict[str, Any]] = []
-    if row.get("system"):
-        messages.append({"role": "system", "content": row["system"]})
     history = row.get("history") or []
     if isinstance(history, str):
         history = parse_json_text(history, "history")

@@ -59,6 +59,14 @@ def check_world(num_processes: int | None) -> None:
         )
 
 
+def uses_gpu() -> bool:
+    """Whether this run trains on a GPU: there is one, and the launcher was not told to do without."""
+    import torch
+
+    refused = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t")
+    return not refused and torch.cuda.is_available()
+
+
 def usable_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -119,7 +127,7 @@ def peak_memory_bytes() -> int:
     """The most memory that was in use: of the GPU if there is one, else of this process."""
     import torch
 
-    if torch.cuda.is_available():
+    if uses_gpu():
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -129,7 +137,7 @@ def memory_bytes() -> int:
     """The memory in use now: of the GPU if there is one, else of this process."""
     import torch
 
-    if torch.cuda.is_available():
+    if uses_gpu():
         return int(torch.cuda.memory_allocated())
     import psutil
 
@@ -140,7 +148,7 @@ def device_name() -> str:
     """The accelerator's name, or the processor's architecture: what a card may say of a machine."""
     import torch
 
-    if torch.cuda.is_available():
+    if uses_gpu():
         return str(torch.cuda.get_device_name())
     return f"cpu ({platform.machine()}, {usable_cores()} cores)"
 

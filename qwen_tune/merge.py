@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_tune.adapter import write_generation_config
-from qwen_tune.base import BaseCheckpoint, resolve_base
+from qwen_tune.base import BaseCheckpoint, TensorSpan, read_json, resolve_base
 from qwen_tune.errors import MergeError, Problem
 from qwen_tune.recipe import ModelSpec
-from qwen_tune.run_dir import RunDir, write_atomically
+from qwen_tune.run_dir import RunDir, temporary_beside, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,10 +52,17 @@ class AdapterDir:
             )
         if not (folder / "adapter_model.safetensors").exists():
             raise MergeError(Problem(str(folder), "there is no adapter_model.safetensors; pickles are not loaded"))
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        named = base or config["base_model_name_or_path"]
+        config = read_json(config_file)
+        named = base or config.get("base_model_name_or_path")
+        if not isinstance(named, str) or not named:
+            raise MergeError(Problem(str(config_file), "it names no base (base_model_name_or_path)", "give --base"))
         revision = None if base or Path(named).is_dir() else config.get("revision")
         return cls(folder, config, resolve_base(ModelSpec(base=named, revision=revision)))
+
+    @property
+    def run(self) -> Path | None:
+        """The run directory that the adapter lies in, if it does."""
+        return self.path.parent if (self.path.parent / "run.json").exists() else None
 
 
 def merge_run(run: RunDir) -> Path:
@@ -79,20 +86,17 @@ def merge(path: Path, *, output: Path | None = None, base: str | None = None, ov
         MergeError: Adapter and base do not fit, or the output is in use.
     """
     adapter = AdapterDir.open(path, base)
-    target = output or (path / "merged" if adapter.path != path else path.with_name(f"{path.resolve().name}-merged"))
-    if target.exists() and not overwrite:
-        raise MergeError(
-            Problem(str(target), "the output is there already", "give another --output, or replace it with --overwrite")
-        )
-    _check_base(adapter, path)
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    target = output or (adapter.run / "merged" if adapter.run else path.with_name(f"{path.resolve().name}-merged"))
+    _check_target(target, adapter, overwrite)
+    _check_base(adapter)
+    temporary = temporary_beside(target)
     temporary.mkdir(parents=True)
     try:
         consumed = _write_model(adapter, temporary)
         facts = _prove(adapter, temporary, consumed)
         write_atomically(temporary / "merge.json", json.dumps(facts, indent=2) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(target)
         temporary.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -100,23 +104,46 @@ def merge(path: Path, *, output: Path | None = None, base: str | None = None, ov
 
 
 def load_with_adapter(adapter: AdapterDir, dtype: Any) -> PreTrainedModel:
-    """Base and adapter in memory, as PEFT puts them together; every key of the adapter must find its place.
+    """Base and adapter in memory, as PEFT puts them together.
 
     Raises:
-        MergeError: The adapter has keys or shapes that this base does not.
+        MergeError: A file cannot be read, or the adapter has keys or shapes that this base does not.
     """
     from peft import PeftModel
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(adapter.base.path, dtype=dtype, trust_remote_code=False)
     try:
-        loaded = PeftModel.from_pretrained(model, adapter.path)
-    except (ValueError, RuntimeError) as error:
-        line = (str(error).strip().splitlines() or [""])[0]
+        model = AutoModelForCausalLM.from_pretrained(adapter.base.path, dtype=dtype, trust_remote_code=False)
+        return PeftModel.from_pretrained(model, adapter.path)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MergeError(
             Problem(str(adapter.path), f"the adapter does not fit the base {adapter.base.id} ({line})", "give --base")
         ) from error
-    return loaded
+
+
+def _check_target(target: Path, adapter: AdapterDir, overwrite: bool) -> None:
+    """Makes sure that writing the output, or replacing what is there, can cost nobody anything.
+
+    Raises:
+        MergeError: The output lies in or around the base or the adapter, or is there and may not be replaced.
+    """
+    resolved = target.resolve()
+    for name, path in (("base", adapter.base.path.resolve()), ("adapter", adapter.path.resolve())):
+        if resolved == path or resolved in path.parents or path in resolved.parents:
+            what = f"the output would lie in or around the {name}"
+            raise MergeError(Problem(str(target), what, "give another --output"))
+    if not target.exists():
+        return
+    if not (target / "merge.json").exists():
+        raise MergeError(
+            Problem(str(target), "something is there that is no merged model of ours", "give another --output")
+        )
+    if not overwrite:
+        raise MergeError(
+            Problem(str(target), "the output is there already", "give another --output, or replace it with --overwrite")
+        )
 
 
 def _write_model(adapter: AdapterDir, target: Path) -> int:
@@ -164,15 +191,14 @@ def _add_legacy_keys(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _check_base(adapter: AdapterDir, path: Path) -> None:
+def _check_base(adapter: AdapterDir) -> None:
     """Compares the base with the one that the run recorded.
 
     PEFT takes any base whose shapes fit, and the result is a model that nobody trained.
     """
-    record = path / "run.json"
-    if not record.exists():
+    if adapter.run is None:
         return
-    trained_on = RunDir.open(path).facts.get("base", {}).get("weights_fingerprint")
+    trained_on = RunDir.open(adapter.run).facts.get("base", {}).get("weights_fingerprint")
     if trained_on and trained_on != adapter.base.weights_fingerprint():
         raise MergeError(
             Problem(
@@ -187,13 +213,13 @@ def _prove(adapter: AdapterDir, target: Path, consumed: int) -> dict[str, Any]:
     """Compares the files that were written with the base's: names, shapes, numbers, and which tensors changed.
 
     Raises:
-        MergeError: A tensor is missing, has another shape, is not a number, or changed (or did not) against the plan.
+        MergeError: A tensor is missing, has another shape, is not a number, or changed without an adapter; or none did.
     """
     import torch
     from safetensors import safe_open
 
     merged = BaseCheckpoint(id=str(target), revision=None, path=target, is_local=True)
-    ours, theirs = merged.tensors(), adapter.base.tensors()
+    ours, theirs = merged.tensors(), _without_tied_copy(adapter.base)
     if {name: span.shape for name, span in ours.items()} != {name: span.shape for name, span in theirs.items()}:
         different = sorted(ours.keys() ^ theirs.keys()) or ["a shape"]
         raise MergeError(Problem(adapter.base.id, f"the merged tensors are not the base's ({different[0]}, …)"))
@@ -225,6 +251,22 @@ def _prove(adapter: AdapterDir, target: Path, consumed: int) -> dict[str, Any]:
         "unchanged_with_adapter": sorted(planned - changed),
         "files": {file.name: _sha256(file) for file in sorted(target.iterdir()) if file.is_file()},
     }
+
+
+def _without_tied_copy(base: BaseCheckpoint) -> dict[str, TensorSpan]:
+    """The base's tensors, less an output matrix that is only a copy of the tied embeddings.
+
+    Some checkpoints (Qwen3-0.6B is one) store both; Transformers ties them and writes one.
+    """
+    from safetensors import safe_open
+
+    tensors = base.tensors()
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if not base.config.get("tie_word_embeddings") or head not in tensors or embedding not in tensors:
+        return tensors
+    with safe_open(tensors[head].file, framework="pt") as one, safe_open(tensors[embedding].file, "pt") as other:
+        is_copy = one.get_tensor(head).equal(other.get_tensor(embedding))
+    return {name: span for name, span in tensors.items() if name != head or not is_copy}
 
 
 def _sha256(path: Path) -> str:

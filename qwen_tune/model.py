@@ -11,6 +11,7 @@ from torch import nn
 
 from qwen_tune.base import BaseCheckpoint
 from qwen_tune.errors import ModelError, Problem
+from qwen_tune.machine import uses_gpu
 from qwen_tune.recipe import LoraSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def training_dtype(model: ModelSpec) -> torch.dtype:
     Raises:
         ModelError: The recipe asks for a type that this machine lacks.
     """
-    cuda = torch.cuda.is_available()
+    cuda = uses_gpu()
     has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu_has_bfloat16()
     if model.dtype == "auto":
         return torch.bfloat16 if cuda and has_bfloat16 else torch.float32
@@ -72,6 +73,7 @@ def load_base_model(
     Raises:
         ModelError: The files do not make the model that config.json describes.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
@@ -83,7 +85,7 @@ def load_base_model(
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(Problem(base.id, f"the weights cannot be loaded: {line}", "download it again")) from error
     wrong = {kind: sorted(names)[:3] for kind, names in info.items() if names and kind != "unexpected_keys"}

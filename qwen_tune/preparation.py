@@ -57,7 +57,15 @@ class PreparedData:
         """The balance for run.json: rows.read is the sum of what became of them, prepared = supervised + context."""
         both = (self.train, self.evaluation)
         prepared, supervised = sum(s.tokens for s in both), sum(s.supervised for s in both)
+        names = sorted({example.source_name for split in both for example in split.examples})
         return {
+            "sources": {
+                name: {
+                    "train": sum(example.source_name == name for example in self.train.examples),
+                    "evaluation": sum(example.source_name == name for example in self.evaluation.examples),
+                }
+                for name in names
+            },
             "rows": {
                 "read": sum(split.rows_read for split in both),
                 "trained": self.train.rows_kept,
@@ -198,13 +206,12 @@ def _fit(sample: TokenizedExample, data: DataSpec) -> TokenizedExample | str:
 
 
 def _require_samples(split: PreparedSplit, name: str) -> None:
-    if not split.rows_read:
+    if not split.rows_read and name == "evaluation":
         return
     dropped = ", ".join(f"{count} {reason}" for reason, count in split.rows_dropped.items())
     if not split.examples:
-        raise DataError(
-            Problem(f"data ({name})", f"no row is left of {split.rows_read} ({dropped})", "see data.max_length_tokens")
-        )
+        left = f"no row is left of {split.rows_read}" + (f" ({dropped} dropped)" if dropped else "")
+        raise DataError(Problem(f"data ({name})", left, "see data.max_length_tokens" if dropped else "add rows"))
     if split.rows_dropped[NO_LABELS] > split.rows_read / 2:
         raise DataError(
             Problem(

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 
 from qwen_tune.chatml import IGNORED, TokenizedExample
@@ -38,7 +39,7 @@ def show(examples: Iterable[TokenizedExample], tokenizer: PreTrainedTokenizerBas
     control = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     for example in examples:
         console.rule(
-            f"[bold]{example.source}[/]  {len(example.input_ids)} tokens, {example.supervised} carry loss",
+            f"[bold]{escape(example.source)}[/]  {len(example.input_ids)} tokens, {example.supervised} carry loss",
             align="left",
             characters="─",
         )
@@ -74,7 +75,7 @@ def show_totals(data: PreparedData, shown: int, console: Console) -> None:
         highlight=False,
     )
     for warning, count in facts["warnings"].items():
-        console.print(f"[yellow]warning[/] {count:,} x {warning}", highlight=False)
+        console.print(f"[yellow]warning[/] {count:,} x {escape(warning)}", highlight=False)
 
 
 def _runs(example: TokenizedExample, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[bool, str]]:

@@ -48,6 +48,11 @@ class MetricsLog(TrainerCallback):
         self._last_time = time.perf_counter()
         self.display.start(state.max_steps)
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Logs the last step too, where it is not one of `logging_steps`."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -80,7 +85,7 @@ class MetricsLog(TrainerCallback):
         }
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=True) + "\n")
+                file.write(json.dumps({key: _json_number(value) for key, value in line.items()}) + "\n")
         if not math.isfinite(logs["loss"]):
             raise TrainingError(
                 Problem(
@@ -153,6 +158,10 @@ class Display:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _json_number(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else None
 
 
 def _clock(seconds: float) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from qwen_tune.conversation import kind
 from qwen_tune.errors import DataError, Problem
+from qwen_tune.strict_json import DECODER, check_text, decode
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -88,7 +89,7 @@ def _read_jsonl(path: Path) -> Iterator[Row | Problem]:
                 continue
             source = f"{path}:{number}"
             try:
-                value = _decode(line.decode("utf-8"))
+                value = decode(line.decode("utf-8"))
             except UnicodeDecodeError as error:
                 yield Problem(source, f"byte {error.start + 1} of the line is not UTF-8", "save the file as UTF-8")
                 continue
@@ -123,7 +124,7 @@ def _read_json(path: Path) -> Iterator[Row | Problem]:
         return
     first_line = text[start:].split("\n", 1)[0]
     try:
-        lines = isinstance(_decode(first_line), dict) and "\n" in text[start:].strip()
+        lines = isinstance(decode(first_line), dict) and "\n" in text[start:].strip()
     except ValueError:
         lines = False
     if lines:
@@ -148,8 +149,8 @@ def _read_json_list(path: Path, text: str, position: int) -> Iterator[Row | Prob
                 yield Problem(source, f"there is more behind the end of the list: {trailing[:20]!r}")
             return
         try:
-            value, position = _DECODER.raw_decode(text, position)
-            _check_text(value, text[counted:position])
+            value, position = DECODER.raw_decode(text, position)
+            check_text(value, text[counted:position])
         except RecursionError:
             yield Problem(source, "the row is nested too deeply")
             return
@@ -233,48 +234,6 @@ READERS: dict[str, Callable[[Path], Iterator[Row | Problem]]] = {
     ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f'the key "{repeated}" stands twice')
-    return mapping
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-
-
-def _decode(text: str) -> Any:
-    """Parses one JSON value, stricter than `json.loads`: no key twice, no NaN, no lone surrogate.
-
-    Raises:
-        ValueError: With a short reason.
-    """
-    try:
-        value = _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    _check_text(value, text)
-    return value
-
-
-def _check_text(value: Any, text: str) -> None:
-    # A lone surrogate can only come from an escape, so most lines skip the second look.
-    if "\\ud" not in text and "\\uD" not in text:
-        return
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("it holds half of a surrogate pair, which no text can contain") from None
 
 
 _SPACE = " \t\r\n"

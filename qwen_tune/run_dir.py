@@ -81,13 +81,12 @@ class RunDir:
             False when this very recipe has finished here, so that nothing is left to do; else True.
 
         Raises:
-            RunError: Another process is at work here, or files would be lost.
+            RunError: Another process is at work here, files would be lost, or nothing can be written here.
         """
-        if not self.path.exists():
-            return True
-        if not self.path.is_dir():
-            raise RunError(Problem(str(self.path), "the run directory is a file", "set another one with run.dir="))
-        entries = [entry.name for entry in self.path.iterdir() if entry.name != ".lock"]
+        existing = next(path for path in (self.path, *self.path.resolve().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            what = "is no directory" if not existing.is_dir() else "cannot be written to"
+            raise RunError(Problem(str(self.path), f"{existing} {what}", "set another run directory with run.dir="))
         if self._is_locked():
             raise RunError(
                 Problem(
@@ -96,9 +95,15 @@ class RunDir:
                     "wait for it, or set another one with run.dir=",
                 )
             )
+        return self._may_run(recipe_yaml, overwrite=overwrite, resume=resume)
+
+    def _may_run(self, recipe_yaml: str, *, overwrite: bool, resume: str) -> bool:
+        entries = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
+        entries = {name for name in entries if name != ".lock" and not _is_temporary(name)}
         if not entries:
             return True
-        if foreign := sorted(set(entries) - {*OWN_FILES, *OWN_FOLDERS}):
+        is_run = self.run_json.exists() or self.recipe.exists()
+        if foreign := sorted(entries - {*OWN_FILES, *OWN_FOLDERS} if is_run else entries):
             raise RunError(
                 Problem(
                     str(self.path),
@@ -121,26 +126,31 @@ class RunDir:
             Problem(str(self.path), what, "keep it and set another one with run.dir=, or replace it with --overwrite")
         )
 
-    def begin(self, recipe_yaml: str) -> None:
+    def begin(self, recipe_yaml: str, *, overwrite: bool = False, resume: str = "auto") -> None:
         """Takes the directory: locks it, clears what an earlier run left, and writes recipe.yaml and run.json.
 
         Raises:
-            RunError: Another process took it in the meantime.
+            RunError: Another process took it, or finished here, in the meantime.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lock = (self.path / ".lock").open("ab")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if not self._may_run(recipe_yaml, overwrite=overwrite, resume=resume):
+                raise RunError(Problem(str(self.path), "another process has finished this recipe in the meantime"))
+        except BaseException as error:
             lock.close()
-            raise RunError(
-                Problem(str(self.path), "another process took the run directory", "set another one with run.dir=")
-            ) from None
+            if isinstance(error, BlockingIOError):
+                raise RunError(
+                    Problem(str(self.path), "another process took the run directory", "set another one with run.dir=")
+                ) from None
+            raise
         self._lock = lock
-        for name in OWN_FOLDERS:
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in set(OWN_FILES) - {".lock"}:
-            (self.path / name).unlink(missing_ok=True)
+        for entry in list(self.path.iterdir()):
+            if entry.name in OWN_FOLDERS or (_is_temporary(entry.name) and entry.is_dir()):
+                shutil.rmtree(entry)
+            elif entry.name != ".lock":
+                entry.unlink()
         write_atomically(self.recipe, recipe_yaml)
         self.record({"state": RUNNING, "exit": None})
 
@@ -150,9 +160,9 @@ class RunDir:
         write_atomically(self.run_json, json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n")
 
     @contextmanager
-    def recording(self, recipe_yaml: str) -> Iterator[None]:
-        """Holds the directory for the length of a run, and records how it ended however it ends."""
-        self.begin(recipe_yaml)
+    def recording(self, recipe_yaml: str, *, overwrite: bool = False, resume: str = "auto") -> Iterator[None]:
+        """Holds the directory for the length of a run, and records how it ended however it ends; see `begin`."""
+        self.begin(recipe_yaml, overwrite=overwrite, resume=resume)
         state, code = FAILED, 1
         try:
             yield
@@ -194,9 +204,18 @@ class RunDir:
         return facts
 
 
+def temporary_beside(path: Path) -> Path:
+    """A name in the same directory under which something is made before it is renamed into place."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file so that a reader, or a crash, finds either the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -22,6 +22,7 @@ class Schedule:
     gradient_accumulation_steps: int
     steps_per_epoch: int
     max_steps: int
+    warmup_steps: int
 
     def facts(self) -> dict[str, int]:
         """For run.json."""
@@ -37,7 +38,7 @@ def plan_schedule(train: TrainSpec, *, packing: bool, rows: int) -> Schedule:
         rows: Rows of one epoch.
 
     Raises:
-        RecipeError: The global batch does not divide.
+        RecipeError: The global batch does not divide, or the warm-up is as long as the run.
     """
     num_processes = world_size()
     per_process, remainder = divmod(train.global_batch_size, num_processes)
@@ -62,4 +63,14 @@ def plan_schedule(train: TrainSpec, *, packing: bool, rows: int) -> Schedule:
     micro_batches = math.ceil(rows / (num_processes * per_device))
     steps_per_epoch = math.ceil(micro_batches / accumulation)
     max_steps = train.max_steps or math.ceil(train.num_train_epochs * steps_per_epoch)
-    return Schedule(rows, num_processes, per_device, accumulation, steps_per_epoch, max_steps)
+    # A share is rounded down: rounded up, the first of a few steps would have a learning rate of zero.
+    warmup_steps = int(train.warmup_steps * max_steps if train.warmup_steps < 1 else train.warmup_steps)
+    if warmup_steps >= max_steps:
+        raise RecipeError(
+            Problem(
+                "train.warmup_steps",
+                f"{warmup_steps} steps of warm-up in a run of {max_steps}",
+                "write a share, such as 0.03, or fewer steps",
+            )
+        )
+    return Schedule(rows, num_processes, per_device, accumulation, steps_per_epoch, max_steps, warmup_steps)

@@ -13,6 +13,19 @@ from qwen_tune.formats import detect_format, to_conversation
 from qwen_tune.recipe import DataSpec, SourceSpec
 from qwen_tune.rows import Row, find_files, read_rows, without_nulls
 
+COLUMNS = (
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "prompt",
+    "completion",
+    "system",
+    "tools",
+    "chat_template_kwargs",
+)
 PROBLEMS_KEPT = 1000  # enough to say how bad it is, few enough to say it soon
 
 
@@ -34,15 +47,12 @@ def load_sources(
     *,
     system: str | None,
     rows_per_source: int | None = None,
-    local_only: bool = False,
 ) -> list[Conversation]:
-    """Every conversation of some sources; see `load_conversations`. `local_only` passes over Hub data sets."""
+    """Every conversation of some sources; see `load_conversations`."""
     conversations: list[Conversation] = []
     problems: list[Problem] = []
     for source in sources:
         try:
-            if local_only and find_files(source.path) is None:
-                continue
             for item in itertools.islice(_read_source(source, system), rows_per_source):
                 if isinstance(item, Problem):
                     problems.append(item)
@@ -62,6 +72,14 @@ def load_sources(
 def _read_source(source: SourceSpec, system: str | None) -> Iterator[Conversation | Problem]:
     tools = _read_tools(source.tools)
     renamed = list(source.columns.items())
+    if unknown := [ours for ours in source.columns if ours not in COLUMNS]:
+        raise DataError(
+            Problem(
+                f"data.train[].columns ({source.name})",
+                f"{', '.join(unknown)} is no column that a format has; they have {', '.join(COLUMNS)}",
+                "write our name first, then the name in the data: messages: chat",
+            )
+        )
     format_name: str = source.format
     for item in _rows(source):
         if isinstance(item, Problem):
@@ -71,6 +89,9 @@ def _read_source(source: SourceSpec, system: str | None) -> Iterator[Conversatio
         if tools and not columns.get("tools"):
             columns["tools"] = tools
         try:
+            for ours, theirs in renamed:
+                if theirs not in item.columns:
+                    raise RowError(f'there is no column "{theirs}", which the recipe maps to {ours}', "see columns")
             if format_name == "auto":
                 format_name = detect_format(columns)
             _require_format(columns, format_name, source)
@@ -114,13 +135,16 @@ def _rows(source: SourceSpec) -> Iterator[Row | Problem]:
 
 def _hub_rows(source: SourceSpec) -> Iterator[Row | Problem]:
     import datasets
+    from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     datasets.disable_progress_bars()
     split = source.split or "train"
     try:
         table = datasets.load_dataset(source.path, name=source.subset, split=split, revision=source.revision)
-    except (datasets.exceptions.DatasetNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
+    except ValueError as error:  # an unknown split or subset: the message names the ones there are
+        raise DataError(Problem(source.path, _first_line(error), "set data.train[].split and .subset")) from error
+    except (DatasetsError, HfHubHTTPError, OfflineModeIsEnabled, OSError, RuntimeError) as error:
         raise DataError(
             Problem(
                 source.path,
@@ -128,8 +152,6 @@ def _hub_rows(source: SourceSpec) -> Iterator[Row | Problem]:
                 "check the name; for a private data set run `hf auth login`",
             )
         ) from error
-    except ValueError as error:  # an unknown split or subset: the message names the ones there are
-        raise DataError(Problem(source.path, _first_line(error), "set data.train[].split and .subset")) from error
     for number, columns in enumerate(table, start=1):
         yield Row(f"{source.path}[{split}]:{number}", without_nulls(columns))
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
@@ -34,7 +35,7 @@ def show_start(
     facts = data.facts()
     rows, samples, tokens = facts["rows"], facts["samples"], facts["tokens"]
     unit = "packs" if recipe.data.packing else "samples"
-    tokens_per_step = data.train.tokens * recipe.train.global_batch_size // max(schedule.rows, 1)
+    tokens_per_step = data.train.tokens * min(recipe.train.global_batch_size, schedule.rows) // schedule.rows
     lines = {
         "base": f"{base.id}  ({base.model_type}, {str(dtype).removeprefix('torch.')})",
         "data": f"{rows['read']:,} rows: {rows['trained']:,} train, {rows['evaluation']:,} evaluate"
@@ -50,7 +51,7 @@ def show_start(
         "run": str(run.path),
     }
     console = Console()
-    console.print(f"[bold]{recipe.name}[/]")
+    console.print(recipe.name, style="bold", markup=False, highlight=False)
     _print_table(console, lines)
     _show_warnings(console, facts)
 
@@ -68,15 +69,15 @@ def show_end(run: RunDir) -> None:
     if run.merged.exists():
         lines["merged"] = str(run.merged)
     _print_table(console, lines)
-    console.print(f'  next: qwen-tune chat {run.path} "Hello"', highlight=False)
+    console.print(f'  next: qwen-tune chat {run.path} "Hello"', highlight=False, markup=False)
     if not run.merged.exists():
-        console.print(f"        qwen-tune merge {run.path}", highlight=False)
+        console.print(f"        qwen-tune merge {run.path}", highlight=False, markup=False)
 
 
 def _print_table(console: Console, lines: Mapping[str, str]) -> None:
     table = Table.grid(padding=(0, 2))
     for name, text in lines.items():
-        table.add_row(f"[dim]{name}[/]", text)
+        table.add_row(f"[dim]{name}[/]", escape(text))
     console.print(Padding(table, (0, 0, 0, 2)))
 
 
@@ -87,7 +88,7 @@ def _show_warnings(console: Console, facts: Mapping[str, Any]) -> None:
         if count > facts["rows"]["dropped"].get(reason, 0):
             console.print(f"  [yellow]dropped[/] {count:,} samples: {reason}", highlight=False)
     for reason, count in facts["warnings"].items():
-        console.print(f"  [yellow]warning[/] {count:,} x {reason}", highlight=False)
+        console.print(f"  [yellow]warning[/] {count:,} x {escape(reason)}", highlight=False)
 
 
 def _targets(recipe: Recipe) -> str:

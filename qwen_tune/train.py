@@ -7,6 +7,7 @@ accelerate launch qwen_tune/train.py recipes/coder-lora.yaml train.learning_rate
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,8 @@ def train(
         dry_run: Stop before weights are loaded, with nothing written.
 
     Raises:
-        QwenTuneError: What the user has to change. Nothing has been written then, but for `TrainingError`.
+        QwenTuneError: What the user has to change. Nothing has been written then, but for a `TrainingError` (the
+            run directory tells of it) and a `MergeError` (the adapter is saved).
     """
     recipe = load_recipe(recipe_path, overrides)
     check_world(recipe.train.num_processes)
@@ -69,17 +71,19 @@ def train(
 
     model = load_base_model(recipe.model, base, dtype=dtype)
     trainer = build_trainer(model, tokenizer, recipe, run, schedule, packs, pack(data.evaluation.examples, recipe.data))
-    with run.recording(to_yaml(recipe)):
+    with run.recording(to_yaml(recipe), overwrite=overwrite, resume=recipe.train.resume):
         run.record(record.start_facts(recipe, overrides, base, tokenizer, data, schedule, trainer))
         before = trainer.evaluation_loss()
         trainer.train()
         after = trainer.evaluation_loss()
         save_adapter(trainer.model, tokenizer, base, recipe, run)
         run.record(record.end_facts(run.facts, trainer, before, after))
-        if recipe.export.merge:
-            from qwen_tune.merge import merge_run
+    if recipe.export.merge:
+        from qwen_tune.merge import merge_run
 
-            merge_run(run)
+        del model, trainer  # the merge loads the base anew, and there may not be room for two
+        gc.collect()
+        merge_run(run)
     summary.show_end(run)
 
 

@@ -19,8 +19,9 @@ from trl import SFTConfig, SFTTrainer
 
 from qwen_tune.chatml import IGNORED
 from qwen_tune.collator import PackCollator
+from qwen_tune.errors import Problem, RecipeError
 from qwen_tune.loss import add_labelled_loss
-from qwen_tune.machine import is_main_process
+from qwen_tune.machine import is_main_process, uses_gpu
 from qwen_tune.model import lora_config, target_modules
 from qwen_tune.packing import Pack
 from qwen_tune.progress import Display, MetricsLog
@@ -92,6 +93,13 @@ class LoraTrainer(SFTTrainer):
         self.padding_processed = 0
         add_labelled_loss(model)
         super().__init__(model=model, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains, and gives the terminal back however that ends."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.metrics.display.stop()
 
     def compute_loss(
         self,
@@ -178,17 +186,15 @@ def build_trainer(
 
     Raises:
         ModelError: The recipe's target modules are not in the model.
+        RecipeError: The recipe's `trainer_args` do not suit the trainer.
     """
     targets = target_modules(model, recipe.lora)
     rows = schedule.num_processes * schedule.per_device_train_batch_size if schedule.num_processes > 1 else 1
     pad_id = int(tokenizer.pad_token_id)
-    dtype = model.dtype
-    # The stop ids of the tokenizer hold for answers that are generated while training as well.
-    model.generation_config.pad_token_id = pad_id
     trainer = LoraTrainer(
         model,
         fillers=-len(packs) % rows,
-        args=sft_config(recipe, schedule, run, dtype),
+        args=sft_config(recipe, schedule, run, model.dtype),
         train_dataset=pack_dataset(packs, multiple=rows, pad_id=pad_id),
         eval_dataset=pack_dataset(evaluation_packs, multiple=rows, pad_id=pad_id) if evaluation_packs else None,
         data_collator=PackCollator(),
@@ -199,50 +205,81 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.metrics = MetricsLog(run.metrics, trainer, Display(quiet=not is_main_process()))
     trainer.add_callback(trainer.metrics)
+    if recipe.train.trainer_args:
+        _try_optimization(trainer, schedule)
     return trainer
 
 
+def _try_optimization(trainer: LoraTrainer, schedule: Schedule) -> None:
+    """Makes optimizer and scheduler once before anything is written: `trainer_args` may not suit them.
+
+    Raises:
+        RecipeError: They refuse their arguments.
+    """
+    try:
+        trainer.create_optimizer()
+        trainer.create_scheduler(num_training_steps=schedule.max_steps)
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise _unsuitable_arguments(error) from error
+    trainer.optimizer = trainer.lr_scheduler = None
+
+
+def _unsuitable_arguments(error: Exception) -> RecipeError:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return RecipeError(Problem("train.trainer_args", f"the trainer refuses them: {line}", "change or remove them"))
+
+
 def sft_config(recipe: Recipe, schedule: Schedule, run: RunDir, dtype: torch.dtype) -> SFTConfig:
-    """TRL's configuration for a recipe. Everything that the toolkit does itself is switched off here."""
-    on_cpu = not torch.cuda.is_available()
+    """TRL's configuration for a recipe. Everything that the toolkit does itself is switched off here.
+
+    Raises:
+        RecipeError: The recipe's `trainer_args` do not suit.
+    """
+    on_cpu = not uses_gpu()
     train = recipe.train
-    return SFTConfig(
-        output_dir=str(run.path),
+    settings = {
+        "output_dir": str(run.path),
         # Rows come tokenized, packed and collated by us.
-        dataset_kwargs={"skip_prepare_dataset": True},
-        packing=False,
-        padding_free=False,
-        max_length=None,
-        remove_unused_columns=False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "packing": False,
+        "padding_free": False,
+        "max_length": None,
+        "remove_unused_columns": False,
         # Files, logs and progress are ours.
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=train.logging_steps,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": train.logging_steps,
         # This filter waits for the device at every micro-batch; `MetricsLog` stops on a loss that is no number.
-        logging_nan_inf_filter=False,
-        per_device_train_batch_size=schedule.per_device_train_batch_size,
-        per_device_eval_batch_size=schedule.per_device_train_batch_size,
-        gradient_accumulation_steps=schedule.gradient_accumulation_steps,
-        num_train_epochs=train.num_train_epochs,
-        max_steps=train.max_steps or -1,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type=train.lr_scheduler_type,
-        warmup_steps=train.warmup_steps,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        optim=train.optim,
-        seed=train.seed,
-        gradient_checkpointing=checkpoints_gradients(train),
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        use_cpu=on_cpu,
-        **{"dataloader_pin_memory": not on_cpu, **train.trainer_args},
-    )
+        "logging_nan_inf_filter": False,
+        "per_device_train_batch_size": schedule.per_device_train_batch_size,
+        "per_device_eval_batch_size": schedule.per_device_train_batch_size,
+        "gradient_accumulation_steps": schedule.gradient_accumulation_steps,
+        "num_train_epochs": train.num_train_epochs,
+        "max_steps": train.max_steps or -1,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.lr_scheduler_type,
+        "warmup_steps": schedule.warmup_steps,
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "optim": train.optim,
+        "seed": train.seed,
+        "gradient_checkpointing": checkpoints_gradients(train),
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "use_cpu": on_cpu,
+        "dataloader_pin_memory": not on_cpu,
+    }
+    try:
+        return SFTConfig(**{**settings, **train.trainer_args})
+    except (TypeError, ValueError, KeyError, ImportError) as error:
+        if not train.trainer_args:
+            raise
+        raise _unsuitable_arguments(error) from error
 
 
 def checkpoints_gradients(train: TrainSpec) -> bool:
     """Whether activations are recomputed in the backward; `auto` does so on a GPU, where memory is what runs out."""
     if train.gradient_checkpointing == "auto":
-        return torch.cuda.is_available()
+        return uses_gpu()
     return train.gradient_checkpointing == "full"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qwen_tune.recipe import DataSpec
+from qwen_tune.rows import find_files
 from qwen_tune.sources import load_sources
 
 SAMPLE_ROWS = 1000  # a source; reading more would make a check that is meant to be instant wait for the disk
@@ -18,6 +19,8 @@ def check_data(data: DataSpec) -> str:
         DataError: A file is missing or a row is wrong.
     """
     sources = [*data.train, *(data.eval if isinstance(data.eval, list) else ())]
-    count = len(load_sources(sources, system=data.system, rows_per_source=SAMPLE_ROWS, local_only=True))
-    whole = "rows" if count < SAMPLE_ROWS else "rows (the first of each source)"
-    return f"{count:,} {whole} read"
+    local = [source for source in sources if find_files(source.path) is not None]
+    count = len(load_sources(local, system=data.system, rows_per_source=SAMPLE_ROWS))
+    read = f"{count:,} rows read (at most {SAMPLE_ROWS:,} of a source)"
+    remote = len(sources) - len(local)
+    return f"{read}, {remote} Hub data sets not looked at" if remote else read

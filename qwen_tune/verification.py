@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_tune.errors import MergeError, Problem
+from qwen_tune.errors import DataError, MergeError, Problem, RecipeError
 from qwen_tune.merge import AdapterDir, load_with_adapter
 from qwen_tune.run_dir import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from qwen_tune.chatml import ChatTemplate
 
 SAMPLES = 8
 TOKENS_A_SAMPLE = 256
@@ -42,7 +44,12 @@ class Comparison:
 
     def facts(self) -> dict[str, Any]:
         """For merge.json."""
-        return asdict(self)
+        return {**asdict(self), "passed": self.passed}
+
+    @property
+    def passed(self) -> bool:
+        """Whether rounding explains the difference (never when it is no number)."""
+        return self.relative_difference <= self.tolerance
 
     def __str__(self) -> str:
         return (
@@ -52,30 +59,44 @@ class Comparison:
         )
 
 
-def verify_merged(run_or_adapter: Path, merged: Path) -> Comparison:
-    """Compares, and adds the result to the model's merge.json; see `compare_merged`."""
-    comparison = compare_merged(run_or_adapter, merged)
+def verify_merged(run_or_adapter: Path, merged: Path, base: str | None = None) -> Comparison:
+    """Compares, and adds the result to the model's merge.json; see `compare_merged`.
+
+    Raises:
+        MergeError: They differ by more than the rounding of the stored type explains; merge.json says so as well.
+    """
+    comparison = compare_merged(run_or_adapter, merged, base)
     record = merged / "merge.json"
     facts = json.loads(record.read_text(encoding="utf-8"))
     write_atomically(record, json.dumps({**facts, "verification": comparison.facts()}, indent=2) + "\n")
+    if not comparison.passed:
+        raise MergeError(
+            Problem(
+                str(merged),
+                f"the merged model does not answer like base and adapter: its logits differ by "
+                f"{comparison.relative_difference:.1e} of the largest; expected at most {comparison.tolerance:.0e}",
+                "merge again; if it stays, the base is another one than the adapter was trained on",
+            )
+        )
     return comparison
 
 
-def compare_merged(run_or_adapter: Path, merged: Path) -> Comparison:
+def compare_merged(run_or_adapter: Path, merged: Path, base: str | None = None) -> Comparison:
     """Loads both models one after the other and compares their logits.
 
     Args:
         run_or_adapter: The run, whose held-out rows are used (or training rows, or else a few plain prompts).
         merged: The merged model's directory.
+        base: Another base than the one that the adapter names.
 
     Raises:
-        MergeError: They differ by more than the rounding of the stored type explains.
+        MergeError: Base and adapter cannot be loaded.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    adapter = AdapterDir.open(run_or_adapter)
-    batches = _token_ids(run_or_adapter, merged)
+    adapter = AdapterDir.open(run_or_adapter, base)
+    batches = _token_ids(adapter, merged)
     expected = list(_logits(load_with_adapter(adapter, torch.float32), batches))
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, trust_remote_code=False)
     largest = difference = 0.0
@@ -94,15 +115,6 @@ def compare_merged(run_or_adapter: Path, merged: Path) -> Comparison:
         tolerance=TOLERANCE[stored],
         same_choice=same / tokens,
     )
-    if not result.relative_difference <= result.tolerance:
-        raise MergeError(
-            Problem(
-                str(merged),
-                f"the merged model does not answer like base and adapter: its logits differ by "
-                f"{result.relative_difference:.1e} of the largest; expected at most {result.tolerance:.0e}",
-                "merge again; if it stays, the base is another one than the adapter was trained on",
-            )
-        )
     return result
 
 
@@ -123,7 +135,7 @@ def _stored_dtype(merged: Path) -> str:
     return min((names[span.dtype] for span in spans), key=lambda name: -TOLERANCE[name])
 
 
-def _token_ids(run_or_adapter: Path, merged: Path) -> list[Tensor]:
+def _token_ids(adapter: AdapterDir, merged: Path) -> list[Tensor]:
     import torch
     from transformers import AutoTokenizer
 
@@ -131,18 +143,22 @@ def _token_ids(run_or_adapter: Path, merged: Path) -> list[Tensor]:
 
     tokenizer = AutoTokenizer.from_pretrained(merged)
     template = ChatTemplate(tokenizer)
-    recipe_file = run_or_adapter / "recipe.yaml"
-    if recipe_file.exists():
-        from qwen_tune.preparation import prepare_data
-        from qwen_tune.recipe_file import load_recipe
-
-        recipe = load_recipe(recipe_file)
-        data = prepare_data(recipe.data, template, seed=recipe.train.seed)
-        rows = [example.input_ids for example in (data.evaluation.examples or data.train.examples)[:SAMPLES]]
-    else:
-        texts = [
-            template.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
-            for prompt in PLAIN_PROMPTS
-        ]
+    rows = _rows_of_the_run(adapter.run, template) if adapter.run else []
+    if not rows:
+        chats = [[{"role": "user", "content": prompt}] for prompt in PLAIN_PROMPTS]
+        texts = [template.render(chat, add_generation_prompt=True) for chat in chats]
         rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     return [torch.tensor([row[:TOKENS_A_SAMPLE]]) for row in rows]
+
+
+def _rows_of_the_run(run: Path, template: ChatTemplate) -> list[list[int]]:
+    """Held-out samples, or training samples; none where the rows are not to be had any more."""
+    from qwen_tune.preparation import prepare_data
+    from qwen_tune.recipe_file import load_recipe
+
+    try:
+        recipe = load_recipe(run / "recipe.yaml")
+        data = prepare_data(recipe.data, template, seed=recipe.train.seed)
+    except (DataError, RecipeError):
+        return []
+    return [example.input_ids for example in (data.evaluation.examples or data.train.examples)[:SAMPLES]]

@@ -53,6 +53,17 @@ def qwen_tune() -> Run:
 
 
 @pytest.fixture(scope="session")
+def trained(tmp_path_factory, qwen_tune):
+    """One run of the bundled recipe, shortened, with its merged model: (run directory, what the command printed)."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = qwen_tune(
+        "train", "recipes/quickstart.yaml", f"run.dir={folder}/run", "train.max_steps=6", "export.merge=true"
+    )
+    assert result.returncode == 0, result.stderr
+    return folder / "run", result.stdout
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer():
     from transformers import AutoTokenizer
 

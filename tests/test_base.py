@@ -114,6 +114,18 @@ def test_tokenizers_with_which_a_model_would_never_stop(checkpoint, changes, mes
         load_tokenizer(ModelSpec(base=str(checkpoint)), resolve(checkpoint))
 
 
+def test_tokenizers_of_nothing_or_of_another_model(checkpoint):
+    edit(checkpoint / "config.json", vocab_size=100)
+    with pytest.raises(ModelError, match="is not this model's of 100"):
+        load_tokenizer(ModelSpec(base=str(checkpoint)), resolve(checkpoint))
+    (checkpoint / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="the tokenizer cannot be loaded"):
+        load_tokenizer(ModelSpec(base=str(checkpoint)), resolve(checkpoint))
+    (checkpoint / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"there is no tokenizer\.json"):
+        load_tokenizer(ModelSpec(base=str(checkpoint)), resolve(checkpoint))
+
+
 def test_the_recipes_template_replaces_the_checkpoints(checkpoint, tmp_path):
     template = tmp_path / "own.jinja"
     template.write_text("{{ messages }}")

@@ -134,6 +134,26 @@ def test_qwen3_splits_where_the_history_loses_its_thinking(template):
     assert second.text.endswith("<think>\n\n</think>\n\nok<|im_end|>\n")
 
 
+def test_blank_reasoning_is_none(template):
+    """It must not switch thinking on: an empty think block would be learned."""
+    blank = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": " \n"}]
+    [example] = tokenize(conversation(blank), template["qwen3"], data())
+    assert learned(example, template["qwen3"].tokenizer) == ["a<|im_end|>"]
+    with pytest.raises(RowError, match="does not reason"):
+        tokenize(conversation(blank), template["qwen3"], data(thinking="require"))
+
+
+def test_learning_all_of_a_text_keeps_the_other_rules(template):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    thinks = [chat[0], {**chat[1], "reasoning_content": "for a good reason"}]
+    with pytest.raises(RowError, match="thinking: off"):
+        tokenize(conversation(thinks), template["qwen3"], data(loss_on="all", thinking="off"))
+    with pytest.raises(RowError, match="contradicts loss_on: all"):
+        tokenize(conversation([chat[0], {**chat[1], "train": False}]), template["qwen3"], data(loss_on="all"))
+    with pytest.raises(RowError, match="leaves out a part"):
+        tokenize(conversation([*thinks, *chat]), template["qwen3"], data(loss_on="all"))
+
+
 def test_inline_think_blocks_are_the_same_as_reasoning_content(template):
     inline = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>why</think>a"}]
     apart = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "why"}]

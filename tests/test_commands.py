@@ -17,17 +17,6 @@ from safetensors import safe_open
 LAUNCHER = Path(sys.executable).with_name("accelerate")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, qwen_tune):
-    """One run of the bundled recipe, shortened, with its merged model: (run directory, what the command printed)."""
-    folder = tmp_path_factory.mktemp("trained")
-    result = qwen_tune(
-        "train", "recipes/quickstart.yaml", f"run.dir={folder}/run", "train.max_steps=6", "export.merge=true"
-    )
-    assert result.returncode == 0, result.stderr
-    return folder / "run", result.stdout
-
-
 def test_the_record_of_a_run_balances(trained):
     path, _ = trained
     facts = json.loads((path / "run.json").read_text())

@@ -67,7 +67,6 @@ def test_train_defines_no_class_and_names_its_stages_in_order():
         "save_adapter",
         "merge_run",
     ]
-    assert [name for name in called if name in stages and called.index(name) >= 0][:4] == stages[:4]
     positions = [called.index(name) for name in stages]
     assert positions == sorted(positions)
 
@@ -91,12 +90,30 @@ def test_links_and_paths_in_the_documentation_exist(name):
 
 
 def test_no_file_holds_a_path_of_the_machine_it_was_written_on():
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    own = str(ROOT)
-    for name in filter(None, tracked.split("\0")):
-        path = ROOT / name
-        if path.is_file() and path.suffix != ".safetensors":
-            assert own + "/" not in path.read_text(encoding="utf-8"), name
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+    assert len(files) > 50
+    home = re.compile(r"(?<![\w.])/(home|Users|root|work)/(?!someone)\w+")
+    for path in files:
+        if path.suffix != ".safetensors" and path != Path(__file__):
+            found = home.search(path.read_text(encoding="utf-8"))
+            assert found is None, f"{path}: {found}"
+
+
+def test_every_recipe_key_is_used_or_refused():
+    """A key that is accepted and does nothing is a typo that the user cannot see."""
+    from pydantic import BaseModel
+
+    from qwen_tune import recipe
+
+    sources = [path for path in PACKAGE.glob("*.py") if not path.stem.startswith("recipe")]
+    text = "\n".join(path.read_text() for path in sources)
+    refused = {entry.key.split(".")[-1] for entry in recipe.NOT_YET}
+    sections = [value for value in vars(recipe).values() if isinstance(value, type) and issubclass(value, BaseModel)]
+    fields = {name for section in sections for name in section.model_fields if section is not recipe.HubSpec}
+    unused = {name for name in fields - refused if not re.search(rf"\.{name}\b", text)}
+    # Until there are fused kernels, `auto` and `off` are the same; all that `tracking` holds is refused.
+    assert unused == {"kernels", "tracking"}
 
 
 def test_constraints_pin_everything_the_project_asks_for():

@@ -240,6 +240,8 @@ def test_bad_values(key: str, value: Any) -> None:
 # One refused value for each line of the table, by its key.
 WAITING: dict[str, Any] = {
     "model.quantization": "nf4",
+    "train.save_total_limit": 2,
+    "tracking.project": "mine",
     "model.attention": "varlen",
     "data.train[].path": "s3://bucket/rows.jsonl",
     "data.train[].format": "query_response",
@@ -311,7 +313,7 @@ def test_waiting_is_tested_in_full() -> None:
         ("lora", {"target_modules": ["q_proj", "v_proj"]}),
         ("lora", {"rank_pattern": {}, "modules_to_save": [], "init_lora_weights": True}),
         ("train", {"resume": "never", "gradient_checkpointing": "full"}),
-        ("tracking", {"report_to": [], "project": "p"}),
+        ("tracking", {"report_to": []}),
         ("export", {"merge": True}),
     ],
 )

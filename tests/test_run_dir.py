@@ -55,15 +55,47 @@ def test_a_directory_with_other_files_is_never_taken(tmp_path):
     with pytest.raises(RunError, match=r"no run's \(thesis\.txt\)"):
         RunDir(tmp_path).check(RECIPE, overwrite=True, resume="auto")
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="is a file"):
+    with pytest.raises(RunError, match="is no directory"):
         RunDir(tmp_path / "file").check(RECIPE, overwrite=False, resume="auto")
+
+
+def test_folders_that_only_bear_our_names_are_not_ours(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "mine.log").write_text("")
+    with pytest.raises(RunError, match=r"no run's \(logs\)"):
+        RunDir(tmp_path).check(RECIPE, overwrite=True, resume="auto")
+
+
+def test_what_a_killed_save_left_is_cleared(tmp_path):
+    run = finished(tmp_path / "run")
+    (run.path / ".adapter.123.tmp").mkdir()
+    (run.path / ".run.json.123.tmp").write_text("")
+    assert RunDir(run.path).check(RECIPE, overwrite=True, resume="auto")
+    with RunDir(run.path).recording(RECIPE, overwrite=True):
+        assert {entry.name for entry in run.path.iterdir()} == {".lock", "recipe.yaml", "run.json"}
+
+
+def test_a_run_that_finished_in_the_meantime_is_not_wiped(tmp_path):
+    late = RunDir(tmp_path / "run")
+    assert late.check(RECIPE, overwrite=False, resume="auto")
+    finished(late.path)
+    with pytest.raises(RunError, match="has finished this recipe in the meantime"):
+        late.begin(RECIPE)
+    assert json.loads(late.run_json.read_text())["state"] == "finished"
+
+
+def test_a_place_where_nothing_can_be_written_is_found_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"file is no directory.*run\.dir="):
+        RunDir(tmp_path / "file" / "run").check(RECIPE, overwrite=False, resume="auto")
 
 
 def test_overwriting_clears_what_the_earlier_run_left(tmp_path):
     run = finished(tmp_path / "run")
     (run.path / "adapter").mkdir()
     run.metrics.write_text("{}\n")
-    finished(run.path)
+    with RunDir(run.path).recording(RECIPE, overwrite=True):
+        pass
     assert not run.adapter.exists()
     assert not run.metrics.exists()
 

@@ -20,6 +20,14 @@ def test_max_steps_wins_over_epochs():
     assert plan_schedule(TrainSpec(global_batch_size=4, max_steps=7), packing=True, rows=100).max_steps == 7
 
 
+def test_a_short_run_has_no_warm_up_and_none_is_all_warm_up():
+    assert plan_schedule(TrainSpec(max_steps=2), packing=True, rows=100).warmup_steps == 0
+    assert plan_schedule(TrainSpec(max_steps=200), packing=True, rows=100).warmup_steps == 6
+    assert plan_schedule(TrainSpec(max_steps=9, warmup_steps=4), packing=True, rows=100).warmup_steps == 4
+    with pytest.raises(RecipeError, match="5 steps of warm-up in a run of 5"):
+        plan_schedule(TrainSpec(max_steps=5, warmup_steps=5), packing=True, rows=100)
+
+
 def test_a_batch_that_does_not_divide_names_those_that_do(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(RecipeError) as caught:

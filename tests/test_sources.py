@@ -98,6 +98,36 @@ def test_tool_calls_of_sharegpt_and_arguments_as_text(tmp_path):
     assert [message.role for message in conversation.messages] == ["user", "assistant", "tool", "assistant"]
 
 
+def test_what_a_sharegpt_turn_says_of_its_training_is_heard(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    human, gpt = SHAREGPT["conversations"]
+    path.write_text(
+        json.dumps({"conversations": [human, {**gpt, "train": False}, human, {**gpt, "reasoning_content": "r"}]})
+    )
+    [conversation] = load(path)
+    assert [message.train for message in conversation.messages] == [True, False, True, True]
+    assert conversation.messages[3].reasoning_content == "r"
+    path.write_text(json.dumps({"conversations": [human, {**gpt, "weight": 0}]}))
+    assert 'the key "weight"' in problem(path)
+    path.write_text(json.dumps({"conversations": [{**human, "from": ["human"]}, gpt]}))
+    assert "from is ['human']" in problem(path)
+
+
+@pytest.mark.parametrize("row", [CHAT, SHAREGPT, ALPACA, PROMPT], ids=["messages", "sharegpt", "alpaca", "prompt"])
+def test_a_system_column_is_read_in_every_format(tmp_path, row):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({**row, "system": "Be brief."}))
+    [conversation] = load(path, system="The recipe's.")
+    assert turns(conversation)[0] == ("system", "Be brief.")
+
+
+def test_columns_that_map_nothing_are_errors(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"chat": CHAT["messages"]}))
+    assert "systm is no column" in problem(path, columns={"messages": "chat", "systm": "chat"})
+    assert 'there is no column "chats"' in problem(path, columns={"messages": "chats"})
+
+
 def test_only_the_completion_of_a_chat_is_trained(tmp_path):
     path = tmp_path / "rows.jsonl"
     prompt = [*CHAT["messages"], {"role": "user", "content": "more"}]
@@ -203,6 +233,8 @@ USER = {"role": "user", "content": "q"}
         ([], "messages is empty"),
         ("[", "messages is a string that is not JSON"),
         (None, "messages is null"),
+        ("[" * 100_000, "nested too deeply"),
+        ('[{"role": "user", "content": "\\ud800"}]', "half of a surrogate pair"),
     ],
 )
 def test_rows_that_teach_nothing_or_something_else(tmp_path, messages, expected):

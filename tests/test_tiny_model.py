@@ -193,7 +193,7 @@ def test_pretraining_chats_hold_nothing_of_the_quickstart(builder):
     rows = read_rows(QUICKSTART)
     facts = {turn["content"] for row in rows for turn in row["messages"] if turn["role"] == "assistant"}
     assert len(facts) == 21
-    chats = itertools.islice(builder.draw_chats(builder.load_phrases(), builder.SEED + 1), 20_000)
+    chats = itertools.islice(builder.draw_chats(builder.load_phrases(), builder.SEED + 1), 10_000)
     contents = {turn["content"] for chat in chats for turn in chat}
     assert not facts & contents
     assert not any("Lantern Bay" in content for content in contents)

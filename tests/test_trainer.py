@@ -18,6 +18,7 @@ from qwen_tune.errors import TrainingError
 from qwen_tune.loss import add_labelled_loss
 from qwen_tune.train import train
 
+# TRL 1.16 and PEFT 0.21 use names that Transformers 5.23 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 SHAPE = {
