@@ -1,67 +1,90 @@
-"""The commands. Each imports what it needs when it runs, so that `--help` and `validate` answer at once."""
+"""The commands. Each imports what it needs when it runs, so that `--help` and `validate` answer at once.
+
+Plain argparse: a command line library that validates through pydantic costs every `--help` a tenth of a second.
+"""
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
-
-import typer
 
 from qwen_tune import __version__
 from qwen_tune.errors import QwenTuneError
 
-app = typer.Typer(
-    name="qwen-tune",
-    help="LoRA fine-tuning for the Qwen model family: one recipe from rows to a model that answers.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe: train.learning_rate=1e-4"),
-]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run, adapter or model directory.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+ABOUT = "LoRA fine-tuning for the Qwen model family: one recipe from rows to a model that answers."
 
 
-@app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    if version:
-        print(f"qwen-tune {__version__}")
-        raise typer.Exit
+def build_parser() -> argparse.ArgumentParser:
+    """Every command with its arguments; each carries the function that runs it."""
+    parser = argparse.ArgumentParser(prog="qwen-tune", description=ABOUT, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"qwen-tune {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        added.set_defaults(run=globals()[name])
+        return added
+
+    def recipe_command(name: str, about: str) -> argparse.ArgumentParser:
+        added = command(name, about)
+        added.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe's YAML file")
+        added.add_argument(
+            "overrides",
+            metavar="KEY=VALUE",
+            nargs="*",
+            default=[],
+            help="changes to the recipe: train.learning_rate=1e-4",
+        )
+        return added
+
+    recipe_command("validate", "Check a recipe, its files and their first rows. Loads no model.")
+
+    shown = recipe_command("preview", "Show rows as they will train, token by token. Loads the tokenizer only.")
+    shown.add_argument("--rows", metavar="N", type=_positive, default=3, help="how many samples to show (default: 3)")
+    shown.add_argument("--all", action="store_true", help="show every sample")
+    shown.add_argument("--json", action="store_true", help="one JSON line a sample")
+
+    trained = recipe_command("train", "Train an adapter as a recipe says.")
+    trained.add_argument("--overwrite", action="store_true", help="replace the run that is in the run directory")
+    trained.add_argument("--dry-run", action="store_true", help="stop before weights are loaded; write nothing")
+
+    merged = command("merge", "Merge an adapter into its base: a full model that needs no PEFT.")
+    merged.add_argument("path", metavar="RUN", type=Path, help="a run or an adapter directory")
+    merged.add_argument("--output", metavar="DIR", type=Path, help="where the model goes (default: RUN/merged)")
+    merged.add_argument("--base", metavar="BASE", help="another base: a directory or a Hub id")
+    merged.add_argument("--verify", action="store_true", help="compare the model's logits with base + adapter")
+    merged.add_argument("--overwrite", action="store_true", help="replace the merged model that is there")
+
+    asked = command("chat", "Ask a run, an adapter or a model.")
+    asked.add_argument("path", metavar="RUN", type=Path, help="a run, adapter or model directory")
+    asked.add_argument("prompt", metavar="PROMPT", nargs="?", help="one question; without it a conversation begins")
+    asked.add_argument("--system", metavar="TEXT", help="a system message")
+    asked.add_argument("--compare", action="store_true", help="show the base's answer beside it")
+    asked.add_argument(
+        "--max-new-tokens", metavar="N", type=_positive, default=512, help="longest answer in tokens (default: 512)"
+    )
+    return parser
 
 
-@app.command()
-def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Check a recipe and a sample of its data. Loads no model."""
+def validate(options: argparse.Namespace) -> None:
+    """`qwen-tune validate`."""
     from qwen_tune.recipe_file import load_recipe
     from qwen_tune.validation import check_data
 
-    checked = load_recipe(recipe, overrides or ())
-    rows = check_data(checked.data)
-    print(f"{recipe}: fine. Base {checked.model.base}, {rows}, run directory {checked.run_dir}")
+    recipe = load_recipe(options.recipe, options.overrides)
+    rows = check_data(recipe.data)
+    print(f"{options.recipe}: fine. Base {recipe.model.base}, {rows}, run directory {recipe.run_dir}")
 
 
-@app.command()
-def preview(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="How many samples to show.")] = 3,
-    everything: Annotated[bool, typer.Option("--all", help="Show every sample.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON line a sample.")] = False,
-) -> None:
-    """Show rows as they will train, token by token. Loads the tokenizer only."""
+def preview(options: argparse.Namespace) -> None:
+    """`qwen-tune preview`."""
     from qwen_tune.recipe_file import load_recipe
 
-    checked = load_recipe(recipe, overrides or ())
+    recipe = load_recipe(options.recipe, options.overrides)
 
     from rich.console import Console
 
@@ -72,75 +95,61 @@ def preview(
     from qwen_tune.preparation import prepare_data
 
     quiet_libraries()
-    base = resolve_base(checked.model, weights=False, max_length_tokens=checked.data.max_length_tokens)
-    tokenizer = load_tokenizer(checked.model, base)
-    data = prepare_data(checked.data, ChatTemplate(tokenizer), seed=checked.train.seed)
-    shown = data.train.examples if everything else data.train.examples[:rows]
-    if as_json:
-        for example in shown:
+    base = resolve_base(recipe.model, weights=False, max_length_tokens=recipe.data.max_length_tokens)
+    tokenizer = load_tokenizer(recipe.model, base)
+    data = prepare_data(recipe.data, ChatTemplate(tokenizer), seed=recipe.train.seed)
+    examples = data.train.examples if options.all else data.train.examples[: options.rows]
+    if options.json:
+        for example in examples:
             print(view.as_json(example, tokenizer))
         return
     console = Console()
-    view.show(shown, tokenizer, console)
-    view.show_totals(data, len(shown), console)
+    view.show(examples, tokenizer, console)
+    view.show_totals(data, len(examples), console)
 
 
-@app.command()
-def train(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    overwrite: Overwrite = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before weights are loaded; write nothing.")] = False,
-) -> None:
-    """Train an adapter as a recipe says."""
+def train(options: argparse.Namespace) -> None:
+    """`qwen-tune train`."""
     from qwen_tune.train import train as run_recipe
 
-    run_recipe(recipe, overrides or (), overwrite=overwrite, dry_run=dry_run)
+    run_recipe(options.recipe, options.overrides, overwrite=options.overwrite, dry_run=options.dry_run)
 
 
-@app.command()
-def merge(
-    run: RunPath,
-    output: Annotated[Path | None, typer.Option("--output", help="Where the model goes. Default: RUN/merged.")] = None,
-    base: Annotated[str | None, typer.Option("--base", help="Another base: a directory or a Hub id.")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare its logits with base + adapter.")] = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Merge an adapter into its base: a full model that needs no PEFT."""
+def merge(options: argparse.Namespace) -> None:
+    """`qwen-tune merge`."""
     from qwen_tune.machine import prepare_process
     from qwen_tune.merge import merge as merge_adapter
 
     prepare_process()
-    target = merge_adapter(run, output=output, base=base, overwrite=overwrite)
+    target = merge_adapter(options.path, output=options.output, base=options.base, overwrite=options.overwrite)
     print(f"merged model: {target}")
-    if verify:
+    if options.verify:
         from qwen_tune.verification import verify_merged
 
-        print(verify_merged(run, target, base))
+        print(verify_merged(options.path, target, options.base))
 
 
-@app.command()
-def chat(
-    run: RunPath,
-    prompt: Annotated[str | None, typer.Argument(help="One question; without it a conversation begins.")] = None,
-    system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Show the base's answer beside it.")] = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 512,
-) -> None:
-    """Ask a run, an adapter or a model."""
+def chat(options: argparse.Namespace) -> None:
+    """`qwen-tune chat`."""
     from qwen_tune.chat import chat as hold_chat
     from qwen_tune.machine import prepare_process
 
     prepare_process()
-    hold_chat(run, prompt, system=system, compare=compare, max_new_tokens=max_new_tokens)
+    hold_chat(
+        options.path,
+        options.prompt,
+        system=options.system,
+        compare=options.compare,
+        max_new_tokens=options.max_new_tokens,
+    )
 
 
-def main() -> None:
-    """The console script."""
-    sys.exit(run_command(app))
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script; see `run_command` for the exit code."""
+    sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
 
 
-def run_command(command: Callable[[], object]) -> int:
+def run_command(arguments: Sequence[str]) -> int:
     """Runs a command and turns the user's faults into a message.
 
     Returns:
@@ -149,17 +158,35 @@ def run_command(command: Callable[[], object]) -> int:
     """
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        command()
+        options = _parse(arguments)
+        options.run(options)
     except QwenTuneError as error:
         print(error, file=sys.stderr)
         return 2
-    except SystemExit as done:
-        # Typer ends every command so: 0, 2 for a wrong argument, 130 for an interrupt.
-        code = done.code if isinstance(done.code, int) else int(done.code is not None)
-        if code == 130:
-            print("interrupted", file=sys.stderr)
-        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as done:  # argparse: 0 behind --help, 2 for wrong arguments
+        return done.code if isinstance(done.code, int) else 2
     return 0
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = build_parser()
+    # argparse takes a list of positionals from one place only; overrides may stand behind options as well.
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -79,6 +79,8 @@ class Section(BaseModel):
         strict=True,
         allow_inf_nan=False,
         hide_input_in_errors=True,
+        # Only the whole recipe is ever validated: its sections need no validators of their own.
+        defer_build=True,
         use_attribute_docstrings=True,
     )
 
