@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,13 +184,35 @@ def test_a_finished_run_has_nothing_to_do_and_a_dry_run_writes_nothing(qwen_tune
     assert (other.returncode, "of another recipe" in other.stderr) == (2, True)
 
 
-def test_an_interrupted_run_says_so(workspace):
+def test_an_installed_copy_trains_too(workspace, tmp_path_factory):
+    """The package as pip installs it, away from the checkout: its data files have to be in it."""
+    source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "qwen_tune", source / "qwen_tune", ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", str(site), str(source)], check=True, capture_output=True, text=True)
+    environ = environment(PYTHONPATH=str(site))
+    short = ["recipe.yaml", "train.max_steps=1", "data.eval=null"]
+    script = [sys.executable, str(site / "qwen_tune" / "train.py"), *short]
+    result = subprocess.run(script, cwd=workspace, env=environ, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    again = subprocess.run(
+        [str(site / "bin" / "qwen-tune"), "train", *short], cwd=workspace, env=environ, capture_output=True, text=True
+    )
+    assert (again.returncode, "nothing to do" in again.stdout) == (0, True), again.stderr
+
+
+def test_a_run_in_use_is_left_alone_and_an_interrupted_one_says_so(workspace, qwen_tune):
     command = [sys.executable, "-m", "qwen_tune", "train", "recipe.yaml", "train.max_steps=100000"]
     process = subprocess.Popen(command, cwd=workspace, env=environment(), stderr=subprocess.PIPE, text=True)
     metrics = workspace / "runs" / "small" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not metrics.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
+    second = qwen_tune("train", "recipe.yaml", "--overwrite", cwd=workspace)
+    assert second.returncode == 2
+    assert "in use by a process that is still running" in second.stderr
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
