@@ -23,8 +23,9 @@ TOKENS_A_SAMPLE = 256
 PLAIN_PROMPTS = ("Hello!", "Write a function that adds two numbers.", "What is the capital of France?")
 
 # The largest |logit - logit'| over the largest |logit|. In float32 only the order of sums differs; a merge stored in 16
-# bits rounds every weight it touches, to 8 (bfloat16) or 11 (float16) significant bits.
-TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-1}
+# bits rounds every weight it touches, to 8 (bfloat16) or 11 (float16) significant bits. Measured on a model of 0.5B
+# parameters in bfloat16: 7e-3.
+TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def test_an_adapter_of_another_base_is_not_merged(trained, qwen_tune, tmp_path):
     assert "not the weights that the adapter was trained on" in result.stderr
     bare = qwen_tune("merge", str(path / "adapter"), "--base", str(other), "--output", str(tmp_path / "model"))
     assert bare.returncode == 2
-    assert "of the adapter's tensors fit nothing in the base" in bare.stderr
+    assert "not the weights that the adapter was trained on" in bare.stderr
     assert not (tmp_path / "model").exists()
 
 
