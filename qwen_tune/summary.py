@@ -43,7 +43,8 @@ def show_start(
         "tokens": f"{tokens['prepared']:,} in {samples['train'] + samples['evaluation']:,} samples, "
         f"{tokens['supervised'] / tokens['prepared']:.0%} carry loss",
         "adapter": f"LoRA r={recipe.lora.r}, alpha={recipe.lora.lora_alpha} on {_targets(recipe)}",
-        "batch": f"{recipe.train.global_batch_size} {unit} a step = {world_size()} process x "
+        "batch": f"{recipe.train.global_batch_size} {unit if recipe.train.global_batch_size > 1 else unit[:-1]} a step"
+        f" = {world_size()} process x "
         f"{schedule.per_device_train_batch_size} x {schedule.gradient_accumulation_steps} accumulated, "
         f"about {tokens_per_step:,} tokens",
         "steps": f"{schedule.max_steps:,} ({schedule.steps_per_epoch:,} an epoch of {schedule.rows:,} {unit})",
