@@ -2,39 +2,111 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from string import Template
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file, save_file
+
+from qwen_tune.adapter_config import is_converted
 from qwen_tune.base import BaseCheckpoint
 from qwen_tune.chatml import END_OF_TURN
+from qwen_tune.errors import Problem, RunError
 from qwen_tune.recipe import Recipe
 from qwen_tune.run_dir import RunDir, temporary_beside
+from qwen_tune.untuned import END_OF_TEXT
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-END_OF_TEXT = "<|endoftext|>"
+
+@dataclass
+class AdapterWriter:
+    """Writes an adapter as a directory that is complete beside its base, and reads it back."""
+
+    tokenizer: PreTrainedTokenizerBase
+    base: BaseCheckpoint
+    recipe: Recipe
+    start: dict[str, Tensor] | None = None
+    """The adapter's tensors before the first step, where the adapter took a part of the base (PiSSA, OLoRA)."""
+
+    def remember_start(self, model: PeftModel) -> None:
+        """Keeps the start of an adapter that is saved as the difference to it."""
+        if is_converted(self.recipe.lora):
+            self.start = {name: tensor.cpu().clone() for name, tensor in _tensors(model).items()}
+
+    def start_sha256(self) -> str | None:
+        """What identifies the start; None where there is none to remember."""
+        if self.start is None:
+            return None
+        digest = hashlib.sha256()
+        for name in sorted(self.start):
+            digest.update(self.start[name].numpy().tobytes())
+        return digest.hexdigest()
+
+    def write(self, directory: Path, model: PeftModel) -> None:
+        """Writes weights and configuration as they are, tokenizer, chat template and generation configuration."""
+        model.save_pretrained(directory, save_embedding_layers=False)
+        self._complete(directory)
+
+    def write_plain(self, directory: Path, model: PeftModel) -> None:
+        """The same as plain LoRA, whatever the start of the adapter was."""
+        if self.start is None:
+            model.save_pretrained(directory, save_embedding_layers=False)
+        else:
+            # PEFT makes the folder's name an adapter's, so no dots in it.
+            with TemporaryDirectory(prefix="start_") as start:
+                save_file(self.start, Path(start) / "adapter_model.safetensors", metadata={"format": "pt"})
+                model.save_pretrained(
+                    directory, save_embedding_layers=False, path_initial_model_for_weight_conversion=start
+                )
+        self._complete(directory)
+        # Loading it does not begin with another start, such as a decomposition of the base, only to overwrite it.
+        _change_json(directory / "adapter_config.json", {"init_lora_weights": True})
+
+    def read(self, directory: Path, model: PeftModel) -> None:
+        """Puts the tensors of an adapter directory into a model.
+
+        Raises:
+            RunError: They are not this adapter's.
+        """
+        from peft import set_peft_model_state_dict
+
+        tensors = load_file(directory / "adapter_model.safetensors")
+        if tensors.keys() != _tensors(model).keys():
+            what = "its tensors are not those of the recipe's adapter"
+            raise RunError(Problem(str(directory), what, "begin another run with run.dir="))
+        set_peft_model_state_dict(model, tensors)
+
+    def _complete(self, directory: Path) -> None:
+        _change_json(
+            directory / "adapter_config.json",
+            # As PEFT will look for it: the Hub id and its commit, or the directory.
+            {
+                "base_model_name_or_path": str(self.base.path) if self.base.is_local else self.base.id,
+                "revision": self.base.revision,
+            },
+        )
+        self.tokenizer.save_pretrained(directory)
+        write_generation_config(directory, self.base, self.tokenizer)
+        shape = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+        (directory / "README.md").write_text(_card(self.base, self.recipe, shape), encoding="utf-8")
 
 
-def save_adapter(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, base: BaseCheckpoint, recipe: Recipe, run: RunDir
-) -> None:
-    """Writes adapter weights and configuration, tokenizer, chat template, generation configuration and a card.
-
-    The directory appears whole: it is written beside its place and renamed.
-    """
+def save_adapter(model: PeftModel, writer: AdapterWriter, run: RunDir) -> None:
+    """Writes the run's adapter. The directory appears whole: it is written beside its place and renamed."""
     target = run.adapter
     temporary = temporary_beside(target)
-    model.save_pretrained(temporary, save_embedding_layers=False)
-    _name_base(temporary / "adapter_config.json", base)
-    tokenizer.save_pretrained(temporary)
-    write_generation_config(temporary, base, tokenizer)
-    (temporary / "README.md").write_text(_card(base, recipe), encoding="utf-8")
+    writer.write_plain(temporary, model)
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
 
@@ -54,15 +126,20 @@ def write_generation_config(directory: Path, base: BaseCheckpoint, tokenizer: Pr
     (directory / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _name_base(path: Path, base: BaseCheckpoint) -> None:
-    """Names the base as PEFT will look for it: the Hub id and its commit, or the directory."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = str(base.path) if base.is_local else base.id
-    config["revision"] = base.revision
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _tensors(model: PeftModel) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
+
+    # Embeddings are no part of it; "auto" would ask the Hub whether the vocabulary has grown.
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return tensors
 
 
-def _card(base: BaseCheckpoint, recipe: Recipe) -> str:
+def _change_json(path: Path, changes: Mapping[str, Any]) -> None:
+    settings = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _card(base: BaseCheckpoint, recipe: Recipe, shape: Mapping[str, Any]) -> str:
     """A README that says what this is and how to use it, with nothing of this machine in it."""
     front_matter = "" if base.is_local else f"base_model: {base.id}\nbase_model_relation: adapter\n"
     text = files("qwen_tune").joinpath("adapter_card.md").read_text(encoding="utf-8")
@@ -70,8 +147,8 @@ def _card(base: BaseCheckpoint, recipe: Recipe) -> str:
         front_matter=front_matter,
         name=recipe.name,
         base=base.path.name if base.is_local else base.id,
-        rank=recipe.lora.r,
-        alpha=recipe.lora.lora_alpha,
+        rank=shape["r"],
+        alpha=shape["lora_alpha"],
         loss_on=recipe.data.loss_on,
         thinking=recipe.data.thinking,
     )

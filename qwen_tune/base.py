@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_tune.errors import ModelError, Problem
+from qwen_tune.errors import ModelError, Problem, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,14 +145,15 @@ def resolve_base(model: ModelSpec, *, weights: bool = True, max_length_tokens: i
 
 
 def load_tokenizer(model: ModelSpec, base: BaseCheckpoint) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, with the recipe's chat template where it gives one.
+    """The checkpoint's tokenizer, with the recipe's chat template where it gives one and turns that end the text.
 
     Raises:
-        ModelError: The tokenizer cannot be read, belongs to an untuned base, or would lose the ends of turns.
+        ModelError: The tokenizer cannot be read, is no ChatML tokenizer, or would lose the ends of turns.
     """
     from transformers import AutoTokenizer
 
     from qwen_tune.chatml import END_OF_TURN
+    from qwen_tune.untuned import end_turns
 
     if not (base.path / "tokenizer.json").exists() and not (base.path / "vocab.json").exists():
         # Transformers would make up a tokenizer of two tokens and say nothing.
@@ -160,7 +161,7 @@ def load_tokenizer(model: ModelSpec, base: BaseCheckpoint) -> PreTrainedTokenize
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare exceptions for files it cannot read
-        raise ModelError(Problem(base.id, f"the tokenizer cannot be loaded: {_first_line(error)}")) from error
+        raise ModelError(Problem(base.id, f"the tokenizer cannot be loaded: {first_line(error)}")) from error
     vocabulary = int(base.config.get("vocab_size", 0))
     if len(tokenizer) > vocabulary or tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=False)) != PROBE:
         raise ModelError(
@@ -173,14 +174,8 @@ def load_tokenizer(model: ModelSpec, base: BaseCheckpoint) -> PreTrainedTokenize
     if model.chat_template is not None:
         tokenizer.chat_template = _read_template(model.chat_template)
     if tokenizer.eos_token != END_OF_TURN:
-        raise ModelError(
-            Problem(
-                base.id,
-                f"not yet: its end of text is {tokenizer.eos_token}, not {END_OF_TURN}: this is a base checkpoint, "
-                "whose ChatML tokens are untrained",
-                "use its Instruct checkpoint",
-            )
-        )
+        # Of a base checkpoint, or of a tuned one whose files disagree: what ends an answer is the end of a turn.
+        end_turns(base, tokenizer)
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         raise ModelError(
             Problem(
@@ -218,7 +213,7 @@ def _hub_base(model: ModelSpec, *, weights: bool) -> BaseCheckpoint:
         raise ModelError(
             Problem(
                 model.base,
-                f"neither a directory nor a model that the Hub gives us ({_first_line(error)})",
+                f"neither a directory nor a model that the Hub gives us ({first_line(error)})",
                 "check model.base; for a gated model accept its terms and run `hf auth login`; without a network give "
                 "a directory",
             )
@@ -252,10 +247,15 @@ def _read_header(file: Path) -> dict[str, TensorSpan]:
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
+    """The JSON object of a file.
+
+    Raises:
+        ModelError: It cannot be read, or holds something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(Problem(str(path), f"cannot be read as JSON ({_first_line(error)})")) from None
+        raise ModelError(Problem(str(path), f"cannot be read as JSON ({first_line(error)})")) from None
     if not isinstance(value, dict):
         raise ModelError(Problem(str(path), "expected a JSON object"))
     return value
@@ -266,9 +266,5 @@ def _read_template(path: str) -> str:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(
-            Problem(path, f"the chat template cannot be read: {_first_line(error)}", "check model.chat_template")
+            Problem(path, f"the chat template cannot be read: {first_line(error)}", "check model.chat_template")
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

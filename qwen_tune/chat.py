@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qwen_tune.errors import Problem, RunError
 
@@ -30,17 +29,17 @@ class ChatModel:
             RunError: The directory is none of these.
             MergeError: The adapter does not fit its base.
         """
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-        cuda = torch.cuda.is_available()
-        dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        from qwen_tune.model import automatic_dtype, own_device
+
+        dtype = automatic_dtype()
         is_adapter = (path / "adapter").is_dir() or (path / "adapter_config.json").exists()
         if is_adapter:
             from qwen_tune.merge import AdapterDir, load_with_adapter
 
             adapter = AdapterDir.open(path)
-            folder, model = adapter.path, load_with_adapter(adapter, dtype)
+            folder, model = adapter.path, load_with_adapter(adapter, dtype, quantized=True)
             if not (folder / "tokenizer_config.json").exists():
                 folder = adapter.base.path
         elif (path / "config.json").exists():
@@ -52,35 +51,18 @@ class ChatModel:
                 Problem(str(path), f"{what}; expected a finished run, an adapter or a model directory", "train first")
             )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        generation = folder / "generation_config.json"
-        if generation.exists():
+        if (folder / "generation_config.json").exists():
             # The base's own file may not know the end of a turn; the one beside the adapter does.
-            model.generation_config = type(model.generation_config)(**json.loads(generation.read_text("utf-8")))
-        if cuda:
-            model = model.to("cuda")
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        if model.device.type == "cpu":
+            model = model.to(own_device())
         return cls(model.eval(), tokenizer, has_adapter=is_adapter)
 
     def answer(self, messages: Sequence[dict[str, str]], *, max_new_tokens: int, stream: bool = False) -> str:
-        """The model's greedy answer, without the tokens that end it.
+        """The model's greedy answer; see `greedy_answer`."""
+        from qwen_tune.answers import greedy_answer
 
-        Args:
-            messages: The conversation so far, ending with the user.
-            max_new_tokens: Where to stop an answer that does not end.
-            stream: Whether to print the answer as it comes.
-        """
-        import torch
-        from transformers import TextStreamer
-
-        inputs = self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(self.model.device)
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-        settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        with torch.inference_mode():
-            output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **settings)
-        answer = self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        assert isinstance(answer, str)
-        return answer.strip()
+        return greedy_answer(self.model, self.tokenizer, messages, max_new_tokens=max_new_tokens, stream=stream)
 
     def base_answer(self, messages: Sequence[dict[str, str]], *, max_new_tokens: int) -> str:
         """The answer without the adapter."""

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from qwen_tune.conversation import Conversation, Message, RowError, tool_name
@@ -75,7 +76,7 @@ class ChatTemplate:
         self._control_tokens = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
         probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!", "reasoning_content": "~why~"}]
         try:
-            rendered = self.render(probe, enable_thinking=True)
+            rendered = self.render(probe, template_kwargs={"enable_thinking": True})
         except RowError as problem:
             raise ModelError(
                 Problem("chat template", f"it cannot render one question and answer: {problem.what}")
@@ -96,9 +97,15 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = False,
-        **template_kwargs: Any,
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """The template's text for some messages.
+
+        Args:
+            messages: As an OpenAI API takes them.
+            tools: What the model may call.
+            add_generation_prompt: Whether the text ends where the model is to answer.
+            template_kwargs: Further variables of the template, such as enable_thinking.
 
         Raises:
             RowError: The template refuses them.
@@ -142,8 +149,8 @@ def render_samples(conversation: Conversation, template: ChatTemplate, data: Dat
             "enable_thinking": _enable_thinking(conversation.messages[index], index, data.thinking),
             **conversation.chat_template_kwargs,
         }
-        prompt = template.render(messages[:index], tools=tools, add_generation_prompt=True, **kwargs)
-        full = template.render(messages[: index + 1], tools=tools, **kwargs)
+        prompt = template.render(messages[:index], tools=tools, add_generation_prompt=True, template_kwargs=kwargs)
+        full = template.render(messages[: index + 1], tools=tools, template_kwargs=kwargs)
         if not full.startswith(prompt):
             raise RowError(
                 f"messages[{index}]: with this turn the template writes another text than the prompt that a server "
@@ -167,7 +174,7 @@ def _render_whole(conversation: Conversation, template: ChatTemplate, data: Data
     thinks = [_enable_thinking(turn, index, data.thinking) for index, turn in answers]
     kwargs = {"enable_thinking": any(thinks), **conversation.chat_template_kwargs}
     messages = [message.for_template() for message in conversation.messages]
-    text = template.render(messages, tools=conversation.tools, **kwargs)
+    text = template.render(messages, tools=conversation.tools, template_kwargs=kwargs)
     for index, _ in answers:
         _refuse_losses(conversation, index, text, text)
     return RenderedSample(text, ((0, len(text)),))
@@ -256,14 +263,7 @@ def _with_reasoning_apart(conversation: Conversation, template: ChatTemplate) ->
         if message.role == "assistant" and template.renders_reasoning and message.content:
             message = _split_inline_thinking(message, index)
         messages.append(message)
-    return Conversation(
-        conversation.source,
-        conversation.source_name,
-        tuple(messages),
-        conversation.tools,
-        conversation.chat_template_kwargs,
-        conversation.warnings,
-    )
+    return replace(conversation, messages=tuple(messages))
 
 
 def _split_inline_thinking(message: Message, index: int) -> Message:
@@ -279,15 +279,7 @@ def _split_inline_thinking(message: Message, index: int) -> Message:
     if message.reasoning_content is not None:
         raise RowError(f"messages[{index}] has both reasoning_content and a <think> block", "keep one of them")
     reasoning = match["reasoning"].strip("\n").strip()
-    return Message(
-        role=message.role,
-        content=match["answer"].lstrip("\n"),
-        reasoning_content=reasoning or None,
-        tool_calls=message.tool_calls,
-        tool_call_id=message.tool_call_id,
-        name=message.name,
-        train=message.train,
-    )
+    return replace(message, content=match["answer"].lstrip("\n"), reasoning_content=reasoning or None)
 
 
 def _end_of_answer(full: str, start: int, index: int) -> int:

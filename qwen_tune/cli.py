@@ -6,6 +6,7 @@ Plain argparse: a command line library that validates through pydantic costs eve
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -55,7 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     merged = command("merge", "Merge an adapter into its base: a full model that needs no PEFT.")
     merged.add_argument("path", metavar="RUN", type=Path, help="a run or an adapter directory")
     merged.add_argument("--output", metavar="DIR", type=Path, help="where the model goes (default: RUN/merged)")
-    merged.add_argument("--base", metavar="BASE", help="another base: a directory or a Hub id")
+    merged.add_argument(
+        "--base",
+        metavar="BASE",
+        help="original or dequantized weights of the adapter's own base, or another base: a directory or a Hub id",
+    )
     merged.add_argument("--verify", action="store_true", help="compare the model's logits with base + adapter")
     merged.add_argument("--overwrite", action="store_true", help="replace the merged model that is there")
 
@@ -110,8 +115,13 @@ def preview(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """`qwen-tune train`."""
+    from qwen_tune.launch import launch, processes_to_start
+    from qwen_tune.recipe_file import load_recipe
     from qwen_tune.train import train as run_recipe
 
+    processes = processes_to_start(load_recipe(options.recipe, options.overrides).train.num_processes)
+    if processes > 1 and not options.dry_run:
+        sys.exit(launch(sys.argv[1:], processes))
     run_recipe(options.recipe, options.overrides, overwrite=options.overwrite, dry_run=options.dry_run)
 
 
@@ -144,9 +154,9 @@ def chat(options: argparse.Namespace) -> None:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """The console script; see `run_command` for the exit code."""
-    sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
+    sys.exit(run_command(sys.argv[1:]))
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -161,14 +171,20 @@ def run_command(arguments: Sequence[str]) -> int:
         options = _parse(arguments)
         options.run(options)
     except QwenTuneError as error:
-        print(error, file=sys.stderr)
+        tell(error)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        tell(stopped.args[0] if stopped.args else "interrupted")
         return 130
     except SystemExit as done:  # argparse: 0 behind --help, 2 for wrong arguments
         return done.code if isinstance(done.code, int) else 2
     return 0
+
+
+def tell(message: object) -> None:
+    """Prints a message that ends the process, once on a machine: its processes would all say the same."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(message, file=sys.stderr, flush=True)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

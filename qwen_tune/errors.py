@@ -77,5 +77,17 @@ class TrainingError(QwenTuneError):
     """Training stopped for a reason that the user has to decide on."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run that was asked to stop and has saved its work; ends with exit code 130."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"interrupted behind step {step}, which is saved. The same command goes on from there")
+
+
 class MergeError(QwenTuneError):
     """Base and adapter do not make a complete model."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -25,7 +25,27 @@ SHAREGPT_ROLES = {
     "tool": "tool",
 }
 
-OWNED_TEMPLATE_KWARGS = {"messages", "conversation", "tools", "add_generation_prompt", "tokenize", "chat_template"}
+# What `apply_chat_template`, and all that it hands a row's arguments to, takes for itself.
+OWNED_TEMPLATE_KWARGS = {
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "conversations",
+    "documents",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "sanitize_control_tokens",
+    "self",
+    "tokenize",
+    "tokenizer_kwargs",
+    "tools",
+    "truncation",
+}
 
 ACCEPTED = (
     'messages ({"messages": [{"role": "user", "content": …}, …]}), '
@@ -80,7 +100,7 @@ def to_conversation(
     if not isinstance(template_kwargs.get("enable_thinking", False), bool):
         raise RowError("chat_template_kwargs.enable_thinking must be true or false")
     if reserved := template_kwargs.keys() & OWNED_TEMPLATE_KWARGS:
-        raise RowError(f"chat_template_kwargs sets {', '.join(sorted(reserved))}, which the toolkit sets itself")
+        raise RowError(f"chat_template_kwargs sets {', '.join(sorted(reserved))}, which no row can set", "remove it")
     return Conversation(
         source=source,
         source_name=source_name,

@@ -24,26 +24,34 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 
+def local_rank() -> int:
+    """The number of this process among those of this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def rank() -> int:
+    """The number of this process among all of the run."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main_process() -> bool:
     """Whether this is the process that writes and prints."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
+
+
+def say(text: str) -> None:
+    """Prints a line, once for all processes."""
+    if is_main_process():
+        print(text, flush=True)
 
 
 def check_world(num_processes: int | None) -> None:
     """Compares the processes that run with those that the recipe asks for.
 
     Raises:
-        RunError: They differ, or there are more than this version trains with.
+        RunError: They differ.
     """
     running = world_size()
-    if running > 1:
-        raise RunError(
-            Problem(
-                "world size",
-                f"not yet: {running} processes run, and this version trains with one",
-                "start one process (accelerate launch --num_processes 1)",
-            )
-        )
     if num_processes is not None and running != num_processes:
         hint = (
             "; on a CPU, `accelerate launch --cpu --num_processes N` starts one process whatever N says"

@@ -2,42 +2,56 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_tune.adapter import write_generation_config
 from qwen_tune.base import BaseCheckpoint, TensorSpan, read_json, resolve_base
-from qwen_tune.errors import MergeError, Problem
+from qwen_tune.checkpoints import sha256
+from qwen_tune.errors import MergeError, Problem, first_line
 from qwen_tune.recipe import ModelSpec
 from qwen_tune.run_dir import RunDir, temporary_beside, write_atomically
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# Starts of an adapter that change the base: merged into the base as it was, such an adapter gives another model.
+CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "eva")
 
 
 @dataclass(frozen=True)
 class AdapterDir:
-    """A PEFT adapter directory with the base that it names."""
+    """A PEFT adapter directory with the base that it names.
+
+    `quantization` is the configuration under which the adapter was trained, where its run recorded one; `dequantized`
+    says whether it is merged into the base as it was then, or into the base's own weights.
+    """
 
     path: Path
     config: Mapping[str, Any]
     base: BaseCheckpoint
+    quantization: Mapping[str, Any] | None = None
+    dequantized: bool = False
 
     @classmethod
     def open(cls, path: Path, base: str | None = None) -> AdapterDir:
         """Reads an adapter's configuration and finds its base.
 
         Args:
-            path: A run directory or an adapter directory.
-            base: Another base than the one that the adapter names.
+            path: A run directory, a checkpoint or an adapter directory.
+            base: `dequantized` or `original` weights of the base that the adapter names, or another base. Default:
+                dequantized where the run trained on a quantized base.
 
         Raises:
-            MergeError: There is no adapter.
+            MergeError: There is no adapter, or one that no base can be merged with.
             ModelError: The base is not to be had.
         """
         folder = path / "adapter" if (path / "adapter").is_dir() else path
@@ -53,11 +67,17 @@ class AdapterDir:
         if not (folder / "adapter_model.safetensors").exists():
             raise MergeError(Problem(str(folder), "there is no adapter_model.safetensors; pickles are not loaded"))
         config = read_json(config_file)
-        named = base or config.get("base_model_name_or_path")
+        quantization = _recorded_facts(folder).get("quantization")
+        if base == "dequantized" and quantization is None:
+            what = "no run beside the adapter says that it was trained on a quantized base, nor how"
+            raise MergeError(Problem(str(path), what, "give the run's directory, or --base original"))
+        other = None if base in ("dequantized", "original") else base
+        named = other or config.get("base_model_name_or_path")
         if not isinstance(named, str) or not named:
             raise MergeError(Problem(str(config_file), "it names no base (base_model_name_or_path)", "give --base"))
-        revision = None if base or Path(named).is_dir() else config.get("revision")
-        return cls(folder, config, resolve_base(ModelSpec(base=named, revision=revision)))
+        revision = None if other or Path(named).is_dir() else config.get("revision")
+        found = resolve_base(ModelSpec(base=named, revision=revision))
+        return cls(folder, config, found, quantization, dequantized=quantization is not None and base != "original")
 
     @property
     def run(self) -> Path | None:
@@ -65,9 +85,17 @@ class AdapterDir:
         return self.path.parent if (self.path.parent / "run.json").exists() else None
 
 
+def _recorded_facts(folder: Path) -> Mapping[str, Any]:
+    """What the run says that an adapter or a checkpoint belongs to; nothing where there is none."""
+    for run in (folder.parent, folder.parent.parent):
+        if (run / "run.json").exists():
+            return RunDir.open(run).facts
+    return {}
+
+
 def merge_run(run: RunDir) -> Path:
     """Merges a run's own adapter into its own base, beside the adapter."""
-    return merge(run.path, output=run.merged)
+    return merge(run.path, output=run.merged, overwrite=True)
 
 
 def merge(path: Path, *, output: Path | None = None, base: str | None = None, overwrite: bool = False) -> Path:
@@ -76,7 +104,7 @@ def merge(path: Path, *, output: Path | None = None, base: str | None = None, ov
     Args:
         path: A run directory or an adapter directory.
         output: Where the model goes; `merged` in the run directory when None.
-        base: Another base than the one that the adapter was trained on.
+        base: See `AdapterDir.open`.
         overwrite: Whether a model that is there may be replaced.
 
     Returns:
@@ -103,24 +131,50 @@ def merge(path: Path, *, output: Path | None = None, base: str | None = None, ov
     return target
 
 
-def load_with_adapter(adapter: AdapterDir, dtype: Any) -> PreTrainedModel:
+def load_with_adapter(adapter: AdapterDir, dtype: Any, *, quantized: bool = False) -> PeftModel:
     """Base and adapter in memory, as PEFT puts them together.
+
+    Args:
+        adapter: The adapter and its base.
+        dtype: The type of the base's weights; `auto` for that of the files.
+        quantized: Leave a base quantized that was so in training, rather than unpack it.
 
     Raises:
         MergeError: A file cannot be read, or the adapter has keys or shapes that this base does not.
     """
     from peft import PeftModel
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(adapter.base.path, dtype=dtype, trust_remote_code=False)
+        model = _load_base(adapter, dtype, quantized=quantized)
         return PeftModel.from_pretrained(model, adapter.path)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MergeError(
-            Problem(str(adapter.path), f"the adapter does not fit the base {adapter.base.id} ({line})", "give --base")
-        ) from error
+        what = f"the adapter does not fit the base {adapter.base.id} ({first_line(error)})"
+        raise MergeError(Problem(str(adapter.path), what, "give --base")) from error
+
+
+def _load_base(adapter: AdapterDir, dtype: Any, *, quantized: bool) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    if adapter.quantization is None or not (adapter.dequantized or quantized):
+        return AutoModelForCausalLM.from_pretrained(adapter.base.path, dtype=dtype, trust_remote_code=False)
+    from qwen_tune.model import own_device
+    from qwen_tune.quantization import config_from_facts
+
+    model = AutoModelForCausalLM.from_pretrained(
+        adapter.base.path,
+        dtype=dtype,
+        trust_remote_code=False,
+        quantization_config=config_from_facts(adapter.quantization),
+        device_map={"": own_device() if quantized else "cpu"},
+    )
+    if quantized:
+        return model
+    # The weights that the adapter was trained on: what 4 or 8 bits left of the base, in the type of its files.
+    model = model.dequantize(dtype=model.dtype)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
 
 
 def _check_target(target: Path, adapter: AdapterDir, overwrite: bool) -> None:
@@ -156,6 +210,7 @@ def _write_model(adapter: AdapterDir, target: Path) -> int:
     from safetensors import safe_open
     from transformers import AutoTokenizer
 
+    _check_start(adapter)
     model = load_with_adapter(adapter, "auto")
     with safe_open(adapter.path / "adapter_model.safetensors", framework="pt") as file:
         stored = set(file.keys())
@@ -176,18 +231,34 @@ def _write_model(adapter: AdapterDir, target: Path) -> int:
     )
     tokenizer.save_pretrained(target)
     write_generation_config(target, adapter.base, tokenizer)
-    _add_legacy_keys(target / "config.json")
+    _complete_config(target / "config.json", tokenizer)
     return len(placed)
 
 
-def _add_legacy_keys(path: Path) -> None:
-    """Adds the keys under which transformers 4 looks: without them it takes 10,000 for rope_theta, saying nothing."""
+def _check_start(adapter: AdapterDir) -> None:
+    start = adapter.config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(CHANGED_BASES):
+        raise MergeError(
+            Problem(
+                str(adapter.path),
+                f"this adapter was started by {start}, which changes the base, and holds no conversion to plain LoRA",
+                "merge the adapter of the finished run, which is converted",
+            )
+        )
+
+
+def _complete_config(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Ends texts where turns end, and adds the keys under which transformers 4 looks.
+
+    Without the latter it takes 10,000 for rope_theta, saying nothing.
+    """
     config = json.loads(path.read_text(encoding="utf-8"))
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         config.setdefault("rope_theta", rope["rope_theta"])
     if "dtype" in config:
         config.setdefault("torch_dtype", config["dtype"])
+    config["eos_token_id"] = tokenizer.eos_token_id
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -223,19 +294,19 @@ def _prove(adapter: AdapterDir, target: Path, consumed: int) -> dict[str, Any]:
     if {name: span.shape for name, span in ours.items()} != {name: span.shape for name, span in theirs.items()}:
         different = sorted(ours.keys() ^ theirs.keys()) or ["a shape"]
         raise MergeError(Problem(adapter.base.id, f"the merged tensors are not the base's ({different[0]}, …)"))
-    with safe_open(adapter.path / "adapter_model.safetensors", framework="pt") as file:
-        planned = {
-            key.removeprefix("base_model.model.").split(".lora_")[0] + ".weight"
-            for key in file.keys()  # noqa: SIM118
-        }
+    planned = _planned_changes(adapter, ours)
     changed: set[str] = set()
-    for name, span in ours.items():
-        with safe_open(span.file, framework="pt") as new, safe_open(theirs[name].file, framework="pt") as old:
-            tensor, before = new.get_tensor(name), old.get_tensor(name)
-        if not bool(torch.isfinite(tensor).all()):
-            raise MergeError(Problem(name, "the merged tensor holds values that are no numbers"))
-        if tensor.dtype != before.dtype or not torch.equal(tensor, before):
-            changed.add(name)
+    with ExitStack() as stack:
+        files = {
+            path: stack.enter_context(safe_open(path, framework="pt"))
+            for path in {span.file for span in (*ours.values(), *theirs.values())}
+        }
+        for name, span in ours.items():
+            tensor, before = files[span.file].get_tensor(name), files[theirs[name].file].get_tensor(name)
+            if not bool(torch.isfinite(tensor).all()):
+                raise MergeError(Problem(name, "the merged tensor holds values that are no numbers"))
+            if tensor.dtype != before.dtype or not torch.equal(tensor, before):
+                changed.add(name)
     if changed - planned:
         raise MergeError(Problem(sorted(changed - planned)[0], "the merge changed a tensor that has no adapter"))
     if not changed:
@@ -243,20 +314,40 @@ def _prove(adapter: AdapterDir, target: Path, consumed: int) -> dict[str, Any]:
             Problem(str(adapter.path), "the merge changed nothing: the adapter's matrices are zero", "train it first")
         )
     return {
-        "base": {"id": adapter.base.id, "revision": adapter.base.revision},
+        "base": {
+            "id": adapter.base.id,
+            "revision": adapter.base.revision,
+            "weights": "dequantized" if adapter.dequantized else "original",
+        },
         "adapter_tensors": consumed,
         "tensors": len(ours),
         "changed": len(changed),
         "planned": len(planned),
         "unchanged_with_adapter": sorted(planned - changed),
-        "files": {file.name: _sha256(file) for file in sorted(target.iterdir()) if file.is_file()},
+        "files": {file.name: sha256(file) for file in sorted(target.iterdir()) if file.is_file()},
     }
+
+
+def _planned_changes(adapter: AdapterDir, tensors: Mapping[str, TensorSpan]) -> set[str]:
+    """The names of the model's tensors that this merge may change."""
+    from safetensors import safe_open
+
+    with safe_open(adapter.path / "adapter_model.safetensors", framework="pt") as file:
+        keys = [key.removeprefix("base_model.model.") for key in file.keys()]  # noqa: SIM118
+    planned = set()
+    for key in keys:
+        module, *part = re.split(r"\.(?:lora_|token_adapter\.)", key)
+        # Biases and modules that are saved whole go by their own names.
+        planned.add(f"{module}.weight" if part else key.replace(".base_layer.", "."))
+    if adapter.dequantized:
+        planned |= {name for name in tensors if re.search(r"\.layers\.\d+\..*_proj\.weight$", name)}
+    return planned
 
 
 def _without_tied_copy(base: BaseCheckpoint) -> dict[str, TensorSpan]:
     """The base's tensors, less an output matrix that is only a copy of the tied embeddings.
 
-    Some checkpoints (Qwen3-0.6B is one) store both; Transformers ties them and writes one.
+    Some checkpoints store both; Transformers ties them and writes one.
     """
     from safetensors import safe_open
 
@@ -267,11 +358,3 @@ def _without_tied_copy(base: BaseCheckpoint) -> dict[str, TensorSpan]:
     with safe_open(tensors[head].file, framework="pt") as one, safe_open(tensors[embedding].file, "pt") as other:
         is_copy = one.get_tensor(head).equal(other.get_tensor(embedding))
     return {name: span for name, span in tensors.items() if name != head or not is_copy}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The base model in memory, and the adapter's shape on it."""
+"""The base model in memory: in which type, how quantized, and on which device."""
 
 from __future__ import annotations
 
@@ -10,16 +10,12 @@ import torch
 from torch import nn
 
 from qwen_tune.base import BaseCheckpoint
-from qwen_tune.errors import ModelError, Problem
-from qwen_tune.machine import uses_gpu
-from qwen_tune.recipe import LoraSpec, ModelSpec
+from qwen_tune.errors import ModelError, Problem, first_line
+from qwen_tune.machine import local_rank, uses_gpu
+from qwen_tune.recipe import ModelSpec
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-    from transformers import PreTrainedModel
-
-ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
 def training_dtype(model: ModelSpec) -> torch.dtype:
@@ -31,9 +27,9 @@ def training_dtype(model: ModelSpec) -> torch.dtype:
         ModelError: The recipe asks for a type that this machine lacks.
     """
     cuda = uses_gpu()
-    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu_has_bfloat16()
     if model.dtype == "auto":
-        return torch.bfloat16 if cuda and has_bfloat16 else torch.float32
+        return automatic_dtype()
+    has_bfloat16 = gpu_has_bfloat16() if cuda else cpu_has_bfloat16()
     if model.dtype == "bfloat16" and not has_bfloat16:
         raise ModelError(
             Problem(
@@ -51,6 +47,21 @@ def training_dtype(model: ModelSpec) -> torch.dtype:
     return dtype
 
 
+def automatic_dtype() -> torch.dtype:
+    """bfloat16 on a GPU that has it, else float32."""
+    return torch.bfloat16 if uses_gpu() and gpu_has_bfloat16() else torch.float32
+
+
+def gpu_has_bfloat16() -> bool:
+    """Whether the GPU multiplies bfloat16 in hardware."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def own_device() -> str:
+    """Where this process keeps its model: its own GPU, or the CPU."""
+    return f"cuda:{local_rank()}" if uses_gpu() else "cpu"
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
     flags = Path("/proc/cpuinfo")
@@ -60,15 +71,21 @@ def cpu_has_bfloat16() -> bool:
 
 
 def load_base_model(
-    model: ModelSpec, base: BaseCheckpoint, *, dtype: torch.dtype, device: str | None = None
+    model: ModelSpec,
+    base: BaseCheckpoint,
+    *,
+    dtype: torch.dtype | str,
+    device: str | None = None,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """Loads the base's weights.
 
     Args:
         model: The recipe's model section.
         base: Where the checkpoint lies.
-        dtype: See `training_dtype`.
+        dtype: See `training_dtype`; `auto` for that of the files.
         device: Where to, for example `cuda:0`; the CPU when None.
+        quantization: How to quantize linear layers while they are loaded; see `quantization`.
 
     Raises:
         ModelError: The files do not make the model that config.json describes.
@@ -81,13 +98,18 @@ def load_base_model(
             base.path,
             dtype=dtype,
             attn_implementation="sdpa" if model.attention == "auto" else model.attention,
-            device_map=device,
+            # One whole model a process: `auto` would spread a quantized one over all GPUs.
+            device_map={"": device} if device else None,
+            quantization_config=quantization,
             trust_remote_code=False,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(Problem(base.id, f"the weights cannot be loaded: {line}", "download it again")) from error
+        if isinstance(error, torch.OutOfMemoryError):
+            what = "there is not enough memory for its weights"
+            raise ModelError(Problem(base.id, what, "write quantization: nf4, or choose a smaller base")) from error
+        what = f"the weights cannot be loaded: {first_line(error)}"
+        raise ModelError(Problem(base.id, what, "download it again")) from error
     wrong = {kind: sorted(names)[:3] for kind, names in info.items() if names and kind != "unexpected_keys"}
     if wrong:
         raise ModelError(
@@ -95,47 +117,3 @@ def load_base_model(
         )
     assert isinstance(loaded, nn.Module)
     return loaded
-
-
-def target_modules(model: nn.Module, lora: LoraSpec) -> list[str]:
-    """The names of the linear layers that get an adapter, as PEFT takes them.
-
-    Raises:
-        ModelError: A name that the recipe lists is no linear layer of the model.
-    """
-    output = getattr(model, "lm_head", None)
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not output}
-    last_parts = {name.rsplit(".", 1)[-1] for name in linear}
-    if isinstance(lora.target_modules, str):
-        groups = {"all-linear": ATTENTION_MODULES + MLP_MODULES, "attention": ATTENTION_MODULES, "mlp": MLP_MODULES}
-        wanted: tuple[str, ...] = groups[lora.target_modules]
-    else:
-        wanted = tuple(lora.target_modules)
-    missing = [name for name in wanted if name not in last_parts and not any(_is_suffix(name, full) for full in linear)]
-    if missing:
-        raise ModelError(
-            Problem(
-                "lora.target_modules",
-                f"{', '.join(missing)} matches no linear layer of the model; it has {', '.join(sorted(last_parts))}",
-                "use these names, or one of all-linear, attention, mlp",
-            )
-        )
-    return sorted(wanted)
-
-
-def lora_config(lora: LoraSpec, targets: list[str]) -> LoraConfig:
-    """PEFT's configuration for the recipe's adapter."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=targets,
-        bias="none",
-    )
-
-
-def _is_suffix(name: str, full: str) -> bool:
-    return full == name or full.endswith(f".{name}")

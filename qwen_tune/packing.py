@@ -21,6 +21,14 @@ def pack(examples: Sequence[TokenizedExample], data: DataSpec) -> list[Pack]:
     return [[examples[index] for index in group] for group in groups]
 
 
+def pack_by_source(examples: Sequence[TokenizedExample], data: DataSpec) -> dict[str, list[Pack]]:
+    """The rows of each source by its name, so that each can have a loss of its own."""
+    sources: dict[str, list[TokenizedExample]] = {}
+    for example in examples:
+        sources.setdefault(example.source_name, []).append(example)
+    return {name: pack(source, data) for name, source in sources.items()}
+
+
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Packs by best fit decreasing: the longest first, each into the pack that it fills most.
 

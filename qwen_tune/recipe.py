@@ -20,8 +20,6 @@ A field's docstring is its help text. No field accepts `None` unless `None` is i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -265,7 +263,8 @@ class LoraSpec(Section):
     trainable_token_indices: list[Annotated[int, Field(ge=0)]] | dict[str, list[Annotated[int, Field(ge=0)]]] | None = (
         None
     )
-    """Token ids whose embeddings are trained, or such a list for each embedding module."""
+    """Token ids whose embeddings are trained, or such a list for each embedding module. Default: none, but the two
+    control tokens of ChatML where the checkpoint is a base one; `[]` is none there too."""
 
     target_parameters: list[Text] | None = None
     """Parameter names that get an adapter although they are no linear layer, such as the experts of a MoE."""
@@ -333,6 +332,9 @@ class TrainSpec(Section):
     ] = "adamw_torch_fused"
     """Optimizer, of those in Transformers that need no further package."""
 
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
+    """LoRA+: the learning rate of the `B` matrices over that of the others. Default: one rate for all."""
+
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Weight decay per step, in units of the learning rate."""
 
@@ -347,6 +349,15 @@ class TrainSpec(Section):
 
     eval_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps between two evaluations. Default: none while training."""
+
+    eval_prompts: list[Text] = Field(default_factory=list)
+    """Prompts that are answered at every evaluation, so that progress can be read; kept in the run's answers.jsonl."""
+
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    """Evaluations without a lower loss after which training ends. Needs `eval_steps`. Default: it goes to its end."""
+
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """How much lower, in nats a token, the evaluation loss must be to count as lower for early stopping."""
 
     save_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps between two checkpoints. Default: none while training."""
@@ -373,11 +384,11 @@ class TrainSpec(Section):
 class TrackingSpec(Section):
     """Where metrics go besides metrics.jsonl."""
 
-    report_to: list[Literal["wandb"]] = Field(default_factory=list)
+    report_to: list[Literal["wandb", "tensorboard", "trackio", "mlflow"]] = Field(default_factory=list)
     """Trackers that get the metrics."""
 
     project: Text | None = None
-    """Project at the tracker. Default: the tracker's own."""
+    """Project at the tracker. Default: `qwen-tune`."""
 
 
 class ExportSpec(Section):
@@ -442,74 +453,3 @@ class Recipe(Section):
     def run_dir(self) -> Path:
         """The run directory, relative to the working directory unless the recipe says otherwise."""
         return Path(self.run.dir).expanduser() if self.run.dir else Path("runs") / self.name
-
-
-@dataclass(frozen=True)
-class NotYet:
-    """A value that the schema knows and this version cannot act on."""
-
-    key: str
-    """Key path; `[]` stands for every item of a list."""
-
-    is_refused: Callable[[Any], bool]
-    """Whether a value of that key, already validated, has to wait."""
-
-    fix: str
-    """What to write instead."""
-
-
-def _other_than(*allowed: Any) -> Callable[[Any], bool]:
-    return lambda value: value not in allowed
-
-
-_LATER = "leave it out, or write {}"
-
-# Work that adds one of these deletes its line; the schema above stays as it is.
-NOT_YET: tuple[NotYet, ...] = (
-    NotYet("model.quantization", _other_than("none"), "write none"),
-    NotYet("model.attention", _other_than("auto", "eager", "sdpa"), "write auto, eager or sdpa"),
-    *(
-        entry
-        for part in ("data.train[]", "data.eval[]")
-        for entry in (
-            NotYet(
-                f"{part}.path",
-                lambda path: "://" in path,
-                "download the data and give the file's path, relative to the working directory",
-            ),
-            NotYet(
-                f"{part}.format",
-                _other_than("auto", "messages", "sharegpt", "alpaca", "prompt_completion"),
-                "convert the rows to messages, sharegpt, alpaca or prompt_completion",
-            ),
-            NotYet(f"{part}.weight", _other_than(1.0), _LATER.format("1.0")),
-            NotYet(f"{part}.rows", _other_than(None), _LATER.format("null")),
-        )
-    ),
-    NotYet("data.special_tokens_in_text", _other_than("reject"), "write reject and mend the rows it names"),
-    NotYet("data.deduplicate", _other_than(False), _LATER.format("false")),
-    NotYet("data.streaming", _other_than(False), _LATER.format("false")),
-    NotYet("lora.target_modules", lambda value: value == "all-linear+embeddings", "write all-linear"),
-    NotYet("lora.use_rslora", _other_than(False), _LATER.format("false")),
-    NotYet("lora.use_dora", _other_than(False), _LATER.format("false")),
-    NotYet("lora.init_lora_weights", lambda value: value is not True, _LATER.format("true")),
-    NotYet("lora.bias", _other_than("none"), _LATER.format("none")),
-    NotYet("lora.rank_pattern", bool, _LATER.format("{}")),
-    NotYet("lora.alpha_pattern", bool, _LATER.format("{}")),
-    NotYet("lora.exclude_modules", bool, "leave it out, or name the wanted layers in lora.target_modules"),
-    NotYet("lora.modules_to_save", bool, _LATER.format("null")),
-    NotYet("lora.trainable_token_indices", bool, _LATER.format("null")),
-    NotYet("lora.target_parameters", bool, _LATER.format("null")),
-    NotYet("train.gradient_checkpointing", _other_than("auto", "none", "full"), "write auto, none or full"),
-    NotYet("train.neftune_noise_alpha", _other_than(None), _LATER.format("null")),
-    NotYet("train.eval_steps", _other_than(None), _LATER.format("null")),
-    NotYet("train.save_total_limit", _other_than(3), "leave it out: no checkpoints are written yet"),
-    NotYet("train.save_steps", _other_than(None), _LATER.format("null")),
-    NotYet("train.load_best_model_at_end", _other_than(False), _LATER.format("false")),
-    NotYet("train.max_hours", _other_than(None), "leave it out, or limit the run with train.max_steps"),
-    NotYet("train.resume", _other_than("auto", "never"), "write auto or never"),
-    NotYet("tracking.project", _other_than(None), _LATER.format("null")),
-    NotYet("tracking.report_to", bool, "leave it out, or write []; the metrics are in the run's metrics.jsonl"),
-    NotYet("export.formats", bool, _LATER.format("[]")),
-    NotYet("hub", _other_than(None), "leave the section out"),
-)

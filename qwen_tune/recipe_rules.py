@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_tune.recipe import NOT_YET, Recipe, SourceSpec
+from qwen_tune.recipe import Recipe, SourceSpec
 from qwen_tune.recipe_errors import load_trainer_args, to_shown
 from qwen_tune.recipe_tree import KeyPath
 
@@ -23,6 +23,61 @@ _SCHEDULER_NEEDS = {
     "warmup_stable_decay": ("num_decay_steps",),
 }
 """Settings without which Transformers makes no such scheduler: one of each row."""
+
+
+@dataclass(frozen=True)
+class NotYet:
+    """A value that the schema knows and this version cannot act on."""
+
+    key: str
+    """Key path; `[]` stands for every item of a list."""
+
+    is_refused: Callable[[Any], bool]
+    """Whether a value of that key, already validated, has to wait."""
+
+    fix: str
+    """What to write instead."""
+
+
+def _other_than(*allowed: Any) -> Callable[[Any], bool]:
+    return lambda value: value not in allowed
+
+
+_LATER = "leave it out, or write {}"
+
+# Work that adds one of these deletes its line; the schema stays as it is.
+NOT_YET: tuple[NotYet, ...] = (
+    NotYet("model.attention", _other_than("auto", "eager", "sdpa"), "write auto, eager or sdpa"),
+    *(
+        entry
+        for part in ("data.train[]", "data.eval[]")
+        for entry in (
+            NotYet(
+                f"{part}.path",
+                lambda path: "://" in path,
+                "download the data and give the file's path, relative to the working directory",
+            ),
+            NotYet(
+                f"{part}.format",
+                _other_than("auto", "messages", "sharegpt", "alpaca", "prompt_completion"),
+                "convert the rows to messages, sharegpt, alpaca or prompt_completion",
+            ),
+            NotYet(f"{part}.weight", _other_than(1.0), _LATER.format("1.0")),
+            NotYet(f"{part}.rows", _other_than(None), _LATER.format("null")),
+        )
+    ),
+    NotYet("data.special_tokens_in_text", _other_than("reject"), "write reject and mend the rows it names"),
+    NotYet("data.deduplicate", _other_than(False), _LATER.format("false")),
+    NotYet("data.streaming", _other_than(False), _LATER.format("false")),
+    NotYet("lora.target_modules", lambda value: value == "all-linear+embeddings", "write all-linear"),
+    NotYet("lora.init_lora_weights", lambda value: value in ("eva", "corda"), "write true, pissa or olora"),
+    NotYet("lora.target_parameters", bool, _LATER.format("null")),
+    NotYet("train.gradient_checkpointing", _other_than("auto", "none", "full"), "write auto, none or full"),
+    NotYet("train.neftune_noise_alpha", _other_than(None), _LATER.format("null")),
+    NotYet("train.max_hours", _other_than(None), "leave it out, or limit the run with train.max_steps"),
+    NotYet("export.formats", bool, _LATER.format("[]")),
+    NotYet("hub", _other_than(None), "leave the section out"),
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +95,14 @@ def findings(recipe: Recipe) -> list[Finding]:
     """Return everything that this recipe may not say, values that have to wait first."""
     waiting = list(_not_yet(recipe))
     refused = {finding.path for finding in waiting}
-    rules: tuple[Callable[[Recipe], Iterator[Finding]], ...] = (_model, _sources, _batch, _steps, _trainer_args)
+    rules: tuple[Callable[[Recipe], Iterator[Finding]], ...] = (
+        _model,
+        _sources,
+        _adapter,
+        _batch,
+        _steps,
+        _trainer_args,
+    )
     concluded = [finding for rule in rules for finding in rule(recipe)]
     return waiting + [finding for finding in concluded if refused.isdisjoint((finding.path, *finding.sources))]
 
@@ -94,6 +156,32 @@ def _sources(recipe: Recipe) -> Iterator[Finding]:
                 yield Finding(named, what, f"give the source a `name`, such as {source.name}-{index + 1}", (at,))
 
 
+def _adapter(recipe: Recipe) -> Iterator[Finding]:
+    lora, start = recipe.lora, recipe.lora.init_lora_weights
+    path: KeyPath = ("lora", "init_lora_weights")
+    if start == "loftq":
+        what = "got loftq, which trains on a base that it changes first; what it saves fits no base that can be loaded"
+        yield Finding(path, what, "write pissa, or true with model.quantization: nf4")
+    elif isinstance(start, str) and start.startswith(("pissa", "olora")):
+        excluded: tuple[tuple[KeyPath, bool, str], ...] = (
+            (("model", "quantization"), recipe.model.quantization != "none", "needs the base's own weights"),
+            (("lora", "use_dora"), lora.use_dora, "cannot be saved as plain DoRA"),
+            (
+                ("lora", "use_rslora"),
+                lora.use_rslora and bool(lora.rank_pattern or lora.alpha_pattern),
+                "cannot be saved as plain LoRA with patterns and rsLoRA",
+            ),
+        )
+        for other, is_set, why in excluded:
+            if is_set:
+                yield Finding(path, f"got {start} beside {'.'.join(map(str, other))}; it {why}", "keep one", (other,))
+    elif start is False:
+        what = "got false, with which the adapter starts at random and changes the base's answers before it has learned"
+        yield Finding(path, what, "write true")
+    elif start == "orthogonal" and lora.r % 2:
+        yield Finding(path, f"got orthogonal with r: {lora.r}; it needs an even rank", f"write r: {lora.r + 1}")
+
+
 def _batch(recipe: Recipe) -> Iterator[Finding]:
     train = recipe.train
     per_device = 1 if train.per_device_train_batch_size == "auto" else train.per_device_train_batch_size
@@ -123,6 +211,9 @@ def _steps(recipe: Recipe) -> Iterator[Finding]:
         what = f"got {train.eval_steps}, but there is nothing to evaluate on"
         fix = "add `eval: {fraction: 0.02}` to data, or leave eval_steps out"
         yield Finding(("train", "eval_steps"), what, fix, (("data", "eval"),))
+    if train.early_stopping_patience is not None and train.eval_steps is None:
+        what = f"got {train.early_stopping_patience}, but nothing is evaluated while training"
+        yield Finding(("train", "early_stopping_patience"), what, "set eval_steps", (("train", "eval_steps"),))
     if train.load_best_model_at_end:
         path: KeyPath = ("train", "load_best_model_at_end")
         steps: tuple[KeyPath, ...] = (("train", "eval_steps"), ("train", "save_steps"))

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qwen_tune.adapter_config import trained_modules
 from qwen_tune.base import BaseCheckpoint
 from qwen_tune.machine import device_name, library_versions, peak_memory_bytes, world_size
 from qwen_tune.preparation import PreparedData
+from qwen_tune.quantization import quantization_facts
 from qwen_tune.recipe import Recipe
+from qwen_tune.recipe_file import to_yaml
+from qwen_tune.resume import run_fingerprint
+from qwen_tune.run_dir import RunDir
 from qwen_tune.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -27,13 +34,13 @@ def start_facts(
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
     schedule: Schedule,
-    trainer: LoraTrainer,
+    *,
+    untuned: bool,
 ) -> dict[str, Any]:
-    """What is known before the first step."""
+    """What is known before the weights are loaded, with the `fingerprint` of all that decides the result."""
     template = tokenizer.chat_template
     assert isinstance(template, str)
-    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    return {
+    facts = {
         "overrides": list(overrides),
         "engine": "single" if world_size() == 1 else "ddp",
         "world_size": world_size(),
@@ -46,39 +53,55 @@ def start_facts(
             "local_path": str(base.path),
             "config_sha256": base.config_sha256(),
             "weights_fingerprint": base.weights_fingerprint(),
-            "dtype": str(trainer.model.get_base_model().dtype).removeprefix("torch."),
+            "untuned": untuned,
         },
         "tokenizer_sha256": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
         "data_fingerprint": data.fingerprint(),
         **data.facts(),
         "schedule": schedule.facts(),
-        "quantization": None,
+        "masking": {"loss_on": recipe.data.loss_on, "thinking": recipe.data.thinking},
+    }
+    return {**facts, "fingerprint": run_fingerprint(to_yaml(recipe), facts)}
+
+
+def model_facts(trainer: LoraTrainer) -> dict[str, Any]:
+    """What is known once model and adapter are in memory."""
+    model = trainer.model
+    config = model.peft_config["default"]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    modules = trained_modules(model)
+    return {
+        "dtype": str(model.get_base_model().dtype).removeprefix("torch."),
+        "quantization": quantization_facts(model.get_base_model()),
         "adapter": {
             "dtype": str(trained[0].dtype).removeprefix("torch."),
-            "init": recipe.lora.init_lora_weights,
-            "targets": trainer.targets,
+            "init": trainer.recipe.lora.init_lora_weights,
+            "r": config.r,
+            "lora_alpha": config.lora_alpha,
+            "use_rslora": config.use_rslora,
+            "use_dora": config.use_dora,
+            "targets": sorted(config.target_modules),
+            "trained_tokens": config.trainable_token_indices,
+            "modules": {name: asdict(counts) for name, counts in modules.items()},
             "trainable_parameters": sum(parameter.numel() for parameter in trained),
         },
-        "masking": {"loss_on": recipe.data.loss_on, "thinking": recipe.data.thinking},
-        "attention": trainer.model.config._attn_implementation,
+        "attention": model.config._attn_implementation,
         "gradient_checkpointing": bool(trainer.args.gradient_checkpointing),
-        "checkpoints": [],
     }
 
 
-def end_facts(
-    start: Mapping[str, Any], trainer: LoraTrainer, before: float | None, after: float | None
-) -> dict[str, Any]:
+def end_facts(run: RunDir, trainer: LoraTrainer, before: float | None, after: float | None) -> dict[str, Any]:
     """What is known after the last step.
 
     Args:
-        start: What was recorded before the first step.
+        run: The run, with its metrics.
         trainer: The trainer that has trained.
         before: Evaluation loss before the first step, nats a token.
         after: The same after the last.
     """
-    losses = trainer.metrics.losses
+    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
     return {
         "steps": trainer.state.global_step,
         "losses": {
@@ -87,11 +110,8 @@ def end_facts(
             "eval_before": before,
             "eval_after": after,
         },
-        "tokens": {
-            **start["tokens"],
-            "processed": trainer.tokens_processed,
-            "padding": trainer.padding_processed,
-        },
+        "best": vars(trainer.best) if trainer.best else None,
+        "tokens": {**run.facts["tokens"], **vars(trainer.counts)},
         "tokens_per_second": trainer.metrics.tokens_per_second,
         "peak_memory_bytes": peak_memory_bytes(),
     }

@@ -21,6 +21,7 @@ from qwen_tune.strict_json import DECODER, check_text, decode
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+GLOB_CHARACTERS = "*?["
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -32,15 +33,26 @@ class Row:
     columns: Mapping[str, Any]
 
 
+def names_hub_data_set(path: str) -> bool:
+    """Whether a recipe's path names nothing local and has the form of a Hub data set, `owner/name`."""
+    local = Path(path).expanduser()
+    if local.exists() or any(character in path for character in GLOB_CHARACTERS):
+        return False
+    looks_local = path.startswith((".", "/", "~")) or local.suffix in READERS
+    return not looks_local and len(Path(path).parts) == 2
+
+
 def find_files(path: str) -> list[Path] | None:
     """The data files that a recipe's path means: a file, a folder's files, or a glob's.
 
     Returns:
-        The files in order of their names; None when the path names nothing local and may be a Hub data set.
+        The files in order of their names; None when the path names a Hub data set.
 
     Raises:
         DataError: The path names a local thing that is not there or holds no data.
     """
+    if names_hub_data_set(path):
+        return None
     local = Path(path).expanduser()
     if local.is_dir():
         files = sorted(file for file in local.rglob("*") if file.suffix in READERS and file.is_file())
@@ -49,16 +61,12 @@ def find_files(path: str) -> list[Path] | None:
         return files
     if local.exists():
         return [_known_suffix(local)]
-    if any(character in path for character in "*?["):
+    if any(character in path for character in GLOB_CHARACTERS):
         files = sorted(Path(name) for name in glob.glob(str(local), recursive=True) if Path(name).is_file())
         if not files:
             raise DataError(Problem(path, "no file matches this pattern"))
         return [_known_suffix(file) for file in files]
-    parts = Path(path).parts
-    looks_local = path.startswith((".", "/", "~")) or local.suffix in READERS or len(parts) != 2
-    if looks_local:
-        raise DataError(Problem(path, "the data file is not there", _nearest(local)))
-    return None
+    raise DataError(Problem(path, "the data file is not there", _nearest(local)))
 
 
 def read_rows(path: Path) -> Iterator[Row | Problem]:

@@ -11,13 +11,15 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from qwen_tune.checkpoints import list_checkpoints, step_of
 from qwen_tune.errors import Problem, QwenTuneError, RunError
+from qwen_tune.resume import Plan, asks_for_more, choose_checkpoint, recipe_drift
 
-OWN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl", "merge.json", "report.html", ".lock")
+OWN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl", "answers.jsonl", "merge.json", "report.html", ".lock")
 OWN_FOLDERS = ("adapter", "merged", "checkpoints", "export", "logs")
 
 RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
@@ -47,6 +49,21 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def answers(self) -> Path:
+        """A JSON line for each answer to one of the recipe's prompts."""
+        return self.path / "answers.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The checkpoints' folder; each is a directory `step-N`."""
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """What processes beside the first said, and trackers' local files."""
+        return self.path / "logs"
+
+    @property
     def adapter(self) -> Path:
         """The trained adapter with tokenizer, template and card."""
         return self.path / "adapter"
@@ -69,19 +86,17 @@ class RunDir:
         run.facts = run._read_facts()
         return run
 
-    def check(self, recipe_yaml: str, *, overwrite: bool, resume: str) -> bool:
-        """Looks whether a recipe may run here, changing nothing.
+    def check(self, recipe_yaml: str, *, overwrite: bool, resume: str) -> Plan:
+        """Looks whether and from where a recipe may run here, changing nothing.
 
         Args:
             recipe_yaml: The resolved recipe.
             overwrite: Whether a run that is there may be replaced.
             resume: The recipe's `train.resume`.
 
-        Returns:
-            False when this very recipe has finished here, so that nothing is left to do; else True.
-
         Raises:
-            RunError: Another process is at work here, files would be lost, or nothing can be written here.
+            RunError: Another process is at work here, files would be lost, the run that is there is another one's, or
+                nothing can be written here.
         """
         existing = next(path for path in (self.path, *self.path.resolve().parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -95,13 +110,34 @@ class RunDir:
                     "wait for it, or set another one with run.dir=",
                 )
             )
-        return self._may_run(recipe_yaml, overwrite=overwrite, resume=resume)
+        return self._plan(recipe_yaml, overwrite=overwrite, resume=resume)
 
-    def _may_run(self, recipe_yaml: str, *, overwrite: bool, resume: str) -> bool:
+    def _plan(self, recipe_yaml: str, *, overwrite: bool, resume: str) -> Plan:
+        if self._is_unused() or overwrite:
+            return Plan()
+        state = self.recorded_facts().get("state")
+        if resume == "never":
+            raise self._refusal(state, "train.resume is never")
+        begun_with = self.recipe.read_text(encoding="utf-8") if self.recipe.exists() else ""
+        if drift := recipe_drift(begun_with, recipe_yaml):
+            if state == FINISHED:
+                raise self._refusal(state, f"of another recipe ({', '.join(problem.where for problem in drift)})")
+            raise RunError(drift)
+        if state == FINISHED and resume == "auto" and not asks_for_more(begun_with, recipe_yaml):
+            return Plan(nothing_to_do=True)
+        checkpoint, notes = choose_checkpoint(self.checkpoints, resume)
+        if checkpoint is None:
+            raise self._refusal(state, "; ".join(["it has no checkpoint to go on from", *notes]))
+        return Plan(checkpoint=checkpoint, notes=tuple(notes))
+
+    def _is_unused(self) -> bool:
+        """Whether nothing is here, or nothing but what a killed save left.
+
+        Raises:
+            RunError: There are files that are no run's.
+        """
         entries = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
         entries = {name for name in entries if name != ".lock" and not _is_temporary(name)}
-        if not entries:
-            return True
         is_run = self.run_json.exists() or self.recipe.exists()
         if foreign := sorted(entries - {*OWN_FILES, *OWN_FOLDERS} if is_run else entries):
             raise RunError(
@@ -111,48 +147,66 @@ class RunDir:
                     "set another one with run.dir=",
                 )
             )
-        if overwrite:
-            return True
-        state = self._read_facts().get("state") if self.run_json.exists() else None
-        same = self.recipe.exists() and self.recipe.read_text(encoding="utf-8") == recipe_yaml
-        if state == FINISHED and same and resume == "auto":
-            return False
-        what = {
-            FINISHED: "the run directory holds a finished run" + ("" if same else " of another recipe"),
-            FAILED: "the run directory holds a run that failed",
-            INTERRUPTED: "the run directory holds a run that was interrupted; it has no checkpoint to go on from",
-        }.get(str(state), "the run directory holds an unfinished run; it has no checkpoint to go on from")
-        raise RunError(
-            Problem(str(self.path), what, "keep it and set another one with run.dir=, or replace it with --overwrite")
-        )
+        return not entries
 
-    def begin(self, recipe_yaml: str, *, overwrite: bool = False, resume: str = "auto") -> None:
-        """Takes the directory: locks it, clears what an earlier run left, and writes recipe.yaml and run.json.
+    def _refusal(self, state: Any, reason: str) -> RunError:
+        what = {
+            FINISHED: "the run directory holds a finished run",
+            FAILED: "the run directory holds a run that failed",
+            INTERRUPTED: "the run directory holds a run that was interrupted",
+        }.get(str(state), "the run directory holds an unfinished run")
+        glue = " " if reason.startswith("of ") else "; "
+        fix = "keep it and set another one with run.dir=, or replace it with --overwrite"
+        return RunError(Problem(str(self.path), f"{what}{glue}{reason}", fix))
+
+    def begin(
+        self, recipe_yaml: str, plan: Plan | None = None, *, overwrite: bool = False, resume: str = "auto"
+    ) -> None:
+        """Takes the directory: locks it, clears what the plan does not keep, and writes recipe.yaml and run.json.
 
         Raises:
-            RunError: Another process took it, or finished here, in the meantime.
+            RunError: Another process took it, or changed it, since the plan was made.
         """
+        plan = plan or Plan()
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = (self.path / ".lock").open("ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not self._may_run(recipe_yaml, overwrite=overwrite, resume=resume):
-                raise RunError(Problem(str(self.path), "another process has finished this recipe in the meantime"))
-        except BaseException as error:
-            lock.close()
-            if isinstance(error, BlockingIOError):
+        with ExitStack() as undo:
+            lock = undo.enter_context((self.path / ".lock").open("ab"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
                 raise RunError(
                     Problem(str(self.path), "another process took the run directory", "set another one with run.dir=")
                 ) from None
-            raise
+            if self._plan(recipe_yaml, overwrite=overwrite, resume=resume) != plan:
+                raise RunError(Problem(str(self.path), "another process has used it in the meantime", "start again"))
+            undo.pop_all()
         self._lock = lock
+        if plan.checkpoint is None:
+            self._clear()
+        else:
+            self.facts = self._read_facts()
+            self._go_back_to(plan.checkpoint)
+        write_atomically(self.recipe, recipe_yaml)
+        self.record({"state": RUNNING, "exit": None})
+
+    def _clear(self) -> None:
         for entry in list(self.path.iterdir()):
             if entry.name in OWN_FOLDERS or (_is_temporary(entry.name) and entry.is_dir()):
                 shutil.rmtree(entry)
             elif entry.name != ".lock":
                 entry.unlink()
-        write_atomically(self.recipe, recipe_yaml)
-        self.record({"state": RUNNING, "exit": None})
+
+    def _go_back_to(self, checkpoint: Path) -> None:
+        """Takes away what was done behind a checkpoint: later checkpoints, and the lines of later steps."""
+        step = step_of(checkpoint)
+        for later in list_checkpoints(self.checkpoints):
+            if step_of(later) > step:
+                shutil.rmtree(later)
+        for path in (self.metrics, self.answers):
+            if path.exists():
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+                write_atomically(path, "".join(kept))
 
     def record(self, facts: Mapping[str, Any]) -> None:
         """Adds facts to run.json."""
@@ -160,9 +214,11 @@ class RunDir:
         write_atomically(self.run_json, json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n")
 
     @contextmanager
-    def recording(self, recipe_yaml: str, *, overwrite: bool = False, resume: str = "auto") -> Iterator[None]:
+    def recording(
+        self, recipe_yaml: str, plan: Plan | None = None, *, overwrite: bool = False, resume: str = "auto"
+    ) -> Iterator[None]:
         """Holds the directory for the length of a run, and records how it ended however it ends; see `begin`."""
-        self.begin(recipe_yaml, overwrite=overwrite, resume=resume)
+        self.begin(recipe_yaml, plan, overwrite=overwrite, resume=resume)
         state, code = FAILED, 1
         try:
             yield
@@ -182,6 +238,10 @@ class RunDir:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def recorded_facts(self) -> dict[str, Any]:
+        """run.json as it is; empty where there is none."""
+        return self._read_facts() if self.run_json.exists() else {}
 
     def _is_locked(self) -> bool:
         lock = self.path / ".lock"

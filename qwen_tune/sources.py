@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_tune.conversation import Conversation, RowError
-from qwen_tune.errors import DataError, Problem
+from qwen_tune.errors import DataError, Problem, first_line
 from qwen_tune.formats import detect_format, to_conversation
 from qwen_tune.recipe import DataSpec, SourceSpec
 from qwen_tune.rows import Row, find_files, read_rows, without_nulls
@@ -143,12 +143,12 @@ def _hub_rows(source: SourceSpec) -> Iterator[Row | Problem]:
     try:
         table = datasets.load_dataset(source.path, name=source.subset, split=split, revision=source.revision)
     except ValueError as error:  # an unknown split or subset: the message names the ones there are
-        raise DataError(Problem(source.path, _first_line(error), "set data.train[].split and .subset")) from error
+        raise DataError(Problem(source.path, first_line(error), "set data.train[].split and .subset")) from error
     except (DatasetsError, HfHubHTTPError, OfflineModeIsEnabled, OSError, RuntimeError) as error:
         raise DataError(
             Problem(
                 source.path,
-                f"neither a local file or folder nor a data set that the Hub gives us ({_first_line(error)})",
+                f"neither a local file or folder nor a data set that the Hub gives us ({first_line(error)})",
                 "check the name; for a private data set run `hf auth login`",
             )
         ) from error
@@ -167,7 +167,3 @@ def _read_tools(path: str | None) -> list[Any] | None:
         raise DataError(Problem(path, f"the tools file cannot be read: {error.strerror}")) from None
     except RowError as problem:
         raise DataError(problem.at(path)) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,14 +11,16 @@ from rich.padding import Padding
 from rich.table import Table
 
 from qwen_tune.base import BaseCheckpoint
-from qwen_tune.machine import device_name, world_size
+from qwen_tune.machine import device_name, is_main_process, world_size
 from qwen_tune.preparation import PreparedData
 from qwen_tune.recipe import Recipe
+from qwen_tune.resume import Plan
 from qwen_tune.run_dir import RunDir
 from qwen_tune.schedule import Schedule
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
 
 GIB = 1 << 30
 
@@ -26,40 +28,64 @@ GIB = 1 << 30
 def show_start(
     recipe: Recipe,
     run: RunDir,
+    plan: Plan,
     base: BaseCheckpoint,
     data: PreparedData,
     schedule: Schedule,
     dtype: torch.dtype,
+    warnings: Sequence[str],
+    *,
+    untuned: bool,
 ) -> None:
     """Base, data, batch and machine, each on a line; then what was dropped and what looks odd."""
     facts = data.facts()
     rows, samples, tokens = facts["rows"], facts["samples"], facts["tokens"]
-    unit = "packs" if recipe.data.packing else "samples"
+    unit, one = ("packs", "pack") if recipe.data.packing else ("samples", "sample")
     tokens_per_step = data.train.tokens * min(recipe.train.global_batch_size, schedule.rows) // schedule.rows
     lines = {
-        "base": f"{base.id}  ({base.model_type}, {str(dtype).removeprefix('torch.')})",
+        "base": f"{base.id}  ({base.model_type}, {_precision(recipe, dtype)})",
         "data": f"{rows['read']:,} rows: {rows['trained']:,} train, {rows['evaluation']:,} evaluate"
+        + (f", {rows['not_sampled']:,} not drawn" if rows["not_sampled"] else "")
         + (f", {sum(rows['dropped'].values()):,} dropped" if rows["dropped"] else ""),
         "tokens": f"{tokens['prepared']:,} in {samples['train'] + samples['evaluation']:,} samples, "
         f"{tokens['supervised'] / tokens['prepared']:.0%} carry loss",
-        "adapter": f"LoRA r={recipe.lora.r}, alpha={recipe.lora.lora_alpha} on {_targets(recipe)}",
-        "batch": f"{recipe.train.global_batch_size} {unit if recipe.train.global_batch_size > 1 else unit[:-1]} a step"
-        f" = {world_size()} process x "
+        "adapter": f"{_kind(recipe)} r={recipe.lora.r}, alpha={recipe.lora.lora_alpha} on {_targets(recipe)}",
+        "batch": f"{recipe.train.global_batch_size} {unit if recipe.train.global_batch_size > 1 else one} a step"
+        f" = {world_size()} {'processes' if world_size() > 1 else 'process'} x "
         f"{schedule.per_device_train_batch_size} x {schedule.gradient_accumulation_steps} accumulated, "
         f"about {tokens_per_step:,} tokens",
         "steps": f"{schedule.max_steps:,} ({schedule.steps_per_epoch:,} an epoch of {schedule.rows:,} {unit})",
         "machine": device_name(),
-        "run": str(run.path),
+        "run": str(run.path) + (f", going on from {plan.checkpoint.name}" if plan.checkpoint else ""),
     }
-    console = Console()
+    console = _console()
     console.print(recipe.name, style="bold", markup=False, highlight=False)
+    if untuned:
+        lines["base"] += ", a base checkpoint: its ChatML tokens are trained as well"
     _print_table(console, lines)
     _show_warnings(console, facts)
+    for warning in [*(f"passed over checkpoint {note}" for note in plan.notes), *warnings]:
+        console.print(f"  [yellow]warning[/] {escape(warning)}", highlight=False)
+
+
+def show_adapter(model: PeftModel) -> None:
+    """What is trained, module by module, and where such an adapter cannot be served."""
+    from qwen_tune.adapter_config import serving_notes, trained_modules
+
+    console = _console()
+    modules = trained_modules(model)
+    parts = ", ".join(
+        f"{name} {counts.modules} x {counts.parameters // counts.modules:,}" for name, counts in modules.items()
+    )
+    total = sum(counts.parameters for counts in modules.values())
+    _print_table(console, {"trained": f"{total:,} parameters: {parts}"})
+    for note in serving_notes(model.peft_config["default"], modules):
+        console.print(f"  [yellow]warning[/] {escape(note)}", highlight=False)
 
 
 def show_end(run: RunDir) -> None:
     """Losses, speed, memory, and the commands that come next."""
-    console = Console()
+    console = _console()
     losses = run.facts["losses"]
     lines = {"loss": f"{losses['train_first']:.3f} -> {losses['train_last']:.3f} (training)"}
     if losses["eval_before"] is not None:
@@ -73,6 +99,16 @@ def show_end(run: RunDir) -> None:
     console.print(f'  next: qwen-tune chat {run.path} "Hello"', highlight=False, markup=False)
     if not run.merged.exists():
         console.print(f"        qwen-tune merge {run.path}", highlight=False, markup=False)
+
+
+def _console() -> Console:
+    """The terminal, for the process that speaks for all."""
+    return Console(quiet=not is_main_process())
+
+
+def _precision(recipe: Recipe, dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return name if recipe.model.quantization == "none" else f"{recipe.model.quantization}, computed in {name}"
 
 
 def _print_table(console: Console, lines: Mapping[str, str]) -> None:
@@ -95,3 +131,13 @@ def _show_warnings(console: Console, facts: Mapping[str, Any]) -> None:
 def _targets(recipe: Recipe) -> str:
     targets = recipe.lora.target_modules
     return targets if isinstance(targets, str) else ", ".join(targets)
+
+
+def _kind(recipe: Recipe) -> str:
+    """The adapter's method in words."""
+    lora = recipe.lora
+    name = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+    if lora.use_dora and lora.use_rslora:
+        name = "DoRA (scaled as rsLoRA)"
+    start = "" if lora.init_lora_weights is True else f", started by {lora.init_lora_weights}"
+    return ("Q" if recipe.model.quantization != "none" else "") + name + start

@@ -18,9 +18,11 @@ if __name__ == "__main__":
     _folder = Path(__file__).resolve().parent
     sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if Path(entry).resolve() != _folder)]
 
-from qwen_tune.machine import check_world, prepare_process
+from qwen_tune.machine import check_world, is_main_process, prepare_process, say
 from qwen_tune.recipe_file import load_recipe, to_yaml
+from qwen_tune.resume import check_resume
 from qwen_tune.run_dir import RunDir
+from qwen_tune.tracking import check_trackers
 
 
 def train(
@@ -37,12 +39,15 @@ def train(
     Raises:
         QwenTuneError: What the user has to change. Nothing has been written then, but for a `TrainingError` (the
             run directory tells of it) and a `MergeError` (the adapter is saved).
+        Interrupted: The run was asked to stop; it is saved, and the same recipe goes on from there.
     """
     recipe = load_recipe(recipe_path, overrides)
     check_world(recipe.train.num_processes)
-    run = RunDir(recipe.run_dir)
-    if not run.check(to_yaml(recipe), overwrite=overwrite or dry_run, resume=recipe.train.resume):
-        print(f"{run.path}: this recipe has finished here; nothing to do")
+    warnings = check_trackers(recipe.tracking) if is_main_process() else []
+    run, text = RunDir(recipe.run_dir), to_yaml(recipe)
+    plan = run.check(text, overwrite=overwrite or dry_run, resume=recipe.train.resume)
+    if plan.nothing_to_do:
+        say(f"{run.path}: this recipe has finished here; nothing to do")
         return
 
     # Each import stands where its weight is first needed: a fault in the recipe shows at once, one in the rows after
@@ -51,33 +56,51 @@ def train(
     from qwen_tune import record, summary
     from qwen_tune.base import load_tokenizer, resolve_base
     from qwen_tune.chatml import ChatTemplate
-    from qwen_tune.model import load_base_model, training_dtype
-    from qwen_tune.packing import pack
+    from qwen_tune.model import load_base_model, own_device, training_dtype
+    from qwen_tune.packing import pack, pack_by_source
     from qwen_tune.preparation import prepare_data
+    from qwen_tune.quantization import check_quantization, quantization_config
     from qwen_tune.schedule import plan_schedule
+    from qwen_tune.untuned import is_untuned, trained_tokens
 
     dtype = training_dtype(recipe.model)
     base = resolve_base(recipe.model, max_length_tokens=recipe.data.max_length_tokens)
+    check_quantization(recipe.model, base)
     tokenizer = load_tokenizer(recipe.model, base)
+    untuned = is_untuned(base, tokenizer)
     data = prepare_data(recipe.data, ChatTemplate(tokenizer), seed=recipe.train.seed)
     packs = pack(data.train.examples, recipe.data)
     schedule = plan_schedule(recipe.train, packing=recipe.data.packing, rows=len(packs))
-    summary.show_start(recipe, run, base, data, schedule, dtype)
+    facts = record.start_facts(recipe, overrides, base, tokenizer, data, schedule, untuned=untuned)
+    check_resume(plan, run.recorded_facts(), facts, schedule.max_steps)
+    summary.show_start(recipe, run, plan, base, data, schedule, dtype, warnings, untuned=untuned)
     if dry_run:
         return
 
-    from qwen_tune.adapter import save_adapter
+    from qwen_tune.adapter import AdapterWriter, save_adapter
+    from qwen_tune.adapter_config import lora_config
+    from qwen_tune.processes import recording
     from qwen_tune.trainer import build_trainer
 
-    model = load_base_model(recipe.model, base, dtype=dtype)
-    trainer = build_trainer(model, tokenizer, recipe, run, schedule, packs, pack(data.evaluation.examples, recipe.data))
-    with run.recording(to_yaml(recipe), overwrite=overwrite, resume=recipe.train.resume):
-        run.record(record.start_facts(recipe, overrides, base, tokenizer, data, schedule, trainer))
-        before = trainer.evaluation_loss()
-        trainer.train()
+    quantization = quantization_config(recipe.model, dtype)
+    model = load_base_model(recipe.model, base, dtype=dtype, device=own_device(), quantization=quantization)
+    adapter = lora_config(model, recipe.lora, trained_tokens(base.config, tokenizer) if untuned else None)
+    writer = AdapterWriter(tokenizer, base, recipe)
+    held_out = pack_by_source(data.evaluation.examples, recipe.data)
+    trainer = build_trainer(model, tokenizer, recipe, run, schedule, packs, held_out, adapter, writer)
+    summary.show_adapter(trainer.model)
+    facts = {**facts, **record.model_facts(trainer)}
+    with recording(run, text, plan, facts, trainer.accelerator, overwrite=overwrite, resume=recipe.train.resume):
+        trainer.start_trackers(facts, plan)
+        before = trainer.loss_before(plan)
+        trainer.train(plan.checkpoint)
+        trainer.load_best()
         after = trainer.evaluation_loss()
-        save_adapter(trainer.model, tokenizer, base, recipe, run)
-        run.record(record.end_facts(run.facts, trainer, before, after))
+        if is_main_process():
+            save_adapter(trainer.model, writer, run)
+            run.record(record.end_facts(run, trainer, before, after))
+    if not is_main_process():
+        return
     if recipe.export.merge:
         from qwen_tune.merge import merge_run
 

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with our loss, our order of samples and our evaluation.
+"""TRL's SFTTrainer with our loss, our order of samples, our evaluation and our checkpoints.
 
 TRL keeps the loop, the optimizer, the scheduler, accumulation and processes. Each method below replaces a stock one in
 one respect, named in its docstring.
@@ -6,77 +6,61 @@ one respect, named in its docstring.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
-from transformers import PrinterCallback
-from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTConfig, SFTTrainer
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, TrainerControl, TrainerState
+from trl import SFTTrainer
 
-from qwen_tune.chatml import IGNORED
-from qwen_tune.collator import PackCollator
-from qwen_tune.errors import Problem, RecipeError
+from qwen_tune.adapter import AdapterWriter
+from qwen_tune.answers import greedy_answer
+from qwen_tune.batches import PackCollator, SeededOrder, count_fillers, pack_dataset
+from qwen_tune.checkpoints import list_checkpoints, rotate, save_checkpoint, step_of
+from qwen_tune.errors import Interrupted, Problem, RunError, TrainingError, first_line
 from qwen_tune.loss import add_labelled_loss
-from qwen_tune.machine import is_main_process, uses_gpu
-from qwen_tune.model import lora_config, target_modules
+from qwen_tune.machine import is_main_process
 from qwen_tune.packing import Pack
 from qwen_tune.progress import Display, MetricsLog
-from qwen_tune.recipe import Recipe, TrainSpec
+from qwen_tune.recipe import Recipe
+from qwen_tune.resume import Plan
 from qwen_tune.run_dir import RunDir
 from qwen_tune.schedule import Schedule
+from qwen_tune.stopping import StopRequest
+from qwen_tune.tracking import start_trackers
+from qwen_tune.trainer_config import sft_config, try_trainer_args
+from qwen_tune.training_state import load_optimizer, random_state, save_optimizer, set_random_state
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-def pack_dataset(packs: Sequence[Pack], *, multiple: int, pad_id: int) -> Dataset:
-    """Rows for the trainer.
-
-    Args:
-        packs: The samples of each row.
-        multiple: The rows are filled up to a multiple of this with one token without loss, so that every process gets
-            equally many and none is trained twice: processes times rows of each, or 1 for one process.
-        pad_id: That token.
-
-    Returns:
-        Columns `input_ids`, `labels` and `lengths` (tokens of each sample in the row). Fillers come last.
-    """
-    rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "lengths": []}
-    for samples in packs:
-        rows["input_ids"].append([token for sample in samples for token in sample.input_ids])
-        rows["labels"].append([label for sample in samples for label in sample.labels])
-        rows["lengths"].append([len(sample.input_ids) for sample in samples])
-    for _ in range(-len(packs) % multiple):
-        rows["input_ids"].append([pad_id])
-        rows["labels"].append([IGNORED])
-        rows["lengths"].append([1])
-    return Dataset.from_dict(rows)
+PROMPT_ANSWER_TOKENS = 128
+PROGRESS = "progress.json"
+TRAINER_STATE = "trainer_state.json"  # Transformers looks for it under this name
 
 
-class SeededOrder(Sampler[int]):
-    """A new order of the rows every epoch, from the seed and the epoch alone; fillers stay at the end."""
+@dataclass
+class TokenCounts:
+    """Tokens that went through the model, over all processes; `padding` are those of rows without any loss."""
 
-    def __init__(self, rows: int, fillers: int, seed: int) -> None:
-        self.rows = rows
-        self.fillers = fillers
-        self.seed = seed
-        self.epoch = 0
+    processed: int = 0
+    padding: int = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate before each epoch."""
-        self.epoch = epoch
 
-    def __len__(self) -> int:
-        return self.rows + self.fillers
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss on the held-out rows behind a step, in nats a token."""
 
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        yield from torch.randperm(self.rows, generator=generator).tolist()
-        yield from range(self.rows, self.rows + self.fillers)
+    step: int
+    loss: float
 
 
 class LoraTrainer(SFTTrainer):
@@ -85,21 +69,76 @@ class LoraTrainer(SFTTrainer):
     loss_is_scaled_for_ga = True
 
     metrics: MetricsLog
-    targets: list[str]
+    optimizer: Any
+    control: TrainerControl
 
-    def __init__(self, model: PreTrainedModel, *, fillers: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        recipe: Recipe,
+        run: RunDir,
+        schedule: Schedule,
+        writer: AdapterWriter,
+        fillers: int,
+        **kwargs: Any,
+    ) -> None:
+        self.recipe = recipe
+        self.run = run
+        self.schedule = schedule
+        self.writer = writer
         self.fillers = fillers
-        self.tokens_processed = 0
-        self.padding_processed = 0
+        self.counts = TokenCounts()
+        self.stop = StopRequest()
+        self.stop_agreed = False
+        self.evaluations: list[Evaluation] = []
+        self.best: Evaluation | None = None  # of those that have a checkpoint
         add_labelled_loss(model)
         super().__init__(model=model, **kwargs)
+        # TRL casts the trained tensors of a quantized model to bfloat16, in which small updates are lost.
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+        writer.remember_start(self.model)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains, and gives the terminal back however that ends."""
+    def start_trackers(self, facts: Mapping[str, Any], plan: Plan) -> None:
+        """Opens the recipe's trackers, in the first process."""
+        recipe = self.recipe
+        if is_main_process() and recipe.tracking.report_to:
+            self.metrics.trackers = start_trackers(
+                recipe.tracking,
+                name=recipe.name,
+                directory=self.run.path,
+                facts={**facts, "train": recipe.train.model_dump(), "lora": recipe.lora.model_dump()},
+                resumed_step=step_of(plan.checkpoint) if plan.checkpoint else None,
+            )
+
+    def train(self, checkpoint: Path | None = None) -> None:
+        """Trains, from a checkpoint on where one is given; a signal ends it behind a step and a checkpoint.
+
+        Raises:
+            Interrupted: It was asked to stop.
+            TrainingError: There is not enough memory, or the loss is no number any more.
+        """
+        exit_code = 1
         try:
-            return super().train(*args, **kwargs)
+            if checkpoint is not None and step_of(checkpoint) >= self.schedule.max_steps:
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+            else:
+                with self.stop.listening(quiet=not is_main_process()):
+                    super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            interrupted = self.stop_agreed and self.state.global_step < self.schedule.max_steps
+            exit_code = 130 if interrupted else 0
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _ran_out_of_memory(error):
+                raise
+            exit_code = 2
+            raise TrainingError(_memory_advice(error, self.recipe, self.state.global_step)) from error
         finally:
-            self.metrics.display.stop()
+            self.metrics.close(exit_code)
+        if interrupted:
+            raise Interrupted(self.state.global_step)
 
     def compute_loss(
         self,
@@ -116,20 +155,32 @@ class LoraTrainer(SFTTrainer):
         nll: Tensor = model(**inputs)
         if num_items_in_batch is None:
             return nll
-        tokens = inputs["input_ids"].shape[1]
-        self.tokens_processed += tokens
-        if inputs["targets"].shape[0] == 0:
-            self.padding_processed += tokens
         # DDP averages gradients over processes, and the count is over all of them.
         scale: float = self.accelerator.num_processes / max(int(num_items_in_batch), 1)
         return nll * scale
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> int:
-        """The labelled tokens of a step; the stock method counts labels that our batches do not carry."""
-        count: int = sum(batch["targets"].shape[0] for batch in batch_samples)
+        """The labelled tokens of a step; the stock method counts labels that our batches do not carry.
+
+        Tokens are counted here as well, and processes agree here on whether to stop behind this step.
+        """
+        lengths = [(batch["input_ids"].shape[1], batch["targets"].shape[0]) for batch in batch_samples]
+        padding = sum(tokens for tokens, labels in lengths if not labels)
+        sums = [sum(labels for _, labels in lengths), sum(tokens for tokens, _ in lengths), padding]
         if self.accelerator.num_processes > 1:
-            count = int(self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum"))
-        return count
+            mine = torch.tensor([*sums, int(self.stop.requested)], device=device)
+            *sums, stops = self.accelerator.reduce(mine, reduction="sum").tolist()
+            self.stop_agreed = stops > 0
+        labels, tokens, padding = sums
+        self.counts.processed += tokens
+        self.counts.padding += padding
+        return int(labels)
+
+    def must_stop(self) -> bool:
+        """Whether this step is the last because someone asked for it; the same in all processes."""
+        if self.accelerator.num_processes == 1:
+            self.stop_agreed = self.stop.requested
+        return self.stop_agreed
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         """An order that depends on seed and epoch alone; the stock one depends on the generator's history."""
@@ -140,37 +191,166 @@ class LoraTrainer(SFTTrainer):
         """Nothing: the stock estimate walks over all parameters for every micro-batch."""
         return 0
 
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """LoRA+ gives the `B` matrices a learning rate of their own."""
+        ratio = self.recipe.train.loraplus_lr_ratio
+        if ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        from peft.optimizers import create_loraplus_optimizer
+
+        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = create_loraplus_optimizer(
+            self.model,
+            optimizer_class,
+            loraplus_lr_ratio=ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            loraplus_lr_embedding=self.args.learning_rate,
+            **settings,
+        )
+        return self.optimizer
+
+    def loss_before(self, plan: Plan) -> float | None:
+        """The evaluation loss before the first step, which a run that goes on has recorded."""
+        if plan.checkpoint is not None:
+            recorded: float | None = self.run.facts.get("losses", {}).get("eval_before")
+            return recorded
+        before = self.evaluation_loss()
+        if is_main_process():
+            self.run.record({"losses": {"eval_before": before}})
+        return before
+
     def evaluation_loss(self) -> float | None:
         """The loss on the held-out rows in nats a token; None without such rows."""
-        if self.eval_dataset is None:
+        if not self.eval_dataset:
             return None
-        return float(self.evaluate()["eval_loss"])
+        if not self.evaluations or self.evaluations[-1].step != self.state.global_step:
+            self.evaluate()
+        return self.evaluations[-1].loss
 
     @torch.no_grad()
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Evaluation loss as the sum over all labelled tokens divided by their number.
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluation loss as the sum over all labelled tokens divided by their number, in all and for each source.
 
-        The stock loss averages the means of batches, so that a batch of few tokens counts like one of many.
+        The stock loss averages the means of batches, so that a batch of few tokens counts like one of many. Logits are
+        never gathered.
         """
-        self.model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # summed loss, labelled tokens
-        for inputs in dataloader:
-            inputs = self._prepare_inputs(inputs)
-            with self.accelerator.autocast():
-                total[0] += self.compute_loss(self.model, inputs)
-            total[1] += inputs["targets"].shape[0]
-        if self.accelerator.num_processes > 1:
-            total = self.accelerator.reduce(total, reduction="sum")
-        nll, tokens = total.tolist()
-        metrics = {f"{metric_key_prefix}_loss": nll / max(tokens, 1)}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader))
+        with self.metrics.paused():
+            self.model.eval()
+            # a row a source: summed loss, labelled tokens
+            sums = torch.zeros((len(self.eval_dataset), 2), dtype=torch.float64, device=self.args.device)
+            for row, name in zip(sums, self.eval_dataset, strict=True):
+                for inputs in self.get_eval_dataloader(name):
+                    inputs = self._prepare_inputs(inputs)
+                    with self.accelerator.autocast():
+                        row[0] += self.compute_loss(self.model, inputs)
+                    row[1] += inputs["targets"].shape[0]
+            if self.accelerator.num_processes > 1:
+                sums = self.accelerator.reduce(sums, reduction="sum")
+            nll, tokens = sums.sum(dim=0).tolist()
+            metrics = {f"{metric_key_prefix}_loss": nll / max(tokens, 1)}
+            for name, (source_nll, source_tokens) in zip(self.eval_dataset, sums.tolist(), strict=True):
+                metrics[f"{metric_key_prefix}_{name}_loss"] = source_nll / max(source_tokens, 1)
+            self.evaluations.append(Evaluation(self.state.global_step, metrics[f"{metric_key_prefix}_loss"]))
+            self.log(dict(metrics))
+            self._answer_prompts()
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._stop_early()
+        return metrics
+
+    def _stop_early(self) -> None:
+        train = self.recipe.train
+        patience = train.early_stopping_patience
+        without_gain = evaluations_without_gain(self.evaluations, train.early_stopping_threshold)
+        if patience is not None and without_gain >= patience:
+            self.control.should_training_stop = True
+            self.control.should_save = train.save_steps is not None
+            self.metrics.display.note(f"stopping early: {without_gain} evaluations without a lower loss")
+
+    def _answer_prompts(self) -> None:
+        if not is_main_process():
+            return
+        for prompt in self.recipe.train.eval_prompts:
+            answer = greedy_answer(
+                self.model,
+                self.processing_class,
+                [{"role": "user", "content": prompt}],
+                max_new_tokens=PROMPT_ANSWER_TOKENS,
+            )
+            self.metrics.show_answer(self.state.global_step, prompt, answer)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """A checkpoint of safetensors and JSON, whole or not at all; the stock one pickles its arguments and states."""
+        randoms = gather_object([random_state()]) if self.accelerator.num_processes > 1 else [random_state()]
+        if is_main_process():
+            with self.metrics.paused():
+                self._save_and_rotate(randoms)
+        self.accelerator.wait_for_everyone()
+
+    def _save_and_rotate(self, randoms: Sequence[Mapping[str, Any]]) -> None:
+        folder, step = self.run.checkpoints, self.state.global_step
+        latest = self.evaluations[-1] if self.evaluations else None
+        if latest and latest.step == step and (self.best is None or latest.loss < self.best.loss):
+            self.best = latest
+        facts = {"fingerprint": self.run.facts.get("fingerprint")}
+        path = save_checkpoint(folder, step, facts, lambda directory: self._write_checkpoint(directory, randoms))
+        rotate(
+            folder, keep=self.recipe.train.save_total_limit, best_step=self.best.step if self.best is not None else None
+        )
+        self.run.record({"checkpoints": [checkpoint.name for checkpoint in list_checkpoints(folder)]})
+        self.metrics.display.note(f"saved {path}")
+
+    def _write_checkpoint(self, directory: Path, randoms: Sequence[Mapping[str, Any]]) -> None:
+        self.writer.write(directory, self.model)
+        save_optimizer(directory, self.optimizer, self.lr_scheduler, self.accelerator.scaler)
+        progress = {
+            "counts": vars(self.counts),
+            "seconds": self.metrics.seconds,
+            "evaluations": [vars(evaluation) for evaluation in self.evaluations],
+            "best": vars(self.best) if self.best else None,
+            "start_sha256": self.writer.start_sha256(),
+            "random": randoms,
+        }
+        (directory / PROGRESS).write_text(json.dumps(progress) + "\n", encoding="utf-8")
+        self.state.save_to_json(str(directory / TRAINER_STATE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The adapter's tensors, and the counts; the stock method also takes pickles."""
+        checkpoint = Path(resume_from_checkpoint)
+        self.writer.read(checkpoint, self.model)
+        progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        if progress["start_sha256"] != self.writer.start_sha256():
+            what = "the adapter's start cannot be made again here as it was (another machine or library version)"
+            raise RunError(Problem(str(checkpoint), what, "go on where the run was begun"))
+        self.counts = TokenCounts(**progress["counts"])
+        self.evaluations = [Evaluation(**evaluation) for evaluation in progress["evaluations"]]
+        self.best = Evaluation(**progress["best"]) if progress["best"] else None
+        self.metrics.go_on(progress["seconds"], self.counts.processed)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """From safetensors and JSON."""
+        if checkpoint is not None:
+            load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler, self.accelerator.scaler)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing: it comes with the optimizer."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Of this process, from JSON."""
+        if checkpoint is not None:
+            progress = json.loads((Path(checkpoint) / PROGRESS).read_text(encoding="utf-8"))
+            set_random_state(progress["random"][self.args.process_index])
+
+    def load_best(self) -> None:
+        """Takes the adapter of the checkpoint with the lowest evaluation loss, where that is not the last one."""
+        if self.best is None or self.best.step == self.state.global_step:
+            return
+        self.writer.read(self.run.checkpoints / f"step-{self.best.step}", self.model)
+        self.evaluations.append(Evaluation(self.state.global_step, self.best.loss))
+        self.metrics.display.note(
+            f"the adapter is that of step {self.best.step}, with the lowest evaluation loss ({self.best.loss:.4f})"
+        )
 
 
 def build_trainer(
@@ -180,106 +360,76 @@ def build_trainer(
     run: RunDir,
     schedule: Schedule,
     packs: Sequence[Pack],
-    evaluation_packs: Sequence[Pack],
+    evaluation_packs: Mapping[str, Sequence[Pack]],
+    adapter: LoraConfig,
+    writer: AdapterWriter,
 ) -> LoraTrainer:
     """Puts the adapter on the model and makes a trainer that is ready to train.
 
+    Args:
+        model: The base model.
+        tokenizer: Its tokenizer.
+        recipe: The recipe.
+        run: Where the run's files go.
+        schedule: Batch and steps.
+        packs: The rows to train on.
+        evaluation_packs: The rows to evaluate on, by the names of their sources.
+        adapter: What to put on the model.
+        writer: Writes and reads the adapter.
+
     Raises:
-        ModelError: The recipe's target modules are not in the model.
         RecipeError: The recipe's `trainer_args` do not suit the trainer.
     """
-    targets = target_modules(model, recipe.lora)
     rows = schedule.num_processes * schedule.per_device_train_batch_size if schedule.num_processes > 1 else 1
     pad_id = int(tokenizer.pad_token_id)
+    evaluation = {name: pack_dataset(source, multiple=rows, pad_id=pad_id) for name, source in evaluation_packs.items()}
     trainer = LoraTrainer(
         model,
-        fillers=-len(packs) % rows,
+        recipe=recipe,
+        run=run,
+        schedule=schedule,
+        writer=writer,
+        fillers=count_fillers(len(packs), rows),
         args=sft_config(recipe, schedule, run, model.dtype),
         train_dataset=pack_dataset(packs, multiple=rows, pad_id=pad_id),
-        eval_dataset=pack_dataset(evaluation_packs, multiple=rows, pad_id=pad_id) if evaluation_packs else None,
+        eval_dataset=evaluation or None,
         data_collator=PackCollator(),
         processing_class=tokenizer,
-        peft_config=lora_config(recipe.lora, targets),
+        peft_config=adapter,
     )
-    trainer.targets = targets
     trainer.remove_callback(PrinterCallback)
-    trainer.metrics = MetricsLog(run.metrics, trainer, Display(quiet=not is_main_process()))
+    trainer.metrics = MetricsLog(run, trainer, Display(quiet=not is_main_process()))
     trainer.add_callback(trainer.metrics)
     if recipe.train.trainer_args:
-        _try_optimization(trainer, schedule)
+        try_trainer_args(trainer, schedule)
     return trainer
 
 
-def _try_optimization(trainer: LoraTrainer, schedule: Schedule) -> None:
-    """Makes optimizer and scheduler once before anything is written: `trainer_args` may not suit them.
-
-    Raises:
-        RecipeError: They refuse their arguments.
-    """
-    try:
-        trainer.create_optimizer()
-        trainer.create_scheduler(num_training_steps=schedule.max_steps)
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise _unsuitable_arguments(error) from error
-    trainer.optimizer = trainer.lr_scheduler = None
+def evaluations_without_gain(evaluations: Sequence[Evaluation], threshold: float) -> int:
+    """How many evaluations at the end were not lower, by more than a threshold, than the lowest before them."""
+    lowest, since = float("inf"), 0
+    for evaluation in evaluations:
+        since += 1
+        if evaluation.loss < lowest - threshold:
+            lowest, since = evaluation.loss, 0
+    return since
 
 
-def _unsuitable_arguments(error: Exception) -> RecipeError:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return RecipeError(Problem("train.trainer_args", f"the trainer refuses them: {line}", "change or remove them"))
+def _ran_out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in text
 
 
-def sft_config(recipe: Recipe, schedule: Schedule, run: RunDir, dtype: torch.dtype) -> SFTConfig:
-    """TRL's configuration for a recipe. Everything that the toolkit does itself is switched off here.
-
-    Raises:
-        RecipeError: The recipe's `trainer_args` do not suit.
-    """
-    on_cpu = not uses_gpu()
-    train = recipe.train
-    settings = {
-        "output_dir": str(run.path),
-        # Rows come tokenized, packed and collated by us.
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "packing": False,
-        "padding_free": False,
-        "max_length": None,
-        "remove_unused_columns": False,
-        # Files, logs and progress are ours.
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": train.logging_steps,
-        # This filter waits for the device at every micro-batch; `MetricsLog` stops on a loss that is no number.
-        "logging_nan_inf_filter": False,
-        "per_device_train_batch_size": schedule.per_device_train_batch_size,
-        "per_device_eval_batch_size": schedule.per_device_train_batch_size,
-        "gradient_accumulation_steps": schedule.gradient_accumulation_steps,
-        "num_train_epochs": train.num_train_epochs,
-        "max_steps": train.max_steps or -1,
-        "learning_rate": train.learning_rate,
-        "lr_scheduler_type": train.lr_scheduler_type,
-        "warmup_steps": schedule.warmup_steps,
-        "weight_decay": train.weight_decay,
-        "max_grad_norm": train.max_grad_norm,
-        "optim": train.optim,
-        "seed": train.seed,
-        "gradient_checkpointing": checkpoints_gradients(train),
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "use_cpu": on_cpu,
-        "dataloader_pin_memory": not on_cpu,
-    }
-    try:
-        return SFTConfig(**{**settings, **train.trainer_args})
-    except (TypeError, ValueError, KeyError, ImportError) as error:
-        if not train.trainer_args:
-            raise
-        raise _unsuitable_arguments(error) from error
-
-
-def checkpoints_gradients(train: TrainSpec) -> bool:
-    """Whether activations are recomputed in the backward; `auto` does so on a GPU, where memory is what runs out."""
-    if train.gradient_checkpointing == "auto":
-        return uses_gpu()
-    return train.gradient_checkpointing == "full"
+def _memory_advice(error: BaseException, recipe: Recipe, step: int) -> Problem:
+    """What to change first, in the order in which it costs the least."""
+    advice = []
+    if recipe.train.per_device_train_batch_size not in ("auto", 1):
+        advice.append("train.per_device_train_batch_size=1 (the result stays the same)")
+    if recipe.train.gradient_checkpointing == "none":
+        advice.append("train.gradient_checkpointing=full (slower, the result stays the same)")
+    if recipe.model.quantization == "none":
+        advice.append("model.quantization=nf4 (the base in a quarter of the memory)")
+    advice.append(f"data.max_length_tokens below {recipe.data.max_length_tokens}")
+    advice.append("a smaller base")
+    what = f"memory ran out behind step {step} ({first_line(error)})"
+    return Problem("training", what, "; or ".join(advice))

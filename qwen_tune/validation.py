@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qwen_tune.recipe import DataSpec
-from qwen_tune.rows import find_files
+from qwen_tune.rows import names_hub_data_set
 from qwen_tune.sources import load_sources
 
 SAMPLE_ROWS = 1000  # a source; reading more would make a check that is meant to be instant wait for the disk
@@ -16,10 +16,10 @@ def check_data(data: DataSpec) -> str:
         What was read, in words.
 
     Raises:
-        DataError: A file is missing or a row is wrong.
+        DataError: Every file that is missing and every row that is wrong.
     """
     sources = [*data.train, *(data.eval if isinstance(data.eval, list) else ())]
-    local = [source for source in sources if find_files(source.path) is not None]
+    local = [source for source in sources if not names_hub_data_set(source.path)]
     count = len(load_sources(local, system=data.system, rows_per_source=SAMPLE_ROWS))
     read = f"{count:,} rows read (at most {SAMPLE_ROWS:,} of a source)"
     remote = len(sources) - len(local)

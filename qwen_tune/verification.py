@@ -26,6 +26,7 @@ PLAIN_PROMPTS = ("Hello!", "Write a function that adds two numbers.", "What is t
 # bits rounds every weight it touches, to 8 (bfloat16) or 11 (float16) significant bits. Measured on a model of 0.5B
 # parameters in bfloat16: 7e-3.
 TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
+DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,13 @@ def compare_merged(run_or_adapter: Path, merged: Path, base: str | None = None) 
         base: Another base than the one that the adapter names.
 
     Raises:
-        MergeError: Base and adapter cannot be loaded.
+        MergeError: Base and adapter cannot be loaded, or the merged model is stored in a type that has no tolerance.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     adapter = AdapterDir.open(run_or_adapter, base)
+    stored = _stored_dtype(merged)
     batches = _token_ids(adapter, merged)
     expected = list(_logits(load_with_adapter(adapter, torch.float32), batches))
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, trust_remote_code=False)
@@ -107,8 +109,7 @@ def compare_merged(run_or_adapter: Path, merged: Path, base: str | None = None) 
         difference = max(difference, float((one - other).abs().max()))
         same += int((one.argmax(-1) == other.argmax(-1)).sum())
     tokens = sum(ids.shape[1] for ids in batches)
-    stored = _stored_dtype(merged)
-    result = Comparison(
+    return Comparison(
         samples=len(batches),
         tokens=tokens,
         stored_dtype=stored,
@@ -116,7 +117,6 @@ def compare_merged(run_or_adapter: Path, merged: Path, base: str | None = None) 
         tolerance=TOLERANCE[stored],
         same_choice=same / tokens,
     )
-    return result
 
 
 def _logits(model: PreTrainedModel, batches: list[Tensor]) -> Iterator[Tensor]:
@@ -129,11 +129,20 @@ def _logits(model: PreTrainedModel, batches: list[Tensor]) -> Iterator[Tensor]:
 
 
 def _stored_dtype(merged: Path) -> str:
+    """The coarsest of the types that the weights are stored in."""
     from qwen_tune.base import BaseCheckpoint
 
-    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     spans = BaseCheckpoint(id=str(merged), revision=None, path=merged, is_local=True).tensors().values()
-    return min((names[span.dtype] for span in spans), key=lambda name: -TOLERANCE[name])
+    stored = {span.dtype for span in spans}
+    if unknown := sorted(stored - DTYPE_NAMES.keys()):
+        raise MergeError(
+            Problem(
+                str(merged),
+                f"weights are stored as {', '.join(unknown)}; expected {', '.join(DTYPE_NAMES)}",
+                "compare the model as it was merged, before other tools change its type",
+            )
+        )
+    return max((DTYPE_NAMES[dtype] for dtype in stored), key=TOLERANCE.__getitem__)
 
 
 def _token_ids(adapter: AdapterDir, merged: Path) -> list[Tensor]:

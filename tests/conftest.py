@@ -80,12 +80,11 @@ def official_template() -> Callable[[str], str]:
     return lambda name: (folder / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-@pytest.fixture
-def workspace(tmp_path: Path) -> Path:
-    """A directory of its own with a small recipe, its rows, and the tiny model beside it."""
-    (tmp_path / "tiny-qwen").symlink_to(TINY)
-    shutil.copy(ROOT / "data" / "quickstart.jsonl", tmp_path / "rows.jsonl")
-    (tmp_path / "recipe.yaml").write_text(
+def make_workspace(folder: Path) -> Path:
+    """Puts a small recipe, its rows, and the tiny model into a directory."""
+    (folder / "tiny-qwen").symlink_to(TINY)
+    shutil.copy(ROOT / "data" / "quickstart.jsonl", folder / "rows.jsonl")
+    (folder / "recipe.yaml").write_text(
         "name: small\n"
         "model: {base: ./tiny-qwen}\n"
         "data:\n"
@@ -94,4 +93,16 @@ def workspace(tmp_path: Path) -> Path:
         "  max_length_tokens: 256\n"
         "train: {max_steps: 3, global_batch_size: 2, learning_rate: 1e-3}\n"
     )
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """A directory of its own with a small recipe, its rows, and the tiny model beside it."""
+    return make_workspace(tmp_path)
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory of its own, so that a test can write and name files as a user does."""
+    monkeypatch.chdir(tmp_path)

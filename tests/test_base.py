@@ -103,7 +103,7 @@ def test_bases_that_cannot_be_trained_yet_or_at_all(checkpoint):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"eos_token": "<|endoftext|>"}, "this is a base checkpoint"),
+        ({"pad_token": "<|im_end|>", "eos_token": "<|endoftext|>"}, "models trained so never stop"),
         ({"pad_token": "<|im_end|>"}, "models trained so never stop"),
         ({"pad_token": None}, "models trained so never stop"),
     ],

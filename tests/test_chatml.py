@@ -213,6 +213,13 @@ def test_a_row_that_contradicts_its_own_arguments_is_refused(template):
     assert "enable_thinking" in caught.value.fix
 
 
+@pytest.mark.parametrize("name", ["self", "messages"])
+def test_arguments_of_a_row_are_never_a_traceback(template, name):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(RowError, match=f"refuses the conversation: .*{name}"):
+        template["qwen3"].render(chat, template_kwargs={name: 1})
+
+
 def test_a_template_that_drops_tools_or_text_is_refused(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = (

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from qwen_tune.loss import CHUNK_TOKENS, summed_nll
+from qwen_tune.loss import CHUNK_TOKENS, TokenRows, embed, summed_nll, summed_nll_through
 
 
 @pytest.mark.parametrize("tokens", [0, 1, CHUNK_TOKENS, CHUNK_TOKENS + 1, 3 * CHUNK_TOKENS - 5])
@@ -52,3 +52,53 @@ def test_bfloat16_rounds_like_the_head_would():
 def test_a_trained_head_is_refused():
     with pytest.raises(ValueError, match="output matrix is trained"):
         summed_nll(torch.randn(1, 4), torch.randn(7, 4, requires_grad=True), torch.tensor([1]))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, CHUNK_TOKENS + 3])
+def test_trained_rows_of_the_frozen_matrix_get_their_gradient(tokens):
+    torch.manual_seed(2)
+    hidden = torch.randn(tokens, 24, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(50, 24, dtype=torch.float64)
+    rows = torch.randn(3, 24, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([7, 0, 49])
+    targets = torch.randint(0, 50, (tokens,))
+    ours = summed_nll(hidden, weight, targets, TokenRows(ids, rows))
+    gradients = torch.autograd.grad(ours * 0.37, (hidden, rows))
+    plain = cross_entropy(hidden @ weight.index_copy(0, ids, rows).T, targets, reduction="sum")
+    expected = torch.autograd.grad(plain * 0.37, (hidden, rows))
+    assert torch.allclose(ours, plain, rtol=0, atol=1e-10)
+    for one, other in zip(gradients, expected, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-10)
+
+
+def test_trained_rows_take_the_place_of_embeddings():
+    torch.manual_seed(3)
+    weight = torch.randn(20, 8, dtype=torch.float64)
+    rows = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([3, 19])
+    tokens = torch.tensor([[3, 1, 19, 3, 0]])
+    ours = embed(tokens, weight, TokenRows(ids, rows))
+    plain = torch.nn.functional.embedding(tokens, weight.index_copy(0, ids, rows))
+    scale = torch.randn_like(plain)
+    assert torch.equal(ours, plain)
+    for one, other in zip(
+        torch.autograd.grad((ours * scale).sum(), rows), torch.autograd.grad((plain * scale).sum(), rows), strict=True
+    ):
+        assert torch.allclose(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [0, CHUNK_TOKENS + 3])
+def test_an_output_layer_that_is_trained_as_a_whole(tokens):
+    torch.manual_seed(4)
+    layer = torch.nn.Linear(24, 50, bias=False, dtype=torch.float64)
+    hidden = torch.randn(tokens, 24, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 50, (tokens,))
+    ours = summed_nll_through(layer, hidden, targets)
+    plain = cross_entropy(layer(hidden), targets, reduction="sum")
+    assert torch.allclose(ours, plain, rtol=0, atol=1e-10)
+    for one, other in zip(
+        torch.autograd.grad(ours, (hidden, layer.weight)),
+        torch.autograd.grad(plain, (hidden, layer.weight)),
+        strict=True,
+    ):
+        assert torch.allclose(one, other, rtol=0, atol=1e-10)

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from qwen_tune.errors import RunError
+from qwen_tune.resume import Plan
 from qwen_tune.run_dir import RunDir, write_atomically
 
 RECIPE = "name: one\n"
@@ -42,8 +43,8 @@ def test_however_a_run_ends_it_is_recorded(tmp_path, error, state, code):
 
 def test_the_same_recipe_has_nothing_to_do_and_another_one_is_refused(tmp_path):
     run = finished(tmp_path / "run")
-    assert not RunDir(run.path).check(RECIPE, overwrite=False, resume="auto")
-    assert RunDir(run.path).check(RECIPE, overwrite=True, resume="auto")
+    assert RunDir(run.path).check(RECIPE, overwrite=False, resume="auto").nothing_to_do
+    assert RunDir(run.path).check(RECIPE, overwrite=True, resume="auto") == Plan()
     with pytest.raises(RunError, match=r"finished run.*run\.dir=.*--overwrite"):
         RunDir(run.path).check(RECIPE, overwrite=False, resume="never")
     with pytest.raises(RunError, match="of another recipe"):
@@ -70,16 +71,16 @@ def test_what_a_killed_save_left_is_cleared(tmp_path):
     run = finished(tmp_path / "run")
     (run.path / ".adapter.123.tmp").mkdir()
     (run.path / ".run.json.123.tmp").write_text("")
-    assert RunDir(run.path).check(RECIPE, overwrite=True, resume="auto")
+    assert RunDir(run.path).check(RECIPE, overwrite=True, resume="auto") == Plan()
     with RunDir(run.path).recording(RECIPE, overwrite=True):
         assert {entry.name for entry in run.path.iterdir()} == {".lock", "recipe.yaml", "run.json"}
 
 
 def test_a_run_that_finished_in_the_meantime_is_not_wiped(tmp_path):
     late = RunDir(tmp_path / "run")
-    assert late.check(RECIPE, overwrite=False, resume="auto")
+    assert late.check(RECIPE, overwrite=False, resume="auto") == Plan()
     finished(late.path)
-    with pytest.raises(RunError, match="has finished this recipe in the meantime"):
+    with pytest.raises(RunError, match="another process has used it in the meantime"):
         late.begin(RECIPE)
     assert json.loads(late.run_json.read_text())["state"] == "finished"
 
@@ -120,7 +121,7 @@ def test_a_live_process_holds_its_directory_until_it_is_killed(tmp_path):
         process.communicate()
     with pytest.raises(RunError, match="unfinished run"):
         RunDir(path).check(RECIPE, overwrite=False, resume="auto")
-    assert RunDir(path).check(RECIPE, overwrite=True, resume="auto")
+    assert RunDir(path).check(RECIPE, overwrite=True, resume="auto") == Plan()
 
 
 def test_files_are_replaced_whole(tmp_path):

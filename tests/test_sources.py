@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import pyarrow.parquet
 import pytest
 
 from qwen_tune.errors import DataError
+from qwen_tune.formats import OWNED_TEMPLATE_KWARGS
 from qwen_tune.recipe import DataSpec, SourceSpec
+from qwen_tune.rows import find_files, names_hub_data_set
 from qwen_tune.sources import load_conversations
+from qwen_tune.validation import check_data
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 LINE = json.dumps(CHAT)
@@ -268,6 +272,45 @@ def test_missing_files_suggest_their_neighbour(tmp_path):
     assert "no file matches" in problem(tmp_path / "*.parquet")
     (tmp_path / "empty").mkdir()
     assert "holds no data files" in problem(tmp_path / "empty")
+
+
+def test_every_missing_source_is_told_at_once(tmp_path):
+    (tmp_path / "there.jsonl").write_text("{}\n")
+    sources = [SourceSpec(path=str(tmp_path / f"{name}.jsonl")) for name in ("missing", "there", "gone")]
+    with pytest.raises(DataError) as caught:
+        check_data(DataSpec(train=sources[:2], eval=[sources[2], SourceSpec(path="owner/name")]))
+    told = [problem.where.removeprefix(str(tmp_path)) for problem in caught.value.problems]
+    assert told == ["/missing.jsonl", "/there.jsonl:1", "/gone.jsonl"]
+
+
+@pytest.mark.parametrize("path", ["rows.jsonl", "a/rows.csv", "./a/b", "/a/b", "~/a", "a/*", "a/b/c", "name"])
+def test_what_has_not_the_form_of_a_hub_data_set_is_local(path):
+    assert not names_hub_data_set(path)
+    with pytest.raises(DataError):
+        find_files(path)
+
+
+def test_a_hub_data_set_is_what_lies_nowhere_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert names_hub_data_set("owner/name")
+    assert find_files("owner/name") is None
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert not names_hub_data_set("owner/name")
+
+
+@pytest.mark.parametrize("key", ["self", "return_tensors", "documents", "tools"])
+def test_arguments_that_are_not_the_templates_are_refused(tmp_path, key):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({**CHAT, "chat_template_kwargs": {key: "pt", "enable_thinking": True}}))
+    assert f"rows.jsonl:1: chat_template_kwargs sets {key}," in problem(path)
+
+
+def test_no_argument_of_a_row_reaches_transformers_own():
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    for function in (PreTrainedTokenizerBase.apply_chat_template, render_jinja_template):
+        assert set(inspect.signature(function).parameters) - {"kwargs"} <= OWNED_TEMPLATE_KWARGS
 
 
 def test_a_file_that_is_no_parquet(tmp_path):

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
+from qwen_tune.batches import PackCollator
 from qwen_tune.chatml import IGNORED
-from qwen_tune.collator import PackCollator
 from qwen_tune.errors import TrainingError
 from qwen_tune.loss import add_labelled_loss
 from qwen_tune.train import train

@@ -1,0 +1,129 @@
+"""Checkpoints as directories: written whole, proven by a manifest, found again, and rotated.
+
+A checkpoint is made under a temporary name, its files are flushed to the disk, the manifest with the sha256 of each is
+written last, and only then is it renamed to `step-N`. A directory of that name without a manifest that holds is never
+resumed from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qwen_tune.errors import first_line
+
+MANIFEST = "manifest.json"
+STEP_NAME = re.compile(r"step-(\d+)")
+
+
+def save_checkpoint(folder: Path, step: int, facts: dict[str, Any], write: Callable[[Path], None]) -> Path:
+    """Makes `folder/step-N`, whole or not at all.
+
+    Args:
+        folder: The run's checkpoints.
+        step: Optimizer steps done.
+        facts: What the manifest says beside the files.
+        write: Writes the checkpoint's files into the directory that it is given.
+    """
+    target = folder / f"step-{step}"
+    temporary = folder / f".step-{step}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    files = {path.name: path for path in sorted(temporary.iterdir())}
+    for path in files.values():
+        flush(path)
+    entries = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()}
+    manifest = temporary / MANIFEST
+    manifest.write_text(json.dumps({"step": step, **facts, "files": entries}, indent=2) + "\n", encoding="utf-8")
+    flush(manifest)
+    flush(temporary)
+    if target.exists():  # of the same step, from before a resume
+        shutil.rmtree(target)
+    temporary.rename(target)
+    flush(folder)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The directories named `step-N`, oldest first, whole or not."""
+    found = [path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step in a checkpoint's name."""
+    match = STEP_NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest.
+
+    Raises:
+        ValueError: There is none, or it is not one.
+    """
+    path = checkpoint / MANIFEST
+    if not path.exists():
+        raise ValueError(f"it has no {MANIFEST}")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ValueError(f"its {MANIFEST} is not one")
+    return manifest
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be trusted; None when every file is as it was written."""
+    try:
+        manifest = read_manifest(checkpoint)
+        for name, entry in manifest["files"].items():
+            path = checkpoint / name
+            if Path(name).name != name or not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+                return f"{name} is not as it was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return first_line(error)
+    return None
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that holds, and what is wrong with those that are newer."""
+    skipped: list[str] = []
+    for checkpoint in reversed(list_checkpoints(folder)):
+        fault = fault_of(checkpoint)
+        if fault is None:
+            return checkpoint, skipped
+        skipped.append(f"{checkpoint.name}: {fault}")
+    return None, skipped
+
+
+def rotate(folder: Path, *, keep: int, best_step: int | None) -> None:
+    """Deletes the oldest checkpoints but for `keep` and the best one."""
+    for checkpoint in list_checkpoints(folder)[:-keep]:
+        if step_of(checkpoint) != best_step:
+            shutil.rmtree(checkpoint)
+
+
+def flush(path: Path) -> None:
+    """Makes sure that a file or a directory's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The file's sha256 as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,68 @@
+"""What the processes of one run do together: one writes and prints, the others keep a log each."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from qwen_tune.machine import is_main_process, rank
+from qwen_tune.resume import Plan
+from qwen_tune.run_dir import RunDir
+
+
+@contextmanager
+def recording(
+    run: RunDir,
+    recipe_yaml: str,
+    plan: Plan,
+    facts: Mapping[str, Any],
+    accelerator: Accelerator,
+    *,
+    overwrite: bool,
+    resume: str,
+) -> Iterator[None]:
+    """Holds the run directory for the length of a run; see `RunDir.recording`.
+
+    The first process takes the directory and records the facts, then all go on. What the others say goes to
+    `logs/rank-N.log`.
+
+    Raises:
+        RunError: Another run took the directory in the meantime.
+    """
+    if is_main_process():
+        with run.recording(recipe_yaml, plan, overwrite=overwrite, resume=resume):
+            run.record(facts)
+            accelerator.wait_for_everyone()
+            yield
+    else:
+        accelerator.wait_for_everyone()
+        with _output_to(run.logs / f"rank-{rank()}.log"):
+            yield
+
+
+@contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Sends standard output and standard error to a file, those of native libraries too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = [os.dup(1), os.dup(2)]
+    with path.open("ab") as file:
+        try:
+            _point_at(file.fileno(), file.fileno())
+            yield
+        finally:
+            _point_at(*before)
+            for descriptor in before:
+                os.close(descriptor)
+
+
+def _point_at(output: int, errors: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(output, 1)
+    os.dup2(errors, 2)

@@ -1,0 +1,49 @@
+"""A run that is asked to stop: it finishes its step, saves, and ends."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# A launcher passes one Ctrl-C on several times within a moment; a person presses it again after reading.
+SECONDS_OF_ONE_REQUEST = 1.0
+
+
+class StopRequest:
+    """Whether SIGINT or SIGTERM has asked this process to stop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._first = 0.0
+
+    @contextmanager
+    def listening(self, *, quiet: bool = False) -> Iterator[None]:
+        """Turns signals into a request for as long as this lasts; a second Ctrl-C ends the process at once.
+
+        Args:
+            quiet: Whether to say nothing when one comes (processes beside the first).
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python delivers signals to the main thread alone
+            return
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            now = time.monotonic()
+            if not self.requested:
+                self.requested, self._first = True, now
+                if not quiet:
+                    print("\nstopping after this step; Ctrl-C again stops without saving", file=sys.stderr, flush=True)
+            elif number == signal.SIGINT and now - self._first > SECONDS_OF_ONE_REQUEST:
+                raise KeyboardInterrupt
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

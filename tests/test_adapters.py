@@ -1,0 +1,129 @@
+"""Every kind of adapter: trained, saved, loaded by PEFT alone, and merged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qwen_tune.errors import ModelError
+from qwen_tune.merge import merge
+from qwen_tune.train import train
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+
+KINDS = {
+    "rslora": ["lora.use_rslora=true"],
+    "dora": ["lora.use_dora=true"],
+    "patterns": ["lora.rank_pattern={q_proj: 4}", "lora.alpha_pattern={layers.0.mlp.up_proj: 64}"],
+    "excluded": ["lora.exclude_modules=[down_proj]"],
+    "pissa": ["lora.init_lora_weights=pissa"],
+    "pissa fast": ["lora.init_lora_weights=pissa_niter_4"],
+    "olora": ["lora.init_lora_weights=olora", "lora.use_rslora=true", "train.learning_rate=1e-3"],
+    "orthogonal": ["lora.init_lora_weights=orthogonal"],
+    "bias": ["lora.bias=all"],
+    "tokens": ["lora.trainable_token_indices=[5, 7]"],
+    "whole modules": ["lora.modules_to_save=[norm]", "lora.target_modules=attention"],
+    "loraplus": ["train.loraplus_lr_ratio=4", "train.learning_rate=3e-3"],
+}
+
+
+def run(workspace: Path, monkeypatch, *overrides: str) -> Path:
+    monkeypatch.chdir(workspace)
+    train("recipe.yaml", ["run.dir=run", *overrides])
+    return workspace / "run"
+
+
+def logits(model) -> torch.Tensor:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.randint(0, 500, (1, 40)), use_cache=False).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_is_what_was_trained_and_merges(workspace, monkeypatch, kind):
+    path = run(workspace, monkeypatch, "train.learning_rate=1e-2", *KINDS[kind])
+    facts = json.loads((path / "run.json").read_text())
+    assert facts["losses"]["eval_after"] < facts["losses"]["eval_before"]
+    # Loaded by PEFT, from the files alone, it is worth what training measured at its end.
+    base = AutoModelForCausalLM.from_pretrained(workspace / "tiny-qwen")
+    before = logits(base)
+    model = PeftModel.from_pretrained(base, path / "adapter")
+    assert (logits(model) - before).abs().max() > 1e-2
+    assert held_out_loss(model, path, monkeypatch, workspace) == pytest.approx(facts["losses"]["eval_after"], rel=1e-4)
+    merged = AutoModelForCausalLM.from_pretrained(merge(path))
+    assert (logits(merged) - logits(model)).abs().max() < 1e-4 * logits(model).abs().max()
+
+
+def held_out_loss(model, path: Path, monkeypatch, workspace: Path) -> float:
+    from qwen_tune.base import BaseCheckpoint, load_tokenizer
+    from qwen_tune.chatml import IGNORED, ChatTemplate
+    from qwen_tune.preparation import prepare_data
+    from qwen_tune.recipe_file import load_recipe
+
+    recipe = load_recipe(path / "recipe.yaml")
+    base = BaseCheckpoint(id="tiny", revision=None, path=(workspace / "tiny-qwen").resolve(), is_local=True)
+    examples = prepare_data(recipe.data, ChatTemplate(load_tokenizer(recipe.model, base)), seed=recipe.train.seed)
+    losses = []
+    for example in examples.evaluation.examples:
+        with torch.no_grad():
+            scores = model(input_ids=torch.tensor([example.input_ids]), use_cache=False).logits[0, :-1]
+        wanted = torch.tensor(example.labels[1:])
+        each = torch.nn.functional.cross_entropy(scores, wanted, ignore_index=IGNORED, reduction="none")
+        losses.append(each[wanted != IGNORED])
+    return torch.cat(losses).mean().item()
+
+
+def test_a_start_that_changes_the_base_is_saved_as_plain_lora(workspace, monkeypatch):
+    path = run(workspace, monkeypatch, "lora.init_lora_weights=pissa", "lora.r=4", "train.save_steps=3")
+    config = json.loads((path / "adapter" / "adapter_config.json").read_text())
+    assert (config["init_lora_weights"], config["r"], config["lora_alpha"]) == (True, 8, 64)
+    with pytest.raises(Exception, match="started by pissa, which changes the base"):
+        merge(path / "checkpoints" / "step-3", output=workspace / "out")
+
+
+def test_patterns_and_exclusions_decide_the_shapes(workspace, monkeypatch):
+    path = run(workspace, monkeypatch, *KINDS["patterns"], *KINDS["excluded"], "lora.r=8")
+    with safe_open(path / "adapter" / "adapter_model.safetensors", "pt") as file:
+        ranks = {key: file.get_slice(key).get_shape()[0] for key in file.keys() if "lora_A" in key}  # noqa: SIM118
+    assert {rank for key, rank in ranks.items() if "q_proj" in key} == {4}
+    assert {rank for key, rank in ranks.items() if "q_proj" not in key} == {8}
+    assert not any("down_proj" in key for key in ranks)
+
+
+def test_loraplus_gives_the_b_matrices_a_rate_of_their_own(workspace, monkeypatch):
+    plain = run(workspace, monkeypatch, "train.max_steps=1", "train.optim=sgd", "train.learning_rate=1e-2")
+    monkeypatch.chdir(workspace)
+    overrides = ["train.max_steps=1", "train.optim=sgd", "train.learning_rate=1e-2", "train.loraplus_lr_ratio=8"]
+    train("recipe.yaml", ["run.dir=plus", *overrides])
+    one = load_file(plain / "adapter" / "adapter_model.safetensors")
+    other = load_file(workspace / "plus" / "adapter" / "adapter_model.safetensors")
+    for key, tensor in one.items():
+        ratio = 8 if "lora_B" in key else 1  # they start at zero
+        assert torch.allclose(tensor * ratio, other[key], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.target_modules=[q_prj]", "q_prj matches no linear layer of the model; it has down_proj"),
+        ("lora.exclude_modules=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]", "leaves no layer"),
+        ("lora.rank_pattern={w_pack: 4}", "lora.rank_pattern: w_pack matches no layer that gets an adapter"),
+        ("lora.alpha_pattern={w_pack: 4}", "lora.alpha_pattern: w_pack matches no layer"),
+        ("lora.modules_to_save=[head]", "head matches no module"),
+        ("lora.modules_to_save=[lm_head]", "lm_head is tied to the other end"),
+        ("lora.trainable_token_indices=[99999]", "99999 is no token of this model; ids go from 0"),
+        ("lora.trainable_token_indices={wte: [1]}", "wte matches no module"),
+    ],
+)
+def test_what_is_not_in_the_model_is_told(workspace, monkeypatch, override, message):
+    with pytest.raises(ModelError) as told:
+        run(workspace, monkeypatch, override)
+    assert message in str(told.value)
+    assert not (workspace / "run").exists()
