@@ -95,8 +95,11 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int:
             for worker in workers:
                 worker.kill()
         time.sleep(0.05)
-    first = workers[0].returncode
-    code = first if first > 0 or failed is None else failed
+    codes = [worker.returncode for worker in workers]
+    if failed is None:
+        failed = next((code for code in codes if code), 0)
+    # The first process's own word counts, unless it went down because of another.
+    code = codes[0] if codes[0] > 0 else failed
     return code if code >= 0 else 128 - code
 
 

@@ -6,18 +6,19 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from qwen_tune.chatml import ChatTemplate, TokenizedExample, tokenize
 from qwen_tune.conversation import Conversation, RowError
 from qwen_tune.errors import DataError, Problem
-from qwen_tune.recipe import DataSpec, EvalSpec
-from qwen_tune.sources import PROBLEMS_KEPT, load_conversations, load_sources
+from qwen_tune.mixing import Mixture, mix
+from qwen_tune.recipe import DataSpec
+from qwen_tune.sources import PROBLEMS_KEPT
 
 OVERLONG = "overlong"
 NO_LABELS = "no_labels"
@@ -52,31 +53,36 @@ class PreparedData:
 
     train: PreparedSplit
     evaluation: PreparedSplit
+    mixture: Mixture
 
-    def facts(self) -> dict[str, Any]:
+    @cached_property
+    def facts(self) -> Mapping[str, Any]:
         """The balance for run.json: rows.read is the sum of what became of them, prepared = supervised + context."""
         both = (self.train, self.evaluation)
         prepared, supervised = sum(s.tokens for s in both), sum(s.supervised for s in both)
-        names = sorted({example.source_name for split in both for example in split.examples})
+        samples = {
+            side: Counter(example.source_name for example in split.examples)
+            for side, split in (("train", self.train), ("evaluation", self.evaluation))
+        }
+        dropped = self.train.rows_dropped + self.evaluation.rows_dropped + self.mixture.dropped
+        not_sampled = self.mixture.not_sampled
         return {
             "sources": {
-                name: {
-                    "train": sum(example.source_name == name for example in self.train.examples),
-                    "evaluation": sum(example.source_name == name for example in self.evaluation.examples),
-                }
-                for name in names
+                name: {side: counts[name] for side, counts in samples.items()}
+                for name in sorted({name for counts in samples.values() for name in counts})
             },
             "rows": {
-                "read": sum(split.rows_read for split in both),
+                "read": sum(split.rows_read for split in both) + not_sampled + self.mixture.dropped.total(),
                 "trained": self.train.rows_kept,
                 "evaluation": self.evaluation.rows_kept,
-                "not_sampled": 0,
-                "dropped": dict(self.train.rows_dropped + self.evaluation.rows_dropped),
+                "not_sampled": not_sampled,
+                "dropped": dict(dropped),
             },
             "samples": {
                 "train": len(self.train.examples),
                 "evaluation": len(self.evaluation.examples),
                 "expanded": sum(split.expanded for split in both),
+                "repeated": self.mixture.repeated,
                 "dropped": dict(self.train.samples_dropped + self.evaluation.samples_dropped),
             },
             "tokens": {"prepared": prepared, "supervised": supervised, "context": prepared - supervised},
@@ -99,21 +105,17 @@ def prepare_data(data: DataSpec, template: ChatTemplate, *, seed: int) -> Prepar
     Args:
         data: The recipe's data section.
         template: The checkpoint's chat template.
-        seed: Decides which conversations are held out when `eval` is a fraction.
+        seed: Decides which conversations are held out and drawn.
 
     Raises:
         DataError: Every row that cannot be trained on, or too little that can.
     """
-    train = load_conversations(data)
-    held_out: list[Conversation] = []
-    if isinstance(data.eval, EvalSpec):
-        train, held_out = split_conversations(train, data.eval.fraction, seed)
-    elif data.eval is not None:
-        held_out = load_sources(data.eval, system=data.system)
+    mixture = mix(data, seed=seed)
     problems: list[Problem] = []
     prepared = PreparedData(
-        train=prepare_split(train, template, data, problems),
-        evaluation=prepare_split(held_out, template, data, problems),
+        train=prepare_split(mixture.train, template, data, problems),
+        evaluation=prepare_split(mixture.evaluation, template, data, problems),
+        mixture=mixture,
     )
     if problems:
         raise DataError(problems)
@@ -127,67 +129,46 @@ def prepare_split(
 ) -> PreparedSplit:
     """Tokenizes conversations; a row that cannot be trained on is added to `problems`."""
     split = PreparedSplit()
+    # A row that is drawn several times is counted and tokenized once.
+    known: dict[tuple[str, str], list[TokenizedExample]] = {}
     for conversation in conversations:
-        split.rows_read += 1
-        split.warnings.update(set(conversation.warnings))
-        try:
-            samples = tokenize(conversation, template, data)
-            fitted = [_fit(sample, data) for sample in samples]
-        except RowError as problem:
-            problems.append(problem.at(conversation.source))
-            if len(problems) >= PROBLEMS_KEPT:
-                raise DataError(problems) from None
-            continue
-        kept = [sample for sample in fitted if isinstance(sample, TokenizedExample)]
-        reasons = [reason for reason in fitted if isinstance(reason, str)]
-        split.samples_dropped.update(reasons)
-        if not kept:
-            split.rows_dropped[reasons[0] if reasons else NO_LABELS] += 1
-        else:
-            split.rows_kept += 1
-            split.expanded += len(samples) - 1
-            split.examples += kept
-        if truncated := sum(sample.truncated for sample in kept):
-            split.warnings["sample truncated before its end of turn"] += truncated
-        if straddling := sum(sample.straddling for sample in samples):
-            split.warnings["token that straddles the end of a prompt, trained as context"] += straddling
+        row = (conversation.source_name, conversation.source)
+        if row not in known:
+            known[row] = _prepare_row(conversation, template, data, split, problems)
+        split.examples += known[row]
     return split
 
 
-def split_conversations(
-    conversations: Sequence[Conversation], fraction: float, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Holds out a share of the conversations, equal ones always on the same side.
-
-    Which ones are held out depends on their content and the seed alone, so rows that are added or reordered do not
-    move others across.
-
-    Returns:
-        Conversations to train on and conversations to evaluate on; at least one of the latter.
-
-    Raises:
-        DataError: Nothing would be left to train on.
-    """
-    hashes = [hashlib.sha256(f"{seed}:{c.content_hash()}".encode()).hexdigest() for c in conversations]
-    wanted = max(1, math.floor(fraction * len(conversations) + 0.5))
-    held_out: set[str] = set()
-    count = Counter(hashes)
-    total = 0
-    for digest in sorted(count):
-        if total >= wanted:
-            break
-        held_out.add(digest)
-        total += count[digest]
-    if total >= len(conversations):
-        raise DataError(
-            Problem(
-                "data.eval.fraction",
-                f"{fraction} of {len(conversations)} rows leaves none to train on",
-                "add rows or set data.eval=null",
-            )
-        )
-    pairs = list(zip(conversations, hashes, strict=True))
-    return [c for c, digest in pairs if digest not in held_out], [c for c, digest in pairs if digest in held_out]
+def _prepare_row(
+    conversation: Conversation,
+    template: ChatTemplate,
+    data: DataSpec,
+    split: PreparedSplit,
+    problems: list[Problem],
+) -> list[TokenizedExample]:
+    split.rows_read += 1
+    split.warnings.update(set(conversation.warnings))
+    try:
+        samples = tokenize(conversation, template, data)
+        fitted = [_fit(sample, data) for sample in samples]
+    except RowError as problem:
+        problems.append(problem.at(conversation.source))
+        if len(problems) >= PROBLEMS_KEPT:
+            raise DataError(problems) from None
+        return []
+    kept = [sample for sample in fitted if isinstance(sample, TokenizedExample)]
+    reasons = [reason for reason in fitted if isinstance(reason, str)]
+    split.samples_dropped.update(reasons)
+    if kept:
+        split.rows_kept += 1
+        split.expanded += len(samples) - 1
+    else:
+        split.rows_dropped[reasons[0] if reasons else NO_LABELS] += 1
+    if truncated := sum(sample.truncated for sample in kept):
+        split.warnings["sample truncated before its end of turn"] += truncated
+    if straddling := sum(sample.straddling for sample in samples):
+        split.warnings["token that straddles the end of a prompt, trained as context"] += straddling
+    return kept
 
 
 def _fit(sample: TokenizedExample, data: DataSpec) -> TokenizedExample | str:

@@ -58,7 +58,7 @@ def show(examples: Iterable[TokenizedExample], tokenizer: PreTrainedTokenizerBas
 
 def show_totals(data: PreparedData, shown: int, console: Console) -> None:
     """Prints the balance of rows and tokens, and the key to the colours."""
-    facts = data.facts()
+    facts = data.facts
     rows, tokens = facts["rows"], facts["tokens"]
     console.rule(characters="─")
     console.print(

@@ -141,12 +141,6 @@ class MetricsLog(TrainerCallback):
             file.write(json.dumps({"step": step, "prompt": prompt, "answer": answer}, ensure_ascii=False) + "\n")
         self.display.note(f"? {prompt}\n  > {answer}")
 
-    def close(self, exit_code: int) -> None:
-        """Ends display and trackers, however the run has ended."""
-        self.display.stop()
-        for tracker in self.trackers:
-            tracker.finish(exit_code)
-
 
 class Display:
     """A live line in a terminal; elsewhere plain lines, about twenty a run."""

@@ -53,17 +53,10 @@ NOT_YET: tuple[NotYet, ...] = (
         for part in ("data.train[]", "data.eval[]")
         for entry in (
             NotYet(
-                f"{part}.path",
-                lambda path: "://" in path,
-                "download the data and give the file's path, relative to the working directory",
-            ),
-            NotYet(
                 f"{part}.format",
                 _other_than("auto", "messages", "sharegpt", "alpaca", "prompt_completion"),
                 "convert the rows to messages, sharegpt, alpaca or prompt_completion",
             ),
-            NotYet(f"{part}.weight", _other_than(1.0), _LATER.format("1.0")),
-            NotYet(f"{part}.rows", _other_than(None), _LATER.format("null")),
         )
     ),
     NotYet("data.special_tokens_in_text", _other_than("reject"), "write reject and mend the rows it names"),

@@ -58,7 +58,7 @@ def start_facts(
         "tokenizer_sha256": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
         "data_fingerprint": data.fingerprint(),
-        **data.facts(),
+        **data.facts,
         "schedule": schedule.facts(),
         "masking": {"loss_on": recipe.data.loss_on, "thinking": recipe.data.thinking},
     }

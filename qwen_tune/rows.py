@@ -11,7 +11,7 @@ import difflib
 import glob
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Row:
 def names_hub_data_set(path: str) -> bool:
     """Whether a recipe's path names nothing local and has the form of a Hub data set, `owner/name`."""
     local = Path(path).expanduser()
-    if local.exists() or any(character in path for character in GLOB_CHARACTERS):
+    if "://" in path or local.exists() or any(character in path for character in GLOB_CHARACTERS):
         return False
     looks_local = path.startswith((".", "/", "~")) or local.suffix in READERS
     return not looks_local and len(Path(path).parts) == 2
@@ -69,8 +69,23 @@ def find_files(path: str) -> list[Path] | None:
     raise DataError(Problem(path, "the data file is not there", _nearest(local)))
 
 
-def read_rows(path: Path) -> Iterator[Row | Problem]:
-    """The rows of one file, and a problem for each row that cannot be read; a problem that ends the file comes last."""
+def read_rows(path: Path, name: str | None = None) -> Iterator[Row | Problem]:
+    """The rows of one file, and a problem for each row that cannot be read; a problem that ends the file comes last.
+
+    Args:
+        path: The file.
+        name: What it is called where a row or a problem says where it stands; its path when None.
+    """
+    for item in _read_file(path):
+        if name is None:
+            yield item
+        elif isinstance(item, Row):
+            yield replace(item, source=name + item.source.removeprefix(str(path)))
+        else:
+            yield replace(item, where=name + item.where.removeprefix(str(path)))
+
+
+def _read_file(path: Path) -> Iterator[Row | Problem]:
     with path.open("rb") as file:
         head = file.read(4)
     for magic, name in COMPRESSED.items():

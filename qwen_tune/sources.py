@@ -11,7 +11,8 @@ from qwen_tune.conversation import Conversation, RowError
 from qwen_tune.errors import DataError, Problem, first_line
 from qwen_tune.formats import detect_format, to_conversation
 from qwen_tune.recipe import DataSpec, SourceSpec
-from qwen_tune.rows import Row, find_files, read_rows, without_nulls
+from qwen_tune.remote import fetch, is_url
+from qwen_tune.rows import READERS, Row, find_files, read_rows, without_nulls
 
 COLUMNS = (
     "messages",
@@ -120,17 +121,20 @@ def _require_format(columns: dict[str, Any], format_name: str, source: SourceSpe
 
 
 def _rows(source: SourceSpec) -> Iterator[Row | Problem]:
-    files = find_files(source.path)
-    if files is None:
+    files = None if is_url(source.path) else find_files(source.path)
+    if files is None and not is_url(source.path):
         yield from _hub_rows(source)
         return
     for name, value in (("subset", source.subset), ("split", source.split), ("revision", source.revision)):
         if value is not None:
-            raise DataError(
-                Problem(source.path, f"{name} is for Hub data sets; this is a local path", f"remove {name}")
-            )
-    for file in files:
-        yield from read_rows(file)
+            what = f"{name} is for Hub data sets; this is a {'URL' if files is None else 'local path'}"
+            raise DataError(Problem(source.path, what, f"remove {name}"))
+    if files is None:
+        for remote in fetch(source.path, tuple(READERS)):
+            yield from read_rows(remote.path, remote.address)
+    else:
+        for file in files:
+            yield from read_rows(file)
 
 
 def _hub_rows(source: SourceSpec) -> Iterator[Row | Problem]:

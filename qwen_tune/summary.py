@@ -38,7 +38,7 @@ def show_start(
     untuned: bool,
 ) -> None:
     """Base, data, batch and machine, each on a line; then what was dropped and what looks odd."""
-    facts = data.facts()
+    facts = data.facts
     rows, samples, tokens = facts["rows"], facts["samples"], facts["tokens"]
     unit, one = ("packs", "pack") if recipe.data.packing else ("samples", "sample")
     tokens_per_step = data.train.tokens * min(recipe.train.global_batch_size, schedule.rows) // schedule.rows

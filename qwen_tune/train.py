@@ -90,8 +90,8 @@ def train(
     trainer = build_trainer(model, tokenizer, recipe, run, schedule, packs, held_out, adapter, writer)
     summary.show_adapter(trainer.model)
     facts = {**facts, **record.model_facts(trainer)}
-    with recording(run, text, plan, facts, trainer.accelerator, overwrite=overwrite, resume=recipe.train.resume):
-        trainer.start_trackers(facts, plan)
+    kept = recording(run, text, plan, facts, trainer.accelerator, overwrite=overwrite, resume=recipe.train.resume)
+    with kept, trainer.tracked(facts, plan):
         before = trainer.loss_before(plan)
         trainer.train(plan.checkpoint)
         trainer.load_best()

@@ -7,7 +7,8 @@ one respect, named in its docstring.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,9 +102,10 @@ class LoraTrainer(SFTTrainer):
                 parameter.data = parameter.data.float()
         writer.remember_start(self.model)
 
-    def start_trackers(self, facts: Mapping[str, Any], plan: Plan) -> None:
-        """Opens the recipe's trackers, in the first process."""
-        recipe = self.recipe
+    @contextmanager
+    def tracked(self, facts: Mapping[str, Any], plan: Plan) -> Iterator[None]:
+        """Holds the recipe's trackers open, in the first process, and tells them how the run has ended."""
+        recipe, code = self.recipe, 1
         if is_main_process() and recipe.tracking.report_to:
             self.metrics.trackers = start_trackers(
                 recipe.tracking,
@@ -112,6 +114,15 @@ class LoraTrainer(SFTTrainer):
                 facts={**facts, "train": recipe.train.model_dump(), "lora": recipe.lora.model_dump()},
                 resumed_step=step_of(plan.checkpoint) if plan.checkpoint else None,
             )
+        try:
+            yield
+            code = 0
+        except KeyboardInterrupt:
+            code = 130
+            raise
+        finally:
+            for tracker in self.metrics.trackers:
+                tracker.finish(code)
 
     def train(self, checkpoint: Path | None = None) -> None:
         """Trains, from a checkpoint on where one is given; a signal ends it behind a step and a checkpoint.
@@ -120,7 +131,6 @@ class LoraTrainer(SFTTrainer):
             Interrupted: It was asked to stop.
             TrainingError: There is not enough memory, or the loss is no number any more.
         """
-        exit_code = 1
         try:
             if checkpoint is not None and step_of(checkpoint) >= self.schedule.max_steps:
                 self._load_from_checkpoint(str(checkpoint))
@@ -128,16 +138,13 @@ class LoraTrainer(SFTTrainer):
             else:
                 with self.stop.listening(quiet=not is_main_process()):
                     super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            interrupted = self.stop_agreed and self.state.global_step < self.schedule.max_steps
-            exit_code = 130 if interrupted else 0
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _ran_out_of_memory(error):
                 raise
-            exit_code = 2
             raise TrainingError(_memory_advice(error, self.recipe, self.state.global_step)) from error
         finally:
-            self.metrics.close(exit_code)
-        if interrupted:
+            self.metrics.display.stop()
+        if self.stop_agreed and self.state.global_step < self.schedule.max_steps:
             raise Interrupted(self.state.global_step)
 
     def compute_loss(

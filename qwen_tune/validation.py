@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qwen_tune.recipe import DataSpec
+from qwen_tune.remote import is_url
 from qwen_tune.rows import names_hub_data_set
 from qwen_tune.sources import load_sources
 
@@ -19,8 +20,8 @@ def check_data(data: DataSpec) -> str:
         DataError: Every file that is missing and every row that is wrong.
     """
     sources = [*data.train, *(data.eval if isinstance(data.eval, list) else ())]
-    local = [source for source in sources if not names_hub_data_set(source.path)]
+    local = [source for source in sources if not is_url(source.path) and not names_hub_data_set(source.path)]
     count = len(load_sources(local, system=data.system, rows_per_source=SAMPLE_ROWS))
     read = f"{count:,} rows read (at most {SAMPLE_ROWS:,} of a source)"
     remote = len(sources) - len(local)
-    return f"{read}, {remote} Hub data sets not looked at" if remote else read
+    return f"{read}, {remote} sources elsewhere not looked at" if remote else read

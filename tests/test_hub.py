@@ -18,6 +18,13 @@ def hub(tmp_path):
     rows = [{"messages": [{"role": "user", "content": f"{i}?"}, {**call, "content": f"{i}!"}]} for i in range(40)]
     (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:5]))
+    (data / "more").mkdir()
+    (data / "more" / "train.jsonl").write_text(json.dumps(rows[7]) + "\n")
+    (data / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  default: true\n  data_files:\n"
+        "  - {split: train, path: train.jsonl}\n  - {split: test, path: test.jsonl}\n"
+        "- config_name: more\n  data_files: more/train.jsonl\n---\n"
+    )
     with serve({"models/me/tiny": TINY, "datasets/me/rows": data}) as address:
         yield {
             "HF_ENDPOINT": address,
@@ -61,6 +68,13 @@ def test_a_split_is_chosen_and_a_preview_takes_no_weights(hub, qwen_tune, tmp_pa
     assert [sample["source"] for sample in samples] == [f"me/rows[test]:{number}" for number in range(1, 6)]
     assert samples[0]["supervised_text"] == ["0!<|im_end|>"]
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_subset_and_a_revision_are_chosen(hub, qwen_tune, tmp_path):
+    path = recipe(tmp_path, more=f", subset: more, revision: {COMMIT}")
+    result = qwen_tune("preview", str(path), "--json", "--all", cwd=tmp_path, **hub)
+    assert result.returncode == 0, result.stderr
+    assert [json.loads(line)["supervised_text"] for line in result.stdout.splitlines()] == [["7!<|im_end|>"]]
 
 
 @pytest.mark.parametrize(

@@ -372,3 +372,29 @@ def read(code: str, **variables: str) -> Any:
 def long_names() -> list[str]:
     """The names of this host and user, where they are too long to stand in a file by chance."""
     return [name for name in (socket.gethostname(), os.environ.get("USER", "")) if len(name) > 7]
+
+
+def test_a_run_is_tracked_as_its_metrics_say(workspace, qwen_tune, tmp_path_factory):
+    """Through the command: without a login W&B stays offline with a warning; the figures are those of metrics.jsonl."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    home = tmp_path_factory.mktemp("nobody")
+    result = qwen_tune(
+        *("train", "recipe.yaml", "run.dir=run", "tracking.report_to=[wandb, tensorboard]"),
+        cwd=workspace,
+        HOME=str(home),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "W&B: no login found" in result.stdout
+    lines = [json.loads(line) for line in (workspace / "run" / "metrics.jsonl").read_text().splitlines()]
+    logs = workspace / "run" / "logs"
+    events = EventAccumulator(str(logs / "tensorboard"))
+    events.Reload()
+    for key in ("loss", "eval_loss", "eval_rows_loss"):
+        expected = [(line["step"], line[key]) for line in lines if key in line]
+        read = [(event.step, event.value) for event in events.Scalars(key)]
+        assert [step for step, _ in read] == [step for step, _ in expected]
+        assert [value for _, value in read] == pytest.approx([value for _, value in expected], rel=1e-6)
+    [offline] = logs.glob("wandb/offline-run-*/*.wandb")
+    for file in (offline, *logs.glob("tensorboard/*")):
+        assert str(workspace).encode() not in file.read_bytes()

@@ -1,0 +1,120 @@
+"""What only a GPU can show: steps in bfloat16, packs under every attention that is there, and going on from a save.
+
+`scripts/gpu_checks` runs these and times the shipped recipes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+from transformers.utils import is_flash_attn_2_available
+
+from qwen_tune.batches import PackCollator
+from qwen_tune.chat import ChatModel
+from qwen_tune.chatml import IGNORED
+from qwen_tune.loss import add_labelled_loss
+from qwen_tune.merge import merge
+from qwen_tune.train import train
+from qwen_tune.verification import compare_merged
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),
+]
+
+ATTENTIONS = ["eager", "sdpa", *(["flash_attention_2"] if is_flash_attn_2_available() else [])]
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "initializer_range": 0.1,
+}
+
+
+def run(workspace: Path, monkeypatch, name: str, *overrides: str) -> dict:
+    monkeypatch.chdir(workspace)
+    train("recipe.yaml", [f"run.dir={name}", "train.learning_rate=1e-2", "train.max_steps=6", *overrides])
+    return json.loads((workspace / name / "run.json").read_text())
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_steps_in_bfloat16_learn_and_merge(workspace, monkeypatch, quantization, checkpointing):
+    overrides = (f"model.quantization={quantization}", f"train.gradient_checkpointing={checkpointing}")
+    facts = run(workspace, monkeypatch, "run", *overrides)
+    assert facts["dtype"] == "bfloat16"
+    assert facts["adapter"]["dtype"] == "float32"
+    assert facts["losses"]["eval_after"] < facts["losses"]["eval_before"] - 0.5
+    assert 0 < facts["peak_memory_bytes"] < torch.cuda.get_device_properties(0).total_memory
+    merged = merge(workspace / "run")
+    assert compare_merged(workspace / "run", merged).passed
+    for path in (workspace / "run", merged):
+        model = ChatModel.load(path)
+        assert model.model.device.type == "cuda"
+        assert model.answer([{"role": "user", "content": "Who keeps the lighthouse?"}], max_new_tokens=8)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config], ids=["qwen2", "qwen3"])
+def test_every_token_of_a_pack_costs_what_it_costs_alone(config, attention):
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if attention.startswith("flash") else torch.float32
+    model = AutoModelForCausalLM.from_config(config(**SHAPE), attn_implementation=attention).to("cuda", dtype).eval()
+    model.requires_grad_(False)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    samples = [torch.randint(0, 300, (length,)).tolist() for length in (17, 1, 40, 9)]
+    pack = {
+        "input_ids": [token for ids in samples for token in ids],
+        "labels": [IGNORED if index == 0 else token for ids in samples for index, token in enumerate(ids)],
+        "lengths": [len(ids) for ids in samples],
+    }
+    batch = {
+        key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in PackCollator()([pack]).items()
+    }
+    with torch.no_grad():
+        alone = []
+        for ids in samples:
+            tokens = torch.tensor([ids], device="cuda")
+            logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+            alone.append(cross_entropy(logits, tokens[0, 1:], reduction="none"))
+        inputs = {key: value for key, value in batch.items() if key not in ("labelled", "targets")}
+        logits = model(**inputs, use_cache=False).logits[0].float()
+        packed = cross_entropy(logits[batch["labelled"]], batch["targets"], reduction="none")
+        add_labelled_loss(model)
+        total = model(**batch)
+    expected = torch.cat(alone)
+    tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-4
+    assert (packed - expected).abs().max() < tolerance
+    assert total.item() == pytest.approx(expected.sum().item(), rel=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_going_on_gives_the_same_losses(workspace, monkeypatch):
+    settings = ("lora.lora_dropout=0.1", "train.save_steps=3", "train.trainer_args={full_determinism: true}")
+    constant = (*settings, "train.lr_scheduler_type=constant")
+    run(workspace, monkeypatch, "parts", *constant, "train.max_steps=3")
+    again = run(workspace, monkeypatch, "parts", *constant)
+    once = run(workspace, monkeypatch, "once", *constant)
+    assert again["losses"] == once["losses"]
+    assert (again["steps"], once["steps"]) == (6, 6)
+
+
+def test_a_model_that_does_not_fit_ends_with_advice(workspace, monkeypatch):
+    from qwen_tune.errors import TrainingError
+
+    free = torch.cuda.mem_get_info()[0]
+    hog = torch.empty(free - (200 << 20), dtype=torch.uint8, device="cuda")
+    try:
+        with pytest.raises(TrainingError, match=r"memory ran out.*Fix: .*quantization=nf4"):
+            run(workspace, monkeypatch, "run", "data.max_length_tokens=2048", "train.gradient_checkpointing=none")
+    finally:
+        del hog
+        torch.cuda.empty_cache()

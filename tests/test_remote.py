@@ -1,0 +1,110 @@
+"""Data behind URLs, through fsspec and a real server."""
+
+from __future__ import annotations
+
+import functools
+import json
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import ClassVar
+
+import pytest
+
+from qwen_tune.errors import DataError
+from qwen_tune.recipe import DataSpec, SourceSpec
+from qwen_tune.sources import load_conversations
+from qwen_tune.validation import check_data
+
+ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    requested: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.requested.append(self.path)
+        super().do_GET()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch) -> Path:
+    """A folder of rows; what is fetched from elsewhere is cached below it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "served"
+    folder.mkdir()
+    (folder / "one.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps(ROW) + "\n")
+    (folder / "two.json").write_text(json.dumps([ROW]))
+    (folder / "notes.md").write_text("no rows")
+    return folder
+
+
+@pytest.fixture
+def server(files):
+    QuietHandler.requested.clear()
+    handler = functools.partial(QuietHandler, directory=str(files))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def load(path: str, **source):
+    return load_conversations(DataSpec(train=[SourceSpec(path=path, **source)]))
+
+
+def test_a_file_over_http_is_fetched_once(server):
+    address = f"{server}/one.jsonl"
+    assert [c.source for c in load(address)] == [f"{address}:1", f"{address}:2"]
+    assert len(load(address)) == 2
+    assert QuietHandler.requested.count("/one.jsonl") == 1
+
+
+def test_a_file_that_changed_is_fetched_again(server, files):
+    assert len(load(f"{server}/one.jsonl")) == 2
+    (files / "one.jsonl").write_text(json.dumps(ROW) + "\n")
+    assert len(load(f"{server}/one.jsonl")) == 1
+
+
+def test_folders_and_globs(files):
+    assert len(load(f"file://{files}")) == 3
+    assert len(load(f"file://{files}/*.jsonl")) == 2
+
+
+def test_a_bad_row_is_named_by_its_address_and_line(server, files):
+    (files / "one.jsonl").write_text(json.dumps(ROW) + "\n{\n")
+    with pytest.raises(DataError, match=rf"{server}/one\.jsonl:2: the line is not JSON"):
+        load(f"{server}/one.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("{server}/none.jsonl", "cannot be read"),
+        ("file://{files}/none*.jsonl", "no data files there"),
+        ("file://{files}/notes.md", "no data files there"),
+        ("nosuch://bucket/rows.jsonl", "cannot be read: Protocol not known: nosuch"),
+        ("s3://bucket/rows.jsonl", "pip install s3fs"),
+    ],
+)
+def test_what_cannot_be_had_is_told(server, files, path, message):
+    with pytest.raises(DataError) as told:
+        load(path.format(server=server, files=files))
+    assert message in str(told.value)
+
+
+def test_only_hub_data_sets_have_splits(server):
+    with pytest.raises(DataError, match="split is for Hub data sets; this is a URL"):
+        load(f"{server}/one.jsonl", split="train")
+
+
+def test_validation_asks_no_network(server):
+    data = DataSpec(train=[SourceSpec(path=f"{server}/one.jsonl")])
+    assert check_data(data).endswith("1 sources elsewhere not looked at")
+    assert QuietHandler.requested == []
