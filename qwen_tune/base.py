@@ -14,15 +14,12 @@ from typing import TYPE_CHECKING, Any
 from qwen_tune.errors import ModelError, Problem, first_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from qwen_tune.recipe import ModelSpec
 
 # Dense text models whose packed batches were shown to train like single rows under eager and sdpa attention.
 SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3")
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt")
 WEIGHT_FILES = ("*.safetensors",)
-PROBE = "Grüße, 世界! x = 12345\n"  # what a byte-level tokenizer gives back unchanged
 
 FINGERPRINT_BLOCKS = 64
 FINGERPRINT_BLOCK_BYTES = 4096
@@ -144,49 +141,6 @@ def resolve_base(model: ModelSpec, *, weights: bool = True, max_length_tokens: i
     return base
 
 
-def load_tokenizer(model: ModelSpec, base: BaseCheckpoint) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, with the recipe's chat template where it gives one and turns that end the text.
-
-    Raises:
-        ModelError: The tokenizer cannot be read, is no ChatML tokenizer, or would lose the ends of turns.
-    """
-    from transformers import AutoTokenizer
-
-    from qwen_tune.chatml import END_OF_TURN
-    from qwen_tune.untuned import end_turns
-
-    if not (base.path / "tokenizer.json").exists() and not (base.path / "vocab.json").exists():
-        # Transformers would make up a tokenizer of two tokens and say nothing.
-        raise ModelError(Problem(base.id, "there is no tokenizer.json; expected the checkpoint's own"))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare exceptions for files it cannot read
-        raise ModelError(Problem(base.id, f"the tokenizer cannot be loaded: {first_line(error)}")) from error
-    vocabulary = int(base.config.get("vocab_size", 0))
-    if len(tokenizer) > vocabulary or tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=False)) != PROBE:
-        raise ModelError(
-            Problem(
-                base.id,
-                f"its tokenizer of {len(tokenizer):,} tokens loses text, or is not this model's of {vocabulary:,}",
-                "download the checkpoint's own tokenizer files",
-            )
-        )
-    if model.chat_template is not None:
-        tokenizer.chat_template = _read_template(model.chat_template)
-    if tokenizer.eos_token != END_OF_TURN:
-        # Of a base checkpoint, or of a tuned one whose files disagree: what ends an answer is the end of a turn.
-        end_turns(base, tokenizer)
-    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        raise ModelError(
-            Problem(
-                base.id,
-                f"its padding token is {tokenizer.pad_token}, the end of turns as well; models trained so never stop",
-                "set pad_token to <|endoftext|> in its tokenizer_config.json",
-            )
-        )
-    return tokenizer
-
-
 def _local_base(model: ModelSpec) -> BaseCheckpoint | None:
     path = Path(model.base).expanduser()
     if not model.base.startswith((".", "/", "~")) and not path.is_dir():
@@ -259,12 +213,3 @@ def read_json(path: Path) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(Problem(str(path), "expected a JSON object"))
     return value
-
-
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(
-            Problem(path, f"the chat template cannot be read: {first_line(error)}", "check model.chat_template")
-        ) from None

@@ -36,7 +36,7 @@ class ChatModel:
         dtype = automatic_dtype()
         is_adapter = (path / "adapter").is_dir() or (path / "adapter_config.json").exists()
         if is_adapter:
-            from qwen_tune.merge import AdapterDir, load_with_adapter
+            from qwen_tune.adapter_dir import AdapterDir, load_with_adapter
 
             adapter = AdapterDir.open(path)
             folder, model = adapter.path, load_with_adapter(adapter, dtype, quantized=True)

@@ -94,10 +94,11 @@ def preview(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from qwen_tune import preview as view
-    from qwen_tune.base import load_tokenizer, resolve_base
+    from qwen_tune.base import resolve_base
     from qwen_tune.chatml import ChatTemplate
     from qwen_tune.machine import quiet_libraries
     from qwen_tune.preparation import prepare_data
+    from qwen_tune.tokenizer import load_tokenizer
 
     quiet_libraries()
     base = resolve_base(recipe.model, weights=False, max_length_tokens=recipe.data.max_length_tokens)

@@ -54,13 +54,14 @@ def train(
     # seconds, and only a job that can start waits for TRL.
     prepare_process()
     from qwen_tune import record, summary
-    from qwen_tune.base import load_tokenizer, resolve_base
+    from qwen_tune.base import resolve_base
     from qwen_tune.chatml import ChatTemplate
     from qwen_tune.model import load_base_model, own_device, training_dtype
     from qwen_tune.packing import pack, pack_by_source
     from qwen_tune.preparation import prepare_data
     from qwen_tune.quantization import check_quantization, quantization_config
     from qwen_tune.schedule import plan_schedule
+    from qwen_tune.tokenizer import load_tokenizer
     from qwen_tune.untuned import is_untuned, trained_tokens
 
     dtype = training_dtype(recipe.model)

@@ -25,9 +25,11 @@ from qwen_tune.adapter import AdapterWriter
 from qwen_tune.answers import greedy_answer
 from qwen_tune.batches import PackCollator, SeededOrder, count_fillers, pack_dataset
 from qwen_tune.checkpoints import list_checkpoints, rotate, save_checkpoint, step_of
-from qwen_tune.errors import Interrupted, Problem, RunError, TrainingError, first_line
+from qwen_tune.errors import Interrupted, Problem, RunError, TrainingError
+from qwen_tune.evaluation import Evaluation, evaluations_without_gain
 from qwen_tune.loss import add_labelled_loss
 from qwen_tune.machine import is_main_process
+from qwen_tune.memory import memory_advice, ran_out_of_memory
 from qwen_tune.packing import Pack
 from qwen_tune.progress import Display, MetricsLog
 from qwen_tune.recipe import Recipe
@@ -54,14 +56,6 @@ class TokenCounts:
 
     processed: int = 0
     padding: int = 0
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The loss on the held-out rows behind a step, in nats a token."""
-
-    step: int
-    loss: float
 
 
 class LoraTrainer(SFTTrainer):
@@ -139,9 +133,9 @@ class LoraTrainer(SFTTrainer):
                 with self.stop.listening(quiet=not is_main_process()):
                     super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _ran_out_of_memory(error):
+            if not ran_out_of_memory(error):
                 raise
-            raise TrainingError(_memory_advice(error, self.recipe, self.state.global_step)) from error
+            raise TrainingError(memory_advice(error, self.recipe, self.state.global_step)) from error
         finally:
             self.metrics.display.stop()
         if self.stop_agreed and self.state.global_step < self.schedule.max_steps:
@@ -410,33 +404,3 @@ def build_trainer(
     if recipe.train.trainer_args:
         try_trainer_args(trainer, schedule)
     return trainer
-
-
-def evaluations_without_gain(evaluations: Sequence[Evaluation], threshold: float) -> int:
-    """How many evaluations at the end were not lower, by more than a threshold, than the lowest before them."""
-    lowest, since = float("inf"), 0
-    for evaluation in evaluations:
-        since += 1
-        if evaluation.loss < lowest - threshold:
-            lowest, since = evaluation.loss, 0
-    return since
-
-
-def _ran_out_of_memory(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in text
-
-
-def _memory_advice(error: BaseException, recipe: Recipe, step: int) -> Problem:
-    """What to change first, in the order in which it costs the least."""
-    advice = []
-    if recipe.train.per_device_train_batch_size not in ("auto", 1):
-        advice.append("train.per_device_train_batch_size=1 (the result stays the same)")
-    if recipe.train.gradient_checkpointing == "none":
-        advice.append("train.gradient_checkpointing=full (slower, the result stays the same)")
-    if recipe.model.quantization == "none":
-        advice.append("model.quantization=nf4 (the base in a quarter of the memory)")
-    advice.append(f"data.max_length_tokens below {recipe.data.max_length_tokens}")
-    advice.append("a smaller base")
-    what = f"memory ran out behind step {step} ({first_line(error)})"
-    return Problem("training", what, "; or ".join(advice))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from transformers import Trainer
 from trl import SFTConfig
 
 from qwen_tune.errors import Problem, RecipeError, first_line
@@ -12,9 +11,6 @@ from qwen_tune.machine import uses_gpu
 from qwen_tune.recipe import Recipe, TrainSpec
 from qwen_tune.run_dir import RunDir
 from qwen_tune.schedule import Schedule
-
-if TYPE_CHECKING:
-    from qwen_tune.trainer import LoraTrainer
 
 
 def sft_config(recipe: Recipe, schedule: Schedule, run: RunDir, dtype: torch.dtype) -> SFTConfig:
@@ -78,7 +74,7 @@ def checkpoints_gradients(train: TrainSpec) -> bool:
     return train.gradient_checkpointing == "full"
 
 
-def try_trainer_args(trainer: LoraTrainer, schedule: Schedule) -> None:
+def try_trainer_args(trainer: Trainer, schedule: Schedule) -> None:
     """Makes optimizer, scheduler and loader once before anything is written: `trainer_args` may not suit them.
 
     Raises:

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_tune.adapter_dir import AdapterDir, load_with_adapter
 from qwen_tune.errors import DataError, MergeError, Problem, RecipeError
-from qwen_tune.merge import AdapterDir, load_with_adapter
 from qwen_tune.run_dir import write_atomically
 
 if TYPE_CHECKING:

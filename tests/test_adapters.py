@@ -62,10 +62,11 @@ def test_what_is_saved_is_what_was_trained_and_merges(workspace, monkeypatch, ki
 
 
 def held_out_loss(model, path: Path, monkeypatch, workspace: Path) -> float:
-    from qwen_tune.base import BaseCheckpoint, load_tokenizer
+    from qwen_tune.base import BaseCheckpoint
     from qwen_tune.chatml import IGNORED, ChatTemplate
     from qwen_tune.preparation import prepare_data
     from qwen_tune.recipe_file import load_recipe
+    from qwen_tune.tokenizer import load_tokenizer
 
     recipe = load_recipe(path / "recipe.yaml")
     base = BaseCheckpoint(id="tiny", revision=None, path=(workspace / "tiny-qwen").resolve(), is_local=True)

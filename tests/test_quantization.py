@@ -11,9 +11,10 @@ from conftest import make_workspace
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qwen_tune.adapter_dir import AdapterDir, load_with_adapter
 from qwen_tune.chat import ChatModel
 from qwen_tune.errors import MergeError, ModelError
-from qwen_tune.merge import AdapterDir, load_with_adapter, merge
+from qwen_tune.merge import merge
 from qwen_tune.train import train
 from qwen_tune.verification import compare_merged
 

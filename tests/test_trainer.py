@@ -109,10 +109,11 @@ def test_evaluation_loss_is_the_mean_over_tokens(workspace, monkeypatch):
     path = run(workspace, monkeypatch, "run.dir=run", "train.learning_rate=1e-12")
     facts = json.loads((path / "run.json").read_text())
     # With a learning rate of nothing, the loss of base + adapter can be computed from the files alone.
-    from qwen_tune.base import BaseCheckpoint, load_tokenizer
+    from qwen_tune.base import BaseCheckpoint
     from qwen_tune.chatml import ChatTemplate
     from qwen_tune.preparation import prepare_data
     from qwen_tune.recipe_file import load_recipe
+    from qwen_tune.tokenizer import load_tokenizer
 
     recipe = load_recipe(path / "recipe.yaml")
     base = BaseCheckpoint(id="tiny", revision=None, path=Path("tiny-qwen").resolve(), is_local=True)

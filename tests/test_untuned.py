@@ -13,10 +13,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qwen_tune.base import BaseCheckpoint, load_tokenizer
+from qwen_tune.base import BaseCheckpoint
 from qwen_tune.errors import ModelError
 from qwen_tune.merge import merge
 from qwen_tune.recipe import ModelSpec
+from qwen_tune.tokenizer import load_tokenizer
 from qwen_tune.train import train
 from qwen_tune.untuned import is_untuned
 
