@@ -120,9 +120,10 @@ def train(options: argparse.Namespace) -> None:
     from qwen_tune.recipe_file import load_recipe
     from qwen_tune.train import train as run_recipe
 
-    processes = processes_to_start(load_recipe(options.recipe, options.overrides).train.num_processes)
+    recipe = load_recipe(options.recipe, options.overrides)
+    processes = processes_to_start(recipe.train)
     if processes > 1 and not options.dry_run:
-        sys.exit(launch(sys.argv[1:], processes))
+        sys.exit(launch(sys.argv[1:], processes, recipe.run_dir / "logs"))
     run_recipe(options.recipe, options.overrides, overwrite=options.overwrite, dry_run=options.dry_run)
 
 

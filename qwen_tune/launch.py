@@ -20,13 +20,16 @@ from types import FrameType
 
 from qwen_tune.errors import Problem, RunError
 from qwen_tune.machine import usable_cores
+from qwen_tune.recipe import TrainSpec
 
 SET_BY_LAUNCHERS = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")  # accelerate sets the latter even for one process
 SECONDS_AFTER_A_FAILURE = 30.0  # for the other processes to end by themselves
 
 
-def processes_to_start(num_processes: int | None) -> int:
+def processes_to_start(train: TrainSpec) -> int:
     """How many processes a `qwen-tune train` starts: what the recipe asks for, else one a visible GPU.
+
+    Without a number in the recipe, GPUs among which the global batch does not divide are left out.
 
     Returns:
         1 where nothing has to be started, as in a process that a launcher has started.
@@ -37,12 +40,12 @@ def processes_to_start(num_processes: int | None) -> int:
     if any(name in os.environ for name in SET_BY_LAUNCHERS):
         return 1
     gpus = visible_gpus()
-    if num_processes is None:
-        return max(gpus, 1)
-    if gpus and num_processes > gpus:
-        what = f"the recipe asks for {num_processes} processes, and {gpus} GPUs are visible"
+    if train.num_processes is None:
+        return next(count for count in range(max(gpus, 1), 0, -1) if train.global_batch_size % count == 0)
+    if gpus and train.num_processes > gpus:
+        what = f"the recipe asks for {train.num_processes} processes, and {gpus} GPUs are visible"
         raise RunError(Problem("train.num_processes", what, f"set train.num_processes={gpus}"))
-    return num_processes
+    return train.num_processes
 
 
 def visible_gpus() -> int:
@@ -56,10 +59,15 @@ def visible_gpus() -> int:
     return 0 if "-1" in names[:1] else len(names)
 
 
-def launch(arguments: Sequence[str], processes: int) -> int:
+def launch(arguments: Sequence[str], processes: int, logs: Path) -> int:
     """Runs `qwen-tune` with some arguments in several processes and waits for them.
 
     SIGINT and SIGTERM go on to all of them.
+
+    Args:
+        arguments: The command line behind `qwen-tune`.
+        processes: How many.
+        logs: Where all but the first write what they say.
 
     Returns:
         The exit code of the first process, or of the one that failed.
@@ -81,26 +89,33 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         for rank in range(processes)
     ]
     with _passing_signals_on(workers):
-        return _wait(workers)
+        failed = _wait(workers)
+    if failed is None:
+        return 0
+    first, code = workers[0].returncode, workers[failed].returncode
+    log = logs / f"rank-{failed}.log"
+    if failed and log.exists():
+        print(f"process {failed} failed; what it said is in {log}", file=sys.stderr)
+    # The first process's own word counts, unless it went down because of another.
+    code = first if first > 0 else code
+    return code if code >= 0 else 128 - code
 
 
-def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Waits for all; the number of the first that failed, if any did."""
     failed: int | None = None
     deadline = float("inf")
-    while any(worker.poll() is None for worker in workers):
-        codes = [worker.returncode for worker in workers if worker.returncode]
-        if codes and failed is None:
-            failed, deadline = codes[0], time.monotonic() + SECONDS_AFTER_A_FAILURE
-        if time.monotonic() > deadline:
+    running = True
+    while running:
+        running = any(worker.poll() is None for worker in workers)
+        if failed is None:
+            failed = next((rank for rank, worker in enumerate(workers) if worker.returncode), None)
+            deadline = float("inf") if failed is None else time.monotonic() + SECONDS_AFTER_A_FAILURE
+        if running and time.monotonic() > deadline:
             for worker in workers:
                 worker.kill()
-        time.sleep(0.05)
-    codes = [worker.returncode for worker in workers]
-    if failed is None:
-        failed = next((code for code in codes if code), 0)
-    # The first process's own word counts, unless it went down because of another.
-    code = codes[0] if codes[0] > 0 else failed
-    return code if code >= 0 else 128 - code
+        time.sleep(0.05 if running else 0)
+    return failed
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,11 @@ def recording(
     else:
         accelerator.wait_for_everyone()
         with _output_to(run.logs / f"rank-{rank()}.log"):
-            yield
+            try:
+                yield
+            except BaseException:
+                traceback.print_exc()  # nobody else will tell of it
+                raise
 
 
 @contextmanager

@@ -80,6 +80,7 @@ def train(
 
     from qwen_tune.adapter import AdapterWriter, save_adapter
     from qwen_tune.adapter_config import lora_config
+    from qwen_tune.memory import advising
     from qwen_tune.processes import recording
     from qwen_tune.trainer import build_trainer
 
@@ -92,7 +93,7 @@ def train(
     summary.show_adapter(trainer.model)
     facts = {**facts, **record.model_facts(trainer)}
     kept = recording(run, text, plan, facts, trainer.accelerator, overwrite=overwrite, resume=recipe.train.resume)
-    with kept, trainer.tracked(facts, plan):
+    with kept, advising(recipe), trainer.tracked(facts, plan):
         before = trainer.loss_before(plan)
         trainer.train(plan.checkpoint)
         trainer.load_best()

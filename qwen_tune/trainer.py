@@ -25,11 +25,10 @@ from qwen_tune.adapter import AdapterWriter
 from qwen_tune.answers import greedy_answer
 from qwen_tune.batches import PackCollator, SeededOrder, count_fillers, pack_dataset
 from qwen_tune.checkpoints import list_checkpoints, rotate, save_checkpoint, step_of
-from qwen_tune.errors import Interrupted, Problem, RunError, TrainingError
+from qwen_tune.errors import Interrupted, Problem, RunError
 from qwen_tune.evaluation import Evaluation, evaluations_without_gain
 from qwen_tune.loss import add_labelled_loss
 from qwen_tune.machine import is_main_process
-from qwen_tune.memory import memory_advice, ran_out_of_memory
 from qwen_tune.packing import Pack
 from qwen_tune.progress import Display, MetricsLog
 from qwen_tune.recipe import Recipe
@@ -123,19 +122,15 @@ class LoraTrainer(SFTTrainer):
 
         Raises:
             Interrupted: It was asked to stop.
-            TrainingError: There is not enough memory, or the loss is no number any more.
+            TrainingError: The loss is no number any more.
         """
+        if checkpoint is not None and step_of(checkpoint) >= self.schedule.max_steps:
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+            return
         try:
-            if checkpoint is not None and step_of(checkpoint) >= self.schedule.max_steps:
-                self._load_from_checkpoint(str(checkpoint))
-                self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
-            else:
-                with self.stop.listening(quiet=not is_main_process()):
-                    super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not ran_out_of_memory(error):
-                raise
-            raise TrainingError(memory_advice(error, self.recipe, self.state.global_step)) from error
+            with self.stop.listening(quiet=not is_main_process()):
+                super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             self.metrics.display.stop()
         if self.stop_agreed and self.state.global_step < self.schedule.max_steps:
@@ -284,6 +279,9 @@ class LoraTrainer(SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """A checkpoint of safetensors and JSON, whole or not at all; the stock one pickles its arguments and states."""
         randoms = gather_object([random_state()]) if self.accelerator.num_processes > 1 else [random_state()]
+        latest = self.evaluations[-1] if self.evaluations else None
+        if latest and latest.step == self.state.global_step and (self.best is None or latest.loss < self.best.loss):
+            self.best = latest
         if is_main_process():
             with self.metrics.paused():
                 self._save_and_rotate(randoms)
@@ -291,14 +289,9 @@ class LoraTrainer(SFTTrainer):
 
     def _save_and_rotate(self, randoms: Sequence[Mapping[str, Any]]) -> None:
         folder, step = self.run.checkpoints, self.state.global_step
-        latest = self.evaluations[-1] if self.evaluations else None
-        if latest and latest.step == step and (self.best is None or latest.loss < self.best.loss):
-            self.best = latest
         facts = {"fingerprint": self.run.facts.get("fingerprint")}
         path = save_checkpoint(folder, step, facts, lambda directory: self._write_checkpoint(directory, randoms))
-        rotate(
-            folder, keep=self.recipe.train.save_total_limit, best_step=self.best.step if self.best is not None else None
-        )
+        rotate(folder, keep=self.recipe.train.save_total_limit, best_step=self.best.step if self.best else None)
         self.run.record({"checkpoints": [checkpoint.name for checkpoint in list_checkpoints(folder)]})
         self.metrics.display.note(f"saved {path}")
 

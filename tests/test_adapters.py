@@ -12,8 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from qwen_tune.adapter_config import target_modules
 from qwen_tune.errors import ModelError
 from qwen_tune.merge import merge
+from qwen_tune.recipe import LoraSpec
 from qwen_tune.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
@@ -128,3 +130,57 @@ def test_what_is_not_in_the_model_is_told(workspace, monkeypatch, override, mess
         run(workspace, monkeypatch, override)
     assert message in str(told.value)
     assert not (workspace / "run").exists()
+
+
+def vision_language_model():
+    """A tiny random Qwen2.5-VL: its vision tower has modules of the same names as the language model."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+def test_the_vision_tower_is_trained_only_where_it_is_named():
+    model = vision_language_model()
+    unasked = target_modules(model, LoraSpec())
+    assert len(unasked) == 7
+    assert all("language_model" in name for name in unasked)
+    bare = target_modules(model, LoraSpec(target_modules=["gate_proj"]))
+    assert bare == ["model.language_model.layers.0.mlp.gate_proj"]
+    named = target_modules(model, LoraSpec(target_modules=["visual.blocks.0.mlp.gate_proj"]))
+    assert named == ["visual.blocks.0.mlp.gate_proj"]
+
+
+def test_a_router_is_trained_only_where_it_is_named():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+    )
+    names = target_modules(Qwen3MoeForCausalLM(config), LoraSpec(target_modules="attention"))
+    assert names == ["k_proj", "o_proj", "q_proj", "v_proj"]
+
+
+def test_what_is_trained_is_told_with_its_size_and_who_can_serve_it(workspace, monkeypatch, capsys):
+    run(workspace, monkeypatch, *KINDS["whole modules"], "lora.use_dora=true", "lora.bias=lora_only")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "q_proj 4 x 4,224" in told
+    assert "modules_to_save adds 128 parameters" in told
+    assert "vLLM does not load DoRA adapters" in told
+    assert "vLLM does not load adapters with trained biases: serve the merged model" in told

@@ -246,6 +246,8 @@ BAD = {
     ),
     "float16 on a CPU": (["recipe.yaml", "model.dtype=float16"], "model.dtype", "no GPU"),
     "bfloat16 where there is none": (["recipe.yaml", "model.dtype=bfloat16"], "model.dtype", "has none"),
+    "unknown tracker": (["recipe.yaml", "tracking.report_to=[wandbb]"], "tracking.report_to", "wandb"),
+    "evaluation source without rows": (["recipe.yaml", "data.eval=[{path: empty.jsonl}]"], "empty.jsonl", "is empty"),
     "target that is not there": (["recipe.yaml", "lora.target_modules=[q_porj]"], "q_porj", "q_proj"),
 }
 

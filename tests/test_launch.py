@@ -12,6 +12,7 @@ from conftest import ROOT, environment
 
 from qwen_tune.errors import RunError
 from qwen_tune.launch import SET_BY_LAUNCHERS, launch, processes_to_start, visible_gpus
+from qwen_tune.recipe import TrainSpec
 
 
 @pytest.fixture
@@ -24,12 +25,12 @@ def test_a_process_that_a_launcher_started_starts_no_others(no_launcher, monkeyp
     for name in SET_BY_LAUNCHERS:
         with monkeypatch.context() as patch:
             patch.setenv(name, "1")
-            assert processes_to_start(2) == 1
+            assert processes_to_start(TrainSpec(num_processes=2)) == 1
 
 
 @pytest.mark.skipif(visible_gpus() > 0, reason="this machine has GPUs")
 def test_without_gpus_there_is_one_process_unless_the_recipe_asks_for_more(no_launcher, monkeypatch):
-    assert (processes_to_start(None), processes_to_start(1), processes_to_start(3)) == (1, 1, 3)
+    assert [processes_to_start(TrainSpec(num_processes=count)) for count in (None, 1, 3)] == [1, 1, 3]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert visible_gpus() == 0  # none are there, whatever the variable says
 
@@ -37,7 +38,7 @@ def test_without_gpus_there_is_one_process_unless_the_recipe_asks_for_more(no_la
 @pytest.mark.gpu
 def test_no_more_processes_than_gpus(no_launcher):
     with pytest.raises(RunError, match=r"99 processes, and \d+ GPUs are visible"):
-        processes_to_start(99)
+        processes_to_start(TrainSpec(num_processes=99))
 
 
 @pytest.mark.parametrize(("codes", "expected"), [((0, 0), 0), ((2, 2), 2), ((0, 5), 5), ((130, 130), 130)])
@@ -47,7 +48,17 @@ def test_the_exit_code_is_that_of_the_first_process_or_of_the_one_that_failed(tm
     package.mkdir()
     (package / "__main__.py").write_text(f"import os, sys; sys.exit({codes}[int(os.environ['RANK'])])")
     monkeypatch.chdir(tmp_path)
-    assert launch([], 2) == expected
+    assert launch([], 2, tmp_path) == expected
+
+
+def test_it_is_said_where_a_process_beside_the_first_told_of_its_failure(tmp_path, monkeypatch, capfd):
+    package = tmp_path / "qwen_tune"
+    package.mkdir()
+    (package / "__main__.py").write_text("import os, sys; sys.exit(int(os.environ['RANK']))")
+    (tmp_path / "rank-1.log").write_text("why")
+    monkeypatch.chdir(tmp_path)
+    assert launch([], 2, tmp_path) == 1
+    assert "process 1 failed; what it said is in" in capfd.readouterr().err
 
 
 def test_a_fault_is_told_once_with_exit_code_2(workspace, qwen_tune):
@@ -101,7 +112,7 @@ def test_memory_that_runs_out_ends_with_advice(workspace):
         timeout=600,
     )
     assert result.returncode == 2, result.stderr[-2000:]
-    assert "memory ran out behind step 0" in result.stderr
+    assert "training: memory ran out" in result.stderr
     assert (
         "Fix: train.per_device_train_batch_size=1 (the result stays the same); or model.quantization" in result.stderr
     )

@@ -92,6 +92,21 @@ def test_dequantizing_needs_the_record_of_the_run(quantized, tmp_path):
         adapter.rename(run / "adapter")
 
 
+def test_a_bitsandbytes_that_does_not_load_is_told_before_weights_are(workspace, qwen_tune):
+    package = workspace / "broken" / "bitsandbytes"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise OSError('libbitsandbytes.so: no kernel for this machine')")
+    result = qwen_tune(
+        *("train", "recipe.yaml", "run.dir=run", "model.quantization=nf4"),
+        cwd=workspace,
+        PYTHONPATH=str(package.parent),
+    )
+    assert result.returncode == 2, result.stderr
+    assert "model.quantization: nf4 is asked for, and bitsandbytes does not load (libbitsandbytes.so" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (workspace / "run").exists()
+
+
 def test_a_base_that_is_quantized_already_is_refused(workspace, monkeypatch):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     AutoModelForCausalLM.from_pretrained(
