@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_tune.base import BaseCheckpoint, read_json, resolve_base
+from qwen_tune.checkpoints import list_checkpoints
 from qwen_tune.errors import MergeError, Problem, first_line
 from qwen_tune.recipe import ModelSpec
 from qwen_tune.run_dir import RunDir
@@ -15,6 +16,12 @@ from qwen_tune.run_dir import RunDir
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+
+def what_to_take_instead(run: Path) -> str:
+    """What a user can do who named a run that has no adapter: its last checkpoint is one."""
+    checkpoints = list_checkpoints(run / "checkpoints")
+    return f"take {checkpoints[-1]}, or finish the run" if checkpoints else "run `qwen-tune train` first"
 
 
 @dataclass(frozen=True)
@@ -47,13 +54,8 @@ class AdapterDir:
         folder = path / "adapter" if (path / "adapter").is_dir() else path
         config_file = folder / "adapter_config.json"
         if not config_file.exists():
-            raise MergeError(
-                Problem(
-                    str(path),
-                    "there is no adapter here; expected a finished run, or a directory with adapter_config.json",
-                    "run `qwen-tune train` first",
-                )
-            )
+            what = "there is no adapter here; expected a finished run, or a directory with adapter_config.json"
+            raise MergeError(Problem(str(path), what, what_to_take_instead(path)))
         if not (folder / "adapter_model.safetensors").exists():
             raise MergeError(Problem(str(folder), "there is no adapter_model.safetensors; pickles are not loaded"))
         config = read_json(config_file)

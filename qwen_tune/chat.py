@@ -31,13 +31,12 @@ class ChatModel:
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+        from qwen_tune.adapter_dir import AdapterDir, load_with_adapter, what_to_take_instead
         from qwen_tune.model import automatic_dtype, own_device
 
         dtype = automatic_dtype()
         is_adapter = (path / "adapter").is_dir() or (path / "adapter_config.json").exists()
         if is_adapter:
-            from qwen_tune.adapter_dir import AdapterDir, load_with_adapter
-
             adapter = AdapterDir.open(path)
             folder, model = adapter.path, load_with_adapter(adapter, dtype, quantized=True)
             if not (folder / "tokenizer_config.json").exists():
@@ -47,9 +46,8 @@ class ChatModel:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
         else:
             what = "the run has no adapter yet" if (path / "run.json").exists() else "there is no model here"
-            raise RunError(
-                Problem(str(path), f"{what}; expected a finished run, an adapter or a model directory", "train first")
-            )
+            expected = "expected a finished run, a checkpoint, an adapter or a model directory"
+            raise RunError(Problem(str(path), f"{what}; {expected}", what_to_take_instead(path)))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if (folder / "generation_config.json").exists():
             # The base's own file may not know the end of a turn; the one beside the adapter does.

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment, make_workspace
 
+from qwen_tune.chat import ChatModel
 from qwen_tune.checkpoints import fault_of, list_checkpoints
-from qwen_tune.errors import RunError
+from qwen_tune.errors import MergeError, RunError
+from qwen_tune.merge import merge
 from qwen_tune.resume import recipe_drift
 from qwen_tune.train import train
 
@@ -150,6 +152,18 @@ def test_changed_rows_or_weights_are_noticed(uninterrupted, tmp_path, monkeypatc
     shutil.copytree(uninterrupted, other / "run")
     with pytest.raises(RunError, match="a checkpoint of another run"):
         run(folder, monkeypatch, f"train.resume={other}/run/checkpoints/step-6")
+
+
+def test_a_checkpoint_can_be_asked_and_merged_where_the_run_has_no_adapter_yet(uninterrupted, tmp_path, monkeypatch):
+    folder = copy_of(uninterrupted, tmp_path, at="step-6")
+    monkeypatch.chdir(folder)
+    with pytest.raises(RunError, match=r"no adapter yet; .*Fix: take run/checkpoints/step-6, or finish the run"):
+        ChatModel.load(Path("run"))
+    with pytest.raises(MergeError, match=r"no adapter here; .*Fix: take run/checkpoints/step-6"):
+        merge(Path("run"))
+    checkpoint = Path("run/checkpoints/step-6")
+    assert ChatModel.load(checkpoint).answer([{"role": "user", "content": "Hello!"}], max_new_tokens=4)
+    assert (merge(checkpoint, output=Path("merged")) / "model.safetensors").exists()
 
 
 def test_a_chosen_checkpoint_takes_the_run_back_to_it(uninterrupted, tmp_path, monkeypatch):
