@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_tune.adapter_config import is_converted
 from qwen_tune.base import BaseCheckpoint
 from qwen_tune.chatml import END_OF_TURN
 from qwen_tune.errors import Problem, RunError
-from qwen_tune.recipe import Recipe
+from qwen_tune.recipe import LoraSpec, Recipe
 from qwen_tune.run_dir import RunDir, temporary_beside
 from qwen_tune.untuned import END_OF_TEXT
 
@@ -60,18 +61,15 @@ class AdapterWriter:
 
     def write_plain(self, directory: Path, model: PeftModel) -> None:
         """The same as plain LoRA, whatever the start of the adapter was."""
-        if self.start is None:
-            model.save_pretrained(directory, save_embedding_layers=False)
-        else:
-            # PEFT makes the folder's name an adapter's, so no dots in it.
-            with TemporaryDirectory(prefix="start_") as start:
-                save_file(self.start, Path(start) / "adapter_model.safetensors", metadata={"format": "pt"})
-                model.save_pretrained(
-                    directory, save_embedding_layers=False, path_initial_model_for_weight_conversion=start
-                )
+        model.save_pretrained(directory, save_embedding_layers=False)
         self._complete(directory)
+        if self.start is not None:
+            tensors = _without_start(_tensors(model), self.start)
+            save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+            _change_json(directory / "adapter_config.json", _twice_the_rank(self.recipe.lora))
         # Loading it does not begin with another start, such as a decomposition of the base, only to overwrite it.
         _change_json(directory / "adapter_config.json", {"init_lora_weights": True})
+        self._write_card(directory)
 
     def read(self, directory: Path, model: PeftModel) -> None:
         """Puts the tensors of an adapter directory into a model.
@@ -98,6 +96,9 @@ class AdapterWriter:
         )
         self.tokenizer.save_pretrained(directory)
         write_generation_config(directory, self.base, self.tokenizer)
+        self._write_card(directory)
+
+    def _write_card(self, directory: Path) -> None:
         shape = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
         (directory / "README.md").write_text(_card(self.base, self.recipe, shape), encoding="utf-8")
 
@@ -109,6 +110,8 @@ def save_adapter(model: PeftModel, writer: AdapterWriter, run: RunDir) -> None:
     writer.write_plain(temporary, model)
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
+    # A model that was merged from an earlier adapter of this run is none of this one.
+    shutil.rmtree(run.merged, ignore_errors=True)
 
 
 def write_generation_config(directory: Path, base: BaseCheckpoint, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -132,6 +135,31 @@ def _tensors(model: PeftModel) -> dict[str, Tensor]:
     # Embeddings are no part of it; "auto" would ask the Hub whether the vocabulary has grown.
     tensors: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
     return tensors
+
+
+def _without_start(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter as the difference to its start: B·A - B₀·A₀ = [B, -B₀] · [A; A₀], of twice the rank.
+
+    All that is no LoRA matrix (token rows, biases, modules that are saved whole) stays as it is.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    for name, first in start.items():
+        if ".lora_A." in name:
+            plain[name] = torch.cat([plain[name], first])
+        elif ".lora_B." in name:
+            plain[name] = torch.cat([plain[name], -first], dim=1)
+    return plain
+
+
+def _twice_the_rank(lora: LoraSpec) -> dict[str, Any]:
+    """PEFT's settings under which matrices of twice the rank are scaled as before: by alpha / r, or alpha / sqrt(r)."""
+    times = math.sqrt(2) if lora.use_rslora else 2
+    return {
+        "r": 2 * lora.r,
+        "lora_alpha": times * lora.lora_alpha,
+        "rank_pattern": {name: 2 * rank for name, rank in lora.rank_pattern.items()},
+        "alpha_pattern": {name: times * alpha for name, alpha in lora.alpha_pattern.items()},
+    }
 
 
 def _change_json(path: Path, changes: Mapping[str, Any]) -> None:

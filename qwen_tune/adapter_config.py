@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -89,11 +89,8 @@ def lora_config(
     targets = target_modules(model, lora)
     whole = lora.modules_to_save
     if whole:
-        _check_whole_modules(model, whole)
-    tokens: Any = lora.trainable_token_indices
-    if tokens is None:
-        tokens = dict(trained_tokens) if trained_tokens else None
-    _check_tokens(model, tokens or {})
+        _check_whole_modules(model, whole, targets)
+    tokens = _token_rows(model, lora, trained_tokens)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -147,19 +144,39 @@ def serving_notes(config: LoraConfig, trained: Mapping[str, TrainedModules]) -> 
     return [f"{note}: serve the merged model" for note in notes]
 
 
-def _check_whole_modules(model: PreTrainedModel, names: Sequence[str]) -> None:
-    modules = [name for name, _ in model.named_modules()]
+def _token_rows(
+    model: PreTrainedModel, lora: LoraSpec, automatic: Mapping[str, list[int]] | None
+) -> list[int] | dict[str, list[int]]:
+    """The token rows to train, as PEFT takes them; each id once, and no module without any."""
+    asked = lora.trainable_token_indices
+    if asked is None:
+        whole = {name.rsplit(".", 1)[-1] for name in lora.modules_to_save or ()}
+        return {name: ids for name, ids in (automatic or {}).items() if name not in whole}
+    _check_tokens(model, asked)
+    if isinstance(asked, list):
+        return sorted(set(asked))
+    return {name: sorted(set(ids)) for name, ids in asked.items() if ids}
+
+
+def _check_whole_modules(model: PreTrainedModel, names: Sequence[str], targets: Sequence[str]) -> None:
+    modules = dict(model.named_modules())
     for name in names:
-        if not any(_ends_with_any(full, [name]) for full in modules):
-            raise ModelError(Problem("lora.modules_to_save", f"{name} matches no module of the model", "correct it"))
-        if name.rsplit(".", 1)[-1] in EMBEDDINGS and model.config.tie_word_embeddings:
-            raise ModelError(
-                Problem(
-                    "lora.modules_to_save",
-                    f"{name} is tied to the other end of the model; a copy of its own would break the tie",
-                    "train the tokens that matter with lora.trainable_token_indices",
-                )
-            )
+        found = {full: module for full, module in modules.items() if _ends_with_any(full, [name])}
+        what = fix = ""
+        if not found:
+            what, fix = f"{name} matches no module of the model", "correct it"
+        elif name.rsplit(".", 1)[-1] in EMBEDDINGS and model.config.tie_word_embeddings:
+            what = f"{name} is tied to the other end of the model; a copy of its own would break the tie"
+            fix = "train the tokens that matter with lora.trainable_token_indices"
+        elif any(
+            _ends_with_any(inner, targets) and inner.startswith(f"{full}.") for full in found for inner in modules
+        ):
+            what = f"{name} holds layers that get an adapter; they cannot be trained whole as well"
+            fix = "name a smaller module, or take these layers out of lora.target_modules"
+        elif not all(p.is_floating_point() for module in found.values() for p in module.parameters()):
+            what, fix = f"{name} is quantized, and quantized weights cannot be trained", "write quantization: none"
+        if what:
+            raise ModelError(Problem("lora.modules_to_save", what, fix))
 
 
 def _check_tokens(model: PreTrainedModel, tokens: Sequence[int] | Mapping[str, Sequence[int]]) -> None:
@@ -168,16 +185,20 @@ def _check_tokens(model: PreTrainedModel, tokens: Sequence[int] | Mapping[str, S
     if wrong := [token for token in ids if token >= vocabulary]:
         what = f"{wrong[0]} is no token of this model; ids go from 0 to {vocabulary - 1}"
         raise ModelError(Problem("lora.trainable_token_indices", what, "correct it"))
-    modules = [name for name, _ in model.named_modules()]
-    for name in tokens if isinstance(tokens, Mapping) else ():
-        if not any(_ends_with_any(full, [name]) for full in modules):
-            raise ModelError(Problem("lora.trainable_token_indices", f"{name} matches no module of the model"))
+    ends = EMBEDDINGS[:1] if model.config.tie_word_embeddings else EMBEDDINGS
+    if other := [name for name in tokens if name not in ends] if isinstance(tokens, Mapping) else []:
+        tied = " (its two ends are tied: one row a token)" if len(ends) == 1 else ""
+        what = f"{other[0]} has no token rows of its own; expected {' or '.join(ends)}{tied}"
+        raise ModelError(Problem("lora.trainable_token_indices", what, f"write {ends[0]}: [...]"))
 
 
 def _require_matches(key: str, patterns: Iterable[str], targets: Iterable[str]) -> None:
     for pattern in patterns:
-        # As PEFT looks them up: the end of a name, or a regular expression for it.
-        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):
+        try:  # as PEFT looks them up: the end of a name, or a regular expression for it
+            matches = any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets)
+        except re.error as error:
+            raise ModelError(Problem(key, f"{pattern} is no regular expression ({error})", "correct it")) from None
+        if not matches:
             what = f"{pattern} matches no layer that gets an adapter"
             raise ModelError(Problem(key, what, "write the end of a module's name, such as layers.0.self_attn.q_proj"))
 

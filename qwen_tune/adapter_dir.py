@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# Starts of an adapter that change the base: merged into the base as it was, such an adapter gives another model.
+CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "eva")
+
+
 def what_to_take_instead(run: Path) -> str:
     """What a user can do who named a run that has no adapter: its last checkpoint is one."""
     checkpoints = list_checkpoints(run / "checkpoints")
@@ -59,7 +63,7 @@ class AdapterDir:
         if not (folder / "adapter_model.safetensors").exists():
             raise MergeError(Problem(str(folder), "there is no adapter_model.safetensors; pickles are not loaded"))
         config = read_json(config_file)
-        quantization = _recorded_facts(folder).get("quantization")
+        quantization = recorded_facts(folder).get("quantization")
         if base == "dequantized" and quantization is None:
             what = "no run beside the adapter says that it was trained on a quantized base, nor how"
             raise MergeError(Problem(str(path), what, "give the run's directory, or --base original"))
@@ -77,7 +81,7 @@ class AdapterDir:
         return self.path.parent if (self.path.parent / "run.json").exists() else None
 
 
-def _recorded_facts(folder: Path) -> Mapping[str, Any]:
+def recorded_facts(folder: Path) -> Mapping[str, Any]:
     """What the run says that an adapter or a checkpoint belongs to; nothing where there is none."""
     for run in (folder.parent, folder.parent.parent):
         if (run / "run.json").exists():
@@ -99,6 +103,7 @@ def load_with_adapter(adapter: AdapterDir, dtype: Any, *, quantized: bool = Fals
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    _check_start(adapter)
     try:
         model = _load_base(adapter, dtype, quantized=quantized)
         return PeftModel.from_pretrained(model, adapter.path)
@@ -129,3 +134,15 @@ def _load_base(adapter: AdapterDir, dtype: Any, *, quantized: bool) -> PreTraine
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model
+
+
+def _check_start(adapter: AdapterDir) -> None:
+    start = adapter.config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(CHANGED_BASES):
+        raise MergeError(
+            Problem(
+                str(adapter.path),
+                f"this adapter was started by {start}, which changes the base, and holds no conversion to plain LoRA",
+                "take the adapter of the finished run, which is converted",
+            )
+        )

@@ -123,7 +123,7 @@ def train(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     processes = processes_to_start(recipe.train)
     if processes > 1 and not options.dry_run:
-        sys.exit(launch(sys.argv[1:], processes, recipe.run_dir / "logs"))
+        sys.exit(launch(options.arguments, processes, recipe.run_dir / "logs"))
     run_recipe(options.recipe, options.overrides, overwrite=options.overwrite, dry_run=options.dry_run)
 
 
@@ -191,6 +191,7 @@ def tell(message: object) -> None:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
+    parser.set_defaults(arguments=list(arguments))
     # argparse takes a list of positionals from one place only; overrides may stand behind options as well.
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "overrides")):

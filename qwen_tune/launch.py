@@ -70,7 +70,7 @@ def launch(arguments: Sequence[str], processes: int, logs: Path) -> int:
         logs: Where all but the first write what they say.
 
     Returns:
-        The exit code of the first process, or of the one that failed.
+        0, or the exit code of the process that failed.
     """
     shared = {
         "WORLD_SIZE": str(processes),
@@ -92,12 +92,12 @@ def launch(arguments: Sequence[str], processes: int, logs: Path) -> int:
         failed = _wait(workers)
     if failed is None:
         return 0
-    first, code = workers[0].returncode, workers[failed].returncode
     log = logs / f"rank-{failed}.log"
     if failed and log.exists():
         print(f"process {failed} failed; what it said is in {log}", file=sys.stderr)
-    # The first process's own word counts, unless it went down because of another.
-    code = first if first > 0 else code
+    # Where one process tells the user what to do, or that it has saved, others go down because of it.
+    codes = [worker.returncode for worker in workers]
+    code = next((known for known in (2, 130) if known in codes), codes[failed])
     return code if code >= 0 else 128 - code
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_tune.adapter import write_generation_config
-from qwen_tune.adapter_dir import AdapterDir, load_with_adapter
+from qwen_tune.adapter_dir import AdapterDir, load_with_adapter, recorded_facts
 from qwen_tune.base import BaseCheckpoint, TensorSpan
 from qwen_tune.checkpoints import sha256
 from qwen_tune.errors import MergeError, Problem
@@ -19,10 +19,6 @@ from qwen_tune.run_dir import RunDir, temporary_beside, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-# Starts of an adapter that change the base: merged into the base as it was, such an adapter gives another model.
-CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "eva")
 
 
 def merge_run(run: RunDir) -> Path:
@@ -46,6 +42,8 @@ def merge(path: Path, *, output: Path | None = None, base: str | None = None, ov
         MergeError: Adapter and base do not fit, or the output is in use.
     """
     adapter = AdapterDir.open(path, base)
+    if output is None and adapter.path.parent.name == "checkpoints":
+        raise MergeError(Problem(str(path), "a checkpoint is no place for a model", "say where it goes with --output"))
     target = output or (adapter.run / "merged" if adapter.run else path.with_name(f"{path.resolve().name}-merged"))
     _check_target(target, adapter, overwrite)
     _check_base(adapter)
@@ -96,7 +94,6 @@ def _write_model(adapter: AdapterDir, target: Path) -> int:
     from safetensors import safe_open
     from transformers import AutoTokenizer
 
-    _check_start(adapter)
     model = load_with_adapter(adapter, "auto")
     with safe_open(adapter.path / "adapter_model.safetensors", framework="pt") as file:
         stored = set(file.keys())
@@ -121,18 +118,6 @@ def _write_model(adapter: AdapterDir, target: Path) -> int:
     return len(placed)
 
 
-def _check_start(adapter: AdapterDir) -> None:
-    start = adapter.config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(CHANGED_BASES):
-        raise MergeError(
-            Problem(
-                str(adapter.path),
-                f"this adapter was started by {start}, which changes the base, and holds no conversion to plain LoRA",
-                "merge the adapter of the finished run, which is converted",
-            )
-        )
-
-
 def _complete_config(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Ends texts where turns end, and adds the keys under which transformers 4 looks.
 
@@ -153,9 +138,7 @@ def _check_base(adapter: AdapterDir) -> None:
 
     PEFT takes any base whose shapes fit, and the result is a model that nobody trained.
     """
-    if adapter.run is None:
-        return
-    trained_on = RunDir.open(adapter.run).facts.get("base", {}).get("weights_fingerprint")
+    trained_on = recorded_facts(adapter.path).get("base", {}).get("weights_fingerprint")
     if trained_on and trained_on != adapter.base.weights_fingerprint():
         raise MergeError(
             Problem(

@@ -71,6 +71,9 @@ def _draw(
     for source in sources:
         there = by_source[source.name]
         wanted = source.rows if source.rows is not None else math.floor(source.weight * len(there) + 0.5)
+        if not wanted and there:
+            what = f"weight: {source.weight:g} of {len(there)} rows draws none"
+            raise DataError(Problem(f"data ({source.name})", what, "raise the weight, or leave the source out"))
         times, rest = divmod(wanted, len(there)) if there else (0, 0)
         once_more = set(sorted(range(len(there)), key=lambda index: _order(seed, source.name, there[index]))[:rest])
         drawn += there * times + [there[index] for index in sorted(once_more)]

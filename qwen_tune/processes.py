@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
+from qwen_tune.errors import Problem, QwenTuneError, RunError
 from qwen_tune.machine import is_main_process, rank
 from qwen_tune.resume import Plan
 from qwen_tune.run_dir import RunDir
@@ -36,6 +38,7 @@ def recording(
     Raises:
         RunError: Another run took the directory in the meantime.
     """
+    _require_one_plan(plan)
     if is_main_process():
         with run.recording(recipe_yaml, plan, overwrite=overwrite, resume=resume):
             run.record(facts)
@@ -43,12 +46,28 @@ def recording(
             yield
     else:
         accelerator.wait_for_everyone()
-        with _output_to(run.logs / f"rank-{rank()}.log"):
-            try:
-                yield
-            except BaseException:
-                traceback.print_exc()  # nobody else will tell of it
-                raise
+        try:
+            with _output_to(run.logs / f"rank-{rank()}.log"):
+                try:
+                    yield
+                except BaseException:
+                    traceback.print_exc()
+                    raise
+        except QwenTuneError as error:
+            print(f"process {rank()}: {error}", file=sys.stderr, flush=True)  # the others may not have met it
+            raise
+
+
+def _require_one_plan(plan: Plan) -> None:
+    """Makes sure that all processes go on from the same checkpoint.
+
+    Raises:
+        RunError: They see different run directories.
+    """
+    plans = gather_object([str(plan.checkpoint)])
+    if len(set(plans)) > 1:
+        what = "the processes see different checkpoints there; expected one disk that all machines share"
+        raise RunError(Problem("run.dir", what, "put the run directory on such a disk"))
 
 
 @contextmanager

@@ -171,7 +171,12 @@ def _adapter(recipe: Recipe) -> Iterator[Finding]:
     elif start is False:
         what = "got false, with which the adapter starts at random and changes the base's answers before it has learned"
         yield Finding(path, what, "write true")
-    elif start == "orthogonal" and lora.r % 2:
+    if lora.use_dora and recipe.model.quantization == "int8":
+        what = "got true beside model.quantization: int8, whose layers DoRA cannot read"
+        yield Finding(
+            ("lora", "use_dora"), what, "write quantization: nf4, or use_dora: false", (("model", "quantization"),)
+        )
+    if start == "orthogonal" and lora.r % 2:
         yield Finding(path, f"got orthogonal with r: {lora.r}; it needs an even rank", f"write r: {lora.r + 1}")
 
 
@@ -204,6 +209,9 @@ def _steps(recipe: Recipe) -> Iterator[Finding]:
         what = f"got {train.eval_steps}, but there is nothing to evaluate on"
         fix = "add `eval: {fraction: 0.02}` to data, or leave eval_steps out"
         yield Finding(("train", "eval_steps"), what, fix, (("data", "eval"),))
+    if train.eval_prompts and recipe.data.eval is None:
+        what = "got prompts, but there is no evaluation at which they would be answered"
+        yield Finding(("train", "eval_prompts"), what, "add `eval: {fraction: 0.02}` to data", (("data", "eval"),))
     if train.early_stopping_patience is not None and train.eval_steps is None:
         what = f"got {train.early_stopping_patience}, but nothing is evaluated while training"
         yield Finding(("train", "early_stopping_patience"), what, "set eval_steps", (("train", "eval_steps"),))

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -51,6 +51,13 @@ SAME_FACTS = {
     "world_size": "the number of processes",
 }
 """What run.json has to say again, and what it is."""
+
+
+class RecordedRun(Protocol):
+    """A run directory, which lies above this room."""
+
+    def recorded_facts(self) -> dict[str, Any]:
+        """run.json as it is; empty where there is none."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +130,12 @@ def run_fingerprint(recipe_yaml: str, facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_resume(plan: Plan, recorded: Mapping[str, Any], facts: Mapping[str, Any], max_steps: int) -> None:
+def check_resume(plan: Plan, run: RecordedRun, facts: Mapping[str, Any], max_steps: int) -> None:
     """Compares what a run was begun with and what it would go on with.
 
     Args:
         plan: Where it would go on.
-        recorded: run.json as it is.
+        run: The run, with what it has recorded.
         facts: What run.json would say, with the run's `fingerprint`.
         max_steps: The optimizer steps that the recipe asks for.
 
@@ -137,6 +144,7 @@ def check_resume(plan: Plan, recorded: Mapping[str, Any], facts: Mapping[str, An
     """
     if plan.checkpoint is None:
         return
+    recorded = run.recorded_facts()
     problems = [
         Problem(
             what,
@@ -158,7 +166,11 @@ def check_resume(plan: Plan, recorded: Mapping[str, Any], facts: Mapping[str, An
 
 
 def _flat(recipe_yaml: str) -> dict[str, Any]:
-    return dict(_leaves("", yaml.safe_load(recipe_yaml) or {}))
+    try:
+        return dict(_leaves("", yaml.safe_load(recipe_yaml) or {}))
+    except yaml.YAMLError:
+        what = "the recipe of the run that is there cannot be read any more"
+        raise RunError(Problem("recipe.yaml", what, "set another directory with run.dir=, or --overwrite")) from None
 
 
 def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -113,7 +113,11 @@ class RunDir:
         return self._plan(recipe_yaml, overwrite=overwrite, resume=resume)
 
     def _plan(self, recipe_yaml: str, *, overwrite: bool, resume: str) -> Plan:
-        if self._is_unused() or overwrite:
+        unused = self._is_unused()
+        if (unused or overwrite) and resume not in ("auto", "never"):
+            what = "there is no run here to go on with" if unused else "--overwrite would delete the run it belongs to"
+            raise RunError(Problem("train.resume", f"got {resume}, and {what}", "write train.resume=auto"))
+        if unused or overwrite:
             return Plan()
         state = self.recorded_facts().get("state")
         if resume == "never":
@@ -168,7 +172,11 @@ class RunDir:
             RunError: Another process took it, or changed it, since the plan was made.
         """
         plan = plan or Plan()
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            what = f"the run directory cannot be made ({error.strerror})"
+            raise RunError(Problem(str(self.path), what, "set another one with run.dir=")) from None
         with ExitStack() as undo:
             lock = undo.enter_context((self.path / ".lock").open("ab"))
             try:

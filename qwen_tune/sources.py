@@ -167,7 +167,7 @@ def _read_tools(path: str | None) -> list[Any] | None:
 
     try:
         return list(parse_tools(Path(path).expanduser().read_text(encoding="utf-8")))
-    except OSError as error:
-        raise DataError(Problem(path, f"the tools file cannot be read: {error.strerror}")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(Problem(path, f"the tools file cannot be read: {first_line(error)}")) from None
     except RowError as problem:
         raise DataError(problem.at(path)) from None

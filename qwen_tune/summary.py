@@ -87,7 +87,9 @@ def show_end(run: RunDir) -> None:
     """Losses, speed, memory, and the commands that come next."""
     console = _console()
     losses = run.facts["losses"]
-    lines = {"loss": f"{losses['train_first']:.3f} -> {losses['train_last']:.3f} (training)"}
+    lines = {}
+    if losses["train_first"] is not None:
+        lines["loss"] = f"{losses['train_first']:.3f} -> {losses['train_last']:.3f} (training)"
     if losses["eval_before"] is not None:
         lines["held out"] = f"{losses['eval_before']:.3f} -> {losses['eval_after']:.3f}"
     lines["speed"] = f"{run.facts['tokens_per_second']:,.0f} tokens/s"

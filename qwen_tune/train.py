@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 from qwen_tune.machine import check_world, is_main_process, prepare_process, say
 from qwen_tune.recipe_file import load_recipe, to_yaml
-from qwen_tune.resume import check_resume
+from qwen_tune.resume import Plan, check_resume
 from qwen_tune.run_dir import RunDir
 from qwen_tune.tracking import check_trackers
 
@@ -42,12 +42,18 @@ def train(
         Interrupted: The run was asked to stop; it is saved, and the same recipe goes on from there.
     """
     recipe = load_recipe(recipe_path, overrides)
-    check_world(recipe.train.num_processes)
+    if not dry_run:
+        check_world(recipe.train.num_processes)
     warnings = check_trackers(recipe.tracking) if is_main_process() else []
     run, text = RunDir(recipe.run_dir), to_yaml(recipe)
-    plan = run.check(text, overwrite=overwrite or dry_run, resume=recipe.train.resume)
+    # Another machine's processes may not see the directory; those that do have to come to the same plan.
+    sees_run = is_main_process() or run.run_json.exists()
+    plan = run.check(text, overwrite=overwrite, resume=recipe.train.resume) if sees_run else Plan()
     if plan.nothing_to_do:
         say(f"{run.path}: this recipe has finished here; nothing to do")
+        if recipe.export.merge and not run.merged.exists() and not dry_run:
+            prepare_process()
+            _merge(run)
         return
 
     # Each import stands where its weight is first needed: a fault in the recipe shows at once, one in the rows after
@@ -73,7 +79,7 @@ def train(
     packs = pack(data.train.examples, recipe.data)
     schedule = plan_schedule(recipe.train, packing=recipe.data.packing, rows=len(packs))
     facts = record.start_facts(recipe, overrides, base, tokenizer, data, schedule, untuned=untuned)
-    check_resume(plan, run.recorded_facts(), facts, schedule.max_steps)
+    check_resume(plan, run, facts, schedule.max_steps)
     summary.show_start(recipe, run, plan, base, data, schedule, dtype, warnings, untuned=untuned)
     if dry_run:
         return
@@ -104,12 +110,17 @@ def train(
     if not is_main_process():
         return
     if recipe.export.merge:
-        from qwen_tune.merge import merge_run
-
         del model, trainer  # the merge loads the base anew, and there may not be room for two
         gc.collect()
-        merge_run(run)
+        _merge(run)
     summary.show_end(run)
+
+
+def _merge(run: RunDir) -> None:
+    from qwen_tune.merge import merge_run
+
+    if is_main_process():
+        merge_run(run)
 
 
 if __name__ == "__main__":

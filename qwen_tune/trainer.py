@@ -124,10 +124,11 @@ class LoraTrainer(SFTTrainer):
             Interrupted: It was asked to stop.
             TrainingError: The loss is no number any more.
         """
-        if checkpoint is not None and step_of(checkpoint) >= self.schedule.max_steps:
+        if checkpoint is not None:
             self._load_from_checkpoint(str(checkpoint))
-            self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
-            return
+            if step_of(checkpoint) >= self.schedule.max_steps or self._patience_is_over():
+                self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+                return
         try:
             with self.stop.listening(quiet=not is_main_process()):
                 super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -256,24 +257,30 @@ class LoraTrainer(SFTTrainer):
         return metrics
 
     def _stop_early(self) -> None:
+        if self._patience_is_over():
+            self.control.should_training_stop = self.control.should_log = True
+            self.control.should_save = self.recipe.train.save_steps is not None
+            patience = self.recipe.train.early_stopping_patience
+            self.metrics.display.note(f"stopping early: {patience} evaluations without a lower loss")
+
+    def _patience_is_over(self) -> bool:
         train = self.recipe.train
-        patience = train.early_stopping_patience
+        if train.early_stopping_patience is None:
+            return False
         without_gain = evaluations_without_gain(self.evaluations, train.early_stopping_threshold)
-        if patience is not None and without_gain >= patience:
-            self.control.should_training_stop = True
-            self.control.should_save = train.save_steps is not None
-            self.metrics.display.note(f"stopping early: {without_gain} evaluations without a lower loss")
+        return without_gain >= train.early_stopping_patience
 
     def _answer_prompts(self) -> None:
         if not is_main_process():
             return
         for prompt in self.recipe.train.eval_prompts:
-            answer = greedy_answer(
-                self.model,
-                self.processing_class,
-                [{"role": "user", "content": prompt}],
-                max_new_tokens=PROMPT_ANSWER_TOKENS,
-            )
+            with self.accelerator.autocast():  # modules that are trained whole are float32 in a bfloat16 model
+                answer = greedy_answer(
+                    self.model,
+                    self.processing_class,
+                    [{"role": "user", "content": prompt}],
+                    max_new_tokens=PROMPT_ANSWER_TOKENS,
+                )
             self.metrics.show_answer(self.state.global_step, prompt, answer)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
@@ -337,8 +344,9 @@ class LoraTrainer(SFTTrainer):
             set_random_state(progress["random"][self.args.process_index])
 
     def load_best(self) -> None:
-        """Takes the adapter of the checkpoint with the lowest evaluation loss, where that is not the last one."""
-        if self.best is None or self.best.step == self.state.global_step:
+        """Takes the adapter of the checkpoint with the lowest evaluation loss, where the recipe wants that."""
+        wanted = self.recipe.train.load_best_model_at_end
+        if not wanted or self.best is None or self.best.step == self.state.global_step:
             return
         self.writer.read(self.run.checkpoints / f"step-{self.best.step}", self.model)
         self.evaluations.append(Evaluation(self.state.global_step, self.best.loss))
@@ -372,7 +380,7 @@ def build_trainer(
         writer: Writes and reads the adapter.
 
     Raises:
-        RecipeError: The recipe's `trainer_args` do not suit the trainer.
+        RecipeError: Optimizer, scheduler or loader refuse what the recipe says.
     """
     rows = schedule.num_processes * schedule.per_device_train_batch_size if schedule.num_processes > 1 else 1
     pad_id = int(tokenizer.pad_token_id)
@@ -384,7 +392,7 @@ def build_trainer(
         schedule=schedule,
         writer=writer,
         fillers=count_fillers(len(packs), rows),
-        args=sft_config(recipe, schedule, run, model.dtype),
+        args=sft_config(recipe, schedule, model.dtype),
         train_dataset=pack_dataset(packs, multiple=rows, pad_id=pad_id),
         eval_dataset=evaluation or None,
         data_collator=PackCollator(),
@@ -394,6 +402,5 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.metrics = MetricsLog(run, trainer, Display(quiet=not is_main_process()))
     trainer.add_callback(trainer.metrics)
-    if recipe.train.trainer_args:
-        try_trainer_args(trainer, schedule)
+    try_trainer_args(trainer, recipe, schedule)
     return trainer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import torch
 from transformers import Trainer
 from trl import SFTConfig
@@ -9,11 +11,10 @@ from trl import SFTConfig
 from qwen_tune.errors import Problem, RecipeError, first_line
 from qwen_tune.machine import uses_gpu
 from qwen_tune.recipe import Recipe, TrainSpec
-from qwen_tune.run_dir import RunDir
 from qwen_tune.schedule import Schedule
 
 
-def sft_config(recipe: Recipe, schedule: Schedule, run: RunDir, dtype: torch.dtype) -> SFTConfig:
+def sft_config(recipe: Recipe, schedule: Schedule, dtype: torch.dtype) -> SFTConfig:
     """TRL's configuration for a recipe. Everything that the toolkit does itself is switched off here.
 
     Raises:
@@ -22,7 +23,8 @@ def sft_config(recipe: Recipe, schedule: Schedule, run: RunDir, dtype: torch.dty
     on_cpu = not uses_gpu()
     train = recipe.train
     settings = {
-        "output_dir": str(run.path),
+        # Never written to, but made; the run directory appears when the run begins.
+        "output_dir": tempfile.gettempdir(),
         # Rows come tokenized, packed and collated by us.
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "packing": False,
@@ -74,8 +76,8 @@ def checkpoints_gradients(train: TrainSpec) -> bool:
     return train.gradient_checkpointing == "full"
 
 
-def try_trainer_args(trainer: Trainer, schedule: Schedule) -> None:
-    """Makes optimizer, scheduler and loader once before anything is written: `trainer_args` may not suit them.
+def try_trainer_args(trainer: Trainer, recipe: Recipe, schedule: Schedule) -> None:
+    """Makes optimizer, scheduler and loader once before anything is written: the recipe may not suit them.
 
     Raises:
         RecipeError: They refuse their arguments.
@@ -85,7 +87,10 @@ def try_trainer_args(trainer: Trainer, schedule: Schedule) -> None:
         trainer.create_optimizer()
         trainer.create_scheduler(num_training_steps=schedule.max_steps)
     except (TypeError, ValueError, KeyError, RuntimeError, AssertionError) as error:
-        raise _unsuitable_arguments(error) from error
+        if recipe.train.trainer_args:
+            raise _unsuitable_arguments(error) from error
+        what = f"the trainer refuses optimizer or learning rate: {first_line(error)}"
+        raise RecipeError(Problem("train", what, "see train.optim, learning_rate and lr_scheduler_type")) from error
     trainer.optimizer = trainer.lr_scheduler = None
 
 

@@ -27,7 +27,7 @@ def save_optimizer(directory: Path, optimizer: Any, scheduler: Any, scaler: Any 
     values: dict[str, Any] = {}
     for path, value in _leaves("", optimizer.state_dict()["state"]):
         if isinstance(value, Tensor):
-            tensors[path] = value.detach().cpu().contiguous()
+            tensors[path] = value.detach().cpu().contiguous().clone()  # 8-bit states share a table
         else:
             values[path] = value
     save_file(tensors, directory / TENSORS)

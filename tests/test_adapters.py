@@ -29,6 +29,13 @@ KINDS = {
     "pissa fast": ["lora.init_lora_weights=pissa_niter_4"],
     "olora": ["lora.init_lora_weights=olora", "lora.use_rslora=true", "train.learning_rate=1e-3"],
     "orthogonal": ["lora.init_lora_weights=orthogonal"],
+    "pissa and more": [
+        "lora.init_lora_weights=pissa",
+        "lora.trainable_token_indices=[5, 5, 7]",
+        "lora.modules_to_save=[norm]",
+        "lora.bias=lora_only",
+        "lora.rank_pattern={q_proj: 4}",
+    ],
     "bias": ["lora.bias=all"],
     "tokens": ["lora.trainable_token_indices=[5, 7]"],
     "whole modules": ["lora.modules_to_save=[norm]", "lora.target_modules=attention"],
@@ -91,6 +98,13 @@ def test_a_start_that_changes_the_base_is_saved_as_plain_lora(workspace, monkeyp
         merge(path / "checkpoints" / "step-3", output=workspace / "out")
 
 
+def test_a_token_that_is_named_twice_is_trained_once(workspace, monkeypatch):
+    path = run(workspace, monkeypatch, "lora.trainable_token_indices=[1202, 1202]", "train.max_steps=1")
+    facts = json.loads((path / "run.json").read_text())
+    assert facts["adapter"]["trained_tokens"] == [1202]
+    assert facts["losses"]["eval_before"] == pytest.approx(6.415576, rel=1e-5)  # as without any
+
+
 def test_patterns_and_exclusions_decide_the_shapes(workspace, monkeypatch):
     path = run(workspace, monkeypatch, *KINDS["patterns"], *KINDS["excluded"], "lora.r=8")
     with safe_open(path / "adapter" / "adapter_model.safetensors", "pt") as file:
@@ -122,7 +136,11 @@ def test_loraplus_gives_the_b_matrices_a_rate_of_their_own(workspace, monkeypatc
         ("lora.modules_to_save=[head]", "head matches no module"),
         ("lora.modules_to_save=[lm_head]", "lm_head is tied to the other end"),
         ("lora.trainable_token_indices=[99999]", "99999 is no token of this model; ids go from 0"),
-        ("lora.trainable_token_indices={wte: [1]}", "wte matches no module"),
+        ("lora.trainable_token_indices={wte: [1]}", "wte has no token rows of its own; expected embed_tokens"),
+        ("lora.trainable_token_indices={lm_head: [1]}", "(its two ends are tied: one row a token)"),
+        ("lora.trainable_token_indices={q_proj: [1]}", "q_proj has no token rows of its own"),
+        ("lora.modules_to_save=[layers]", "layers holds layers that get an adapter"),
+        ('lora.rank_pattern={"(": 4}', "( is no regular expression"),
     ],
 )
 def test_what_is_not_in_the_model_is_told(workspace, monkeypatch, override, message):
@@ -160,21 +178,22 @@ def test_the_vision_tower_is_trained_only_where_it_is_named():
 
 
 def test_a_router_is_trained_only_where_it_is_named():
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-    config = Qwen3MoeConfig(
+    config = Qwen2MoeConfig(
         vocab_size=300,
         hidden_size=32,
         intermediate_size=64,
         moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
         num_experts=4,
     )
-    names = target_modules(Qwen3MoeForCausalLM(config), LoraSpec(target_modules="attention"))
-    assert names == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    model = Qwen2MoeForCausalLM(config)
+    assert not any("shared_expert_gate" in name for name in target_modules(model, LoraSpec()))
+    assert target_modules(model, LoraSpec(target_modules=["shared_expert_gate"])) == ["shared_expert_gate"]
 
 
 def test_what_is_trained_is_told_with_its_size_and_who_can_serve_it(workspace, monkeypatch, capsys):

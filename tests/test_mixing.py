@@ -103,3 +103,8 @@ def test_an_evaluation_source_that_holds_everything_leaves_nothing_to_train(many
     data = DataSpec(train=[SourceSpec(path=many)], eval=[SourceSpec(path=many, name="again")])
     with pytest.raises(DataError, match=r"data.eval: the evaluation sources hold every row of data.train"):
         prepare_data(data, ChatTemplate(tiny_tokenizer), seed=1)
+
+
+def test_a_weight_that_draws_nothing_is_told(many):
+    with pytest.raises(DataError, match=r"data \(many\): weight: 0.001 of 40 rows draws none"):
+        mix(DataSpec(train=[SourceSpec(path=many, weight=0.001)]), seed=1)

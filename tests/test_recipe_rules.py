@@ -289,6 +289,11 @@ def test_lists_agree_with_sft_config() -> None:
         ),
         ({"lora": {"init_lora_weights": False}}, "got false, with which the adapter starts at random"),
         ({"lora": {"init_lora_weights": "orthogonal", "r": 3}}, "got orthogonal with r: 3; it needs an even rank"),
+        (
+            {"lora": {"use_dora": True}, "model": {"base": "a/b", "quantization": "int8"}},
+            "got true beside model.quantization: int8",
+        ),
+        ({"train": {"eval_prompts": ["Hi"]}}, "got prompts, but there is no evaluation"),
         ({"train": {"early_stopping_patience": 2}}, "got 2, but nothing is evaluated while training"),
     ],
 )

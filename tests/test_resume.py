@@ -191,6 +191,61 @@ def test_old_checkpoints_go_but_the_best_stays(workspace, monkeypatch):
     assert weights(path) == (path / "checkpoints" / f"step-{best['step']}" / "adapter_model.safetensors").read_bytes()
 
 
+def test_the_last_adapter_is_kept_unless_the_best_is_asked_for(workspace, monkeypatch):
+    ruin = ("train.learning_rate=0.5", "train.warmup_steps=4", "train.max_grad_norm=0", "train.eval_steps=1")
+    settings = ("train.max_steps=7", "train.save_steps=1", "train.lr_scheduler_type=constant_with_warmup")
+    path = run(workspace, monkeypatch, *ruin, *settings)
+    facts = json.loads((path / "run.json").read_text())
+    assert facts["best"]["step"] < 7
+    assert facts["losses"]["eval_after"] > facts["best"]["loss"]
+    assert weights(path) == (path / "checkpoints" / "step-7" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "lion_8bit", "adafactor"])
+def test_other_optimizers_go_on_as_well(workspace, monkeypatch, optim):
+    settings = (f"train.optim={optim}", "train.learning_rate=1e-3", "train.max_steps=4", "train.save_steps=2")
+    run(workspace, monkeypatch, *settings, "run.dir=whole", "train.eval_steps=null")
+    stopped = workspace / "run"
+    shutil.copytree(workspace / "whole", stopped)
+    shutil.rmtree(stopped / "checkpoints" / "step-4")
+    record = stopped / "run.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "state": "running"}))
+    resumed = run(workspace, monkeypatch, *settings, "train.eval_steps=null")
+    assert weights(resumed) == weights(workspace / "whole")
+
+
+def test_an_early_stop_is_not_forgotten(workspace, monkeypatch):
+    settings = ("train.learning_rate=0.5", "train.warmup_steps=0", "train.early_stopping_patience=2")
+    steps = ("train.max_steps=20", "train.eval_steps=1", "train.save_steps=1", "train.logging_steps=10")
+    path = run(workspace, monkeypatch, *settings, *steps)
+    facts = json.loads((path / "run.json").read_text())
+    assert facts["steps"] < 20
+    # Killed between its last checkpoint and its adapter.
+    shutil.rmtree(path / "adapter")
+    (path / "run.json").write_text(json.dumps({**facts, "state": "running"}))
+    again = json.loads((run(workspace, monkeypatch, *settings, *steps) / "run.json").read_text())
+    assert (again["steps"], again["best"]) == (facts["steps"], facts["best"])
+    assert (path / "adapter").exists()
+
+
+def test_a_merged_model_never_belongs_to_an_earlier_adapter(workspace, monkeypatch):
+    merge_too = ("train.max_steps=3", "train.save_steps=3", "train.eval_steps=null", "export.merge=true")
+    path = run(workspace, monkeypatch, *merge_too)
+    assert (path / "merged").exists()
+    run(workspace, monkeypatch, *merge_too[1:3], "train.max_steps=6")
+    assert not (path / "merged").exists()
+    run(workspace, monkeypatch, *merge_too[1:], "train.max_steps=6")  # nothing to train, and a model to merge
+    assert (path / "merged" / "merge.json").exists()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"overwrite": True}])
+def test_a_checkpoint_is_not_asked_for_where_there_is_none_to_go_on_from(workspace, monkeypatch, arguments):
+    monkeypatch.chdir(workspace)
+    with pytest.raises(RunError, match="there is no run here to go on with"):
+        train("recipe.yaml", ["run.dir=fresh", "train.resume=elsewhere/step-3"], **arguments)
+    assert not (workspace / "fresh").exists()
+
+
 def test_evaluation_without_gain_ends_the_run(workspace, monkeypatch, capsys):
     path = run(
         workspace,
