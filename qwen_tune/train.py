@@ -51,9 +51,11 @@ def train(
     plan = run.check(text, overwrite=overwrite, resume=recipe.train.resume) if sees_run else Plan()
     if plan.nothing_to_do:
         say(f"{run.path}: this recipe has finished here; nothing to do")
-        if recipe.export.merge and not run.merged.exists() and not dry_run:
+        if recipe.export.merge and is_main_process() and not (dry_run or run.merged.exists()):
             prepare_process()
-            _merge(run)
+            from qwen_tune.merge import merge
+
+            merge(run.path)
         return
 
     # Each import stands where its weight is first needed: a fault in the recipe shows at once, one in the rows after
@@ -110,17 +112,12 @@ def train(
     if not is_main_process():
         return
     if recipe.export.merge:
+        from qwen_tune.merge import merge_run
+
         del model, trainer  # the merge loads the base anew, and there may not be room for two
         gc.collect()
-        _merge(run)
-    summary.show_end(run)
-
-
-def _merge(run: RunDir) -> None:
-    from qwen_tune.merge import merge_run
-
-    if is_main_process():
         merge_run(run)
+    summary.show_end(run)
 
 
 if __name__ == "__main__":
