@@ -100,7 +100,9 @@ def summed_nll(hidden: Tensor, weight: Tensor, targets: Tensor, trained: TokenRo
     if weight.requires_grad:
         raise ValueError("the output matrix is trained, and this loss computes no gradient for it")
     rows, ids = (trained.rows, trained.ids) if trained else (None, None)
-    loss: Tensor = _SummedNll.apply(hidden, weight, targets, rows, ids)  # type: ignore[no-untyped-call]
+    # Types are chosen here, product by product; autocast would make 16 bits of the float32 ones.
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss: Tensor = _SummedNll.apply(hidden, weight, targets, rows, ids)  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -102,3 +102,16 @@ def test_an_output_layer_that_is_trained_as_a_whole(tokens):
         strict=True,
     ):
         assert torch.allclose(one, other, rtol=0, atol=1e-10)
+
+
+def test_under_autocast_the_sums_stay_float32():
+    torch.manual_seed(5)
+    hidden = torch.randn(30, 16, requires_grad=True)
+    weight, rows = torch.randn(40, 16), torch.randn(2, 16, requires_grad=True)
+    targets = torch.randint(0, 40, (30,))
+    trained = TokenRows(torch.tensor([1, 5]), rows)
+    plain = torch.autograd.grad(summed_nll(hidden, weight, targets, trained), (hidden, rows))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = summed_nll(hidden, weight, targets, trained)
+    for one, other in zip(torch.autograd.grad(loss, (hidden, rows)), plain, strict=True):
+        assert torch.equal(one, other)
