@@ -55,7 +55,7 @@ def show_start(
         f"{schedule.per_device_train_batch_size} x {schedule.gradient_accumulation_steps} accumulated, "
         f"about {tokens_per_step:,} tokens",
         "steps": f"{schedule.max_steps:,} ({schedule.steps_per_epoch:,} an epoch of {schedule.rows:,} {unit})",
-        "machine": device_name(),
+        "machine": device_name() + (f", DDP over {world_size()} processes" if world_size() > 1 else ", one process"),
         "run": str(run.path) + (f", going on from {plan.checkpoint.name}" if plan.checkpoint else ""),
     }
     console = _console()

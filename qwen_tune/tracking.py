@@ -13,17 +13,21 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from qwen_tune.checkpoints import step_of
 from qwen_tune.errors import Problem, RunError
+from qwen_tune.machine import is_main_process
 from qwen_tune.run_dir import write_atomically
 from qwen_tune.trackers import LABELS, TRACKERS, Sink, Start, in_one_line, warn
 from qwen_tune.wandb_login import has_wandb_login, wandb_host, wandb_mode
 
 if TYPE_CHECKING:
-    from qwen_tune.recipe import TrackingSpec
+    from qwen_tune.recipe import Recipe, TrackingSpec
+    from qwen_tune.resume import Plan
 
 DEFAULT_PROJECT = "qwen-tune"
 
@@ -162,6 +166,40 @@ def start_trackers(
         trackers.append(Guarded(LABELS[key], sink))
     write_atomically(folder / "trackers.json", json.dumps(run_ids, indent=2) + "\n")
     return trackers
+
+
+@contextmanager
+def tracked(recipe: Recipe, directory: Path, facts: Mapping[str, Any], plan: Plan) -> Iterator[list[Tracker]]:
+    """Holds the recipe's trackers open for the length of a run, and tells them how it has ended.
+
+    Args:
+        recipe: The recipe.
+        directory: The run directory.
+        facts: The record of the run.
+        plan: Where it goes on from, if it does.
+
+    Yields:
+        The trackers; none in the processes beside the first.
+    """
+    trackers: list[Tracker] = []
+    if is_main_process() and recipe.tracking.report_to:
+        trackers = start_trackers(
+            recipe.tracking,
+            name=recipe.name,
+            directory=directory,
+            facts={**facts, "train": recipe.train.model_dump(), "lora": recipe.lora.model_dump()},
+            resumed_step=step_of(plan.checkpoint) if plan.checkpoint else None,
+        )
+    code = 1
+    try:
+        yield trackers
+        code = 0
+    except KeyboardInterrupt:
+        code = 130
+        raise
+    finally:
+        for tracker in trackers:
+            tracker.finish(code)
 
 
 def public_facts(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from qwen_tune.machine import check_world, is_main_process, prepare_process, say
 from qwen_tune.recipe_file import load_recipe, to_yaml
 from qwen_tune.resume import Plan, check_resume
 from qwen_tune.run_dir import RunDir
-from qwen_tune.tracking import check_trackers
+from qwen_tune.tracking import check_trackers, tracked
 
 
 def train(
@@ -101,7 +101,7 @@ def train(
     summary.show_adapter(trainer.model)
     facts = {**facts, **record.model_facts(trainer)}
     kept = recording(run, text, plan, facts, trainer.accelerator, overwrite=overwrite, resume=recipe.train.resume)
-    with kept, advising(recipe), trainer.tracked(facts, plan):
+    with kept, advising(recipe), tracked(recipe, run.path, facts, plan) as trainer.metrics.trackers:
         before = trainer.loss_before(plan)
         trainer.train(plan.checkpoint)
         trainer.load_best()

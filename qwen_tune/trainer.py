@@ -7,8 +7,7 @@ one respect, named in its docstring.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,6 @@ from qwen_tune.resume import Plan
 from qwen_tune.run_dir import RunDir
 from qwen_tune.schedule import Schedule
 from qwen_tune.stopping import StopRequest
-from qwen_tune.tracking import start_trackers
 from qwen_tune.trainer_config import sft_config, try_trainer_args
 from qwen_tune.training_state import load_optimizer, random_state, save_optimizer, set_random_state
 
@@ -94,28 +92,6 @@ class LoraTrainer(SFTTrainer):
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.float()
         writer.remember_start(self.model)
-
-    @contextmanager
-    def tracked(self, facts: Mapping[str, Any], plan: Plan) -> Iterator[None]:
-        """Holds the recipe's trackers open, in the first process, and tells them how the run has ended."""
-        recipe, code = self.recipe, 1
-        if is_main_process() and recipe.tracking.report_to:
-            self.metrics.trackers = start_trackers(
-                recipe.tracking,
-                name=recipe.name,
-                directory=self.run.path,
-                facts={**facts, "train": recipe.train.model_dump(), "lora": recipe.lora.model_dump()},
-                resumed_step=step_of(plan.checkpoint) if plan.checkpoint else None,
-            )
-        try:
-            yield
-            code = 0
-        except KeyboardInterrupt:
-            code = 130
-            raise
-        finally:
-            for tracker in self.metrics.trackers:
-                tracker.finish(code)
 
     def train(self, checkpoint: Path | None = None) -> None:
         """Trains, from a checkpoint on where one is given; a signal ends it behind a step and a checkpoint.
