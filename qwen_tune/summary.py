@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -33,7 +33,6 @@ def show_start(
     data: PreparedData,
     schedule: Schedule,
     dtype: torch.dtype,
-    warnings: Sequence[str],
     *,
     untuned: bool,
 ) -> None:
@@ -64,8 +63,8 @@ def show_start(
         lines["base"] += ", a base checkpoint: its ChatML tokens are trained as well"
     _print_table(console, lines)
     _show_warnings(console, facts)
-    for warning in [*(f"passed over checkpoint {note}" for note in plan.notes), *warnings]:
-        console.print(f"  [yellow]warning[/] {escape(warning)}", highlight=False)
+    for note in plan.notes:
+        console.print(f"  [yellow]warning[/] passed over checkpoint {escape(note)}", highlight=False)
 
 
 def show_adapter(model: PeftModel) -> None:

@@ -44,7 +44,8 @@ def train(
     recipe = load_recipe(recipe_path, overrides)
     if not dry_run:
         check_world(recipe.train.num_processes)
-    warnings = check_trackers(recipe.tracking) if is_main_process() else []
+    for warning in check_trackers(recipe.tracking) if is_main_process() else ():
+        say(f"warning: {warning}")
     run, text = RunDir(recipe.run_dir), to_yaml(recipe)
     # Another machine's processes may not see the directory; those that do have to come to the same plan.
     sees_run = is_main_process() or run.run_json.exists()
@@ -82,7 +83,7 @@ def train(
     schedule = plan_schedule(recipe.train, packing=recipe.data.packing, rows=len(packs))
     facts = record.start_facts(recipe, overrides, base, tokenizer, data, schedule, untuned=untuned)
     check_resume(plan, run, facts, schedule.max_steps)
-    summary.show_start(recipe, run, plan, base, data, schedule, dtype, warnings, untuned=untuned)
+    summary.show_start(recipe, run, plan, base, data, schedule, dtype, untuned=untuned)
     if dry_run:
         return
 
