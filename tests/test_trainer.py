@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from qwen_tune.batches import PackCollator
 from qwen_tune.chatml import IGNORED
-from qwen_tune.errors import TrainingError
+from qwen_tune.errors import RecipeError, TrainingError
 from qwen_tune.loss import add_labelled_loss
 from qwen_tune.train import train
 
@@ -141,3 +141,29 @@ def test_a_loss_that_is_no_number_stops_the_run(workspace, monkeypatch):
         run(workspace, monkeypatch, "run.dir=run", "model.base=./broken")
     facts = json.loads((workspace / "run" / "run.json").read_text())
     assert (facts["state"], facts["exit"]) == ("failed", 2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "{lr_scheduler_kwargs: {nonsense: 1}}",
+        "{dataloader_persistent_workers: true}",
+        "{dataloader_num_workers: -1}",
+    ],
+)
+def test_trainer_args_that_do_not_suit_are_told_before_anything_is_written(workspace, monkeypatch, arguments):
+    with pytest.raises(RecipeError, match=r"train\.trainer_args: the trainer refuses them: .*change or remove them"):
+        run(workspace, monkeypatch, "run.dir=run", f"train.trainer_args={arguments}")
+    assert not (workspace / "run").exists()
+
+
+def test_an_optimizer_or_rate_that_does_not_suit_is_told_too(workspace, monkeypatch):
+    with pytest.raises(RecipeError, match="train: the trainer refuses optimizer or learning rate"):
+        run(workspace, monkeypatch, "run.dir=run", "train.lr_scheduler_type=polynomial", "train.learning_rate=1e-8")
+    assert not (workspace / "run").exists()
+
+
+def test_the_last_step_is_logged_though_it_is_none_of_logging_steps(workspace, monkeypatch):
+    path = run(workspace, monkeypatch, "run.dir=run", "train.logging_steps=10")
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [3]
