@@ -116,14 +116,8 @@ def preview(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """`qwen-tune train`."""
-    from qwen_tune.launch import launch, processes_to_start
-    from qwen_tune.recipe_file import load_recipe
     from qwen_tune.train import train as run_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
-    processes = processes_to_start(recipe.train)
-    if processes > 1 and not options.dry_run:
-        sys.exit(launch(options.arguments, processes, recipe.run_dir / "logs"))
     run_recipe(options.recipe, options.overrides, overwrite=options.overwrite, dry_run=options.dry_run)
 
 
@@ -191,7 +185,6 @@ def tell(message: object) -> None:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
-    parser.set_defaults(arguments=list(arguments))
     # argparse takes a list of positionals from one place only; overrides may stand behind options as well.
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "overrides")):

@@ -8,19 +8,18 @@ that need more than 30 seconds to save.
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 from qwen_tune.errors import Problem, RunError
 from qwen_tune.machine import usable_cores
 from qwen_tune.recipe import TrainSpec
+from qwen_tune.stopping import on_stop_signals
 
 SET_BY_LAUNCHERS = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")  # accelerate sets the latter even for one process
 SECONDS_AFTER_A_FAILURE = 30.0  # for the other processes to end by themselves
@@ -88,7 +87,13 @@ def launch(arguments: Sequence[str], processes: int, logs: Path) -> int:
         )
         for rank in range(processes)
     ]
-    with _passing_signals_on(workers):
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.send_signal(number)
+
+    with on_stop_signals(pass_on):
         failed = _wait(workers)
     if failed is None:
         return 0
@@ -116,21 +121,6 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int | None:
                 worker.kill()
         time.sleep(0.05 if running else 0)
     return failed
-
-
-@contextmanager
-def _passing_signals_on(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _free_port() -> int:

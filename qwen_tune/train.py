@@ -18,6 +18,7 @@ if __name__ == "__main__":
     _folder = Path(__file__).resolve().parent
     sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if Path(entry).resolve() != _folder)]
 
+from qwen_tune.launch import launch, processes_to_start
 from qwen_tune.machine import check_world, is_main_process, prepare_process, say
 from qwen_tune.recipe_file import load_recipe, to_yaml
 from qwen_tune.resume import Plan, check_resume
@@ -40,9 +41,13 @@ def train(
         QwenTuneError: What the user has to change. Nothing has been written then, but for a `TrainingError` (the
             run directory tells of it) and a `MergeError` (the adapter is saved).
         Interrupted: The run was asked to stop; it is saved, and the same recipe goes on from there.
+        SystemExit: The run took several processes, and these have ended; the code is theirs.
     """
     recipe = load_recipe(recipe_path, overrides)
     if not dry_run:
+        if (processes := processes_to_start(recipe.train)) > 1:
+            again = ["train", str(recipe_path), *overrides, *(["--overwrite"] if overwrite else [])]
+            sys.exit(launch(again, processes, recipe.run_dir / "logs"))
         check_world(recipe.train.num_processes)
     for warning in check_trackers(recipe.tracking) if is_main_process() else ():
         say(f"warning: {warning}")
