@@ -14,7 +14,6 @@ from qwen_tune.recipe import DataSpec, EvalSpec, SourceSpec
 from qwen_tune.sources import load_conversations, load_sources
 
 IN_EVALUATION = "in_evaluation"
-REPEATED = "row drawn more than once (weight or rows above what the source has)"
 
 
 @dataclass

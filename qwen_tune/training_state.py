@@ -25,7 +25,8 @@ def save_optimizer(directory: Path, optimizer: Any, scheduler: Any, scaler: Any 
     """Writes the state dicts of optimizer, scheduler and, under float16, gradient scaler."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
-    for path, value in _leaves("", optimizer.state_dict()["state"]):
+    saved = optimizer.state_dict()
+    for path, value in _leaves("", saved["state"]):
         if isinstance(value, Tensor):
             tensors[path] = value.detach().cpu().contiguous().clone()  # 8-bit states share a table
         else:
@@ -33,7 +34,7 @@ def save_optimizer(directory: Path, optimizer: Any, scheduler: Any, scaler: Any 
     save_file(tensors, directory / TENSORS)
     state = {
         "values": values,
-        "param_groups": optimizer.state_dict()["param_groups"],
+        "param_groups": saved["param_groups"],
         "scheduler": scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
