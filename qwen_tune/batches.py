@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 
 from qwen_tune.chatml import IGNORED
-from qwen_tune.packing import Pack
+from qwen_tune.packing import Packs
+
+FILLER = -1
 
 
-def pack_dataset(packs: Sequence[Pack], *, multiple: int, pad_id: int) -> Dataset:
-    """Rows for the trainer.
+def pack_dataset(packs: Packs, *, multiple: int, pad_id: int) -> Dataset:
+    """Rows for the trainer, read from disk when they are asked for.
 
     Args:
         packs: The samples of each row.
@@ -23,18 +27,26 @@ def pack_dataset(packs: Sequence[Pack], *, multiple: int, pad_id: int) -> Datase
         pad_id: That token.
 
     Returns:
-        Columns `input_ids`, `labels` and `lengths` (tokens of each sample in the row). Fillers come last.
+        Rows with `input_ids`, `labels` and `lengths` (tokens of each sample in the row). Fillers come last.
     """
-    rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "lengths": []}
-    for samples in packs:
-        rows["input_ids"].append([token for sample in samples for token in sample.input_ids])
-        rows["labels"].append([label for sample in samples for label in sample.labels])
-        rows["lengths"].append([len(sample.input_ids) for sample in samples])
-    for _ in range(count_fillers(len(packs), multiple)):
-        rows["input_ids"].append([pad_id])
-        rows["labels"].append([IGNORED])
-        rows["lengths"].append([1])
-    return Dataset.from_dict(rows)
+    numbers = [*range(len(packs)), *[FILLER] * count_fillers(len(packs), multiple)]
+    return Dataset.from_dict({"pack": numbers}).with_transform(PackReader(packs, pad_id))
+
+
+@dataclass(frozen=True)
+class PackReader:
+    """What a data set of pack numbers gives in their place."""
+
+    packs: Packs
+    pad_id: int
+
+    def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
+        """The rows of some packs, column by column."""
+        rows = [self._filler() if number == FILLER else self.packs.row(number) for number in batch["pack"]]
+        return {name: [row[name] for row in rows] for name in ("input_ids", "labels", "lengths")}
+
+    def _filler(self) -> dict[str, Any]:
+        return {"input_ids": np.array([self.pad_id]), "labels": np.array([IGNORED]), "lengths": np.array([1])}
 
 
 def count_fillers(rows: int, multiple: int) -> int:
@@ -83,9 +95,11 @@ class PackCollator:
             loss, and `targets`, those next tokens, both of shape (labels,); `cu_seq_lens_q/k` of shape (samples + 1,)
             and `max_length_q/k` for attention kernels that take them.
         """
-        lengths = [length for pack in packs for length in pack["lengths"]]
-        input_ids = torch.tensor([token for pack in packs for token in pack["input_ids"]], dtype=torch.int64)
-        labels = torch.tensor([label for pack in packs for label in pack["labels"]], dtype=torch.int64)
+        lengths = [int(length) for pack in packs for length in pack["lengths"]]
+        input_ids, labels = (
+            torch.from_numpy(np.concatenate([np.asarray(pack[name], np.int64) for pack in packs]))
+            for name in ("input_ids", "labels")
+        )
         learned = (labels != IGNORED).nonzero().squeeze(1)
         boundaries = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return {

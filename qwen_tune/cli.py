@@ -45,9 +45,18 @@ def build_parser() -> argparse.ArgumentParser:
     recipe_command("validate", "Check a recipe, its files and their first rows. Loads no model.")
 
     shown = recipe_command("preview", "Show rows as they will train, token by token. Loads the tokenizer only.")
-    shown.add_argument("--rows", metavar="N", type=_positive, default=3, help="how many samples to show (default: 3)")
+    shown.add_argument(
+        "--rows",
+        metavar="N",
+        type=_positive,
+        help="how many samples to show: the first of each source (default: 3, in a page 200)",
+    )
     shown.add_argument("--all", action="store_true", help="show every sample")
-    shown.add_argument("--json", action="store_true", help="one JSON line a sample")
+    form = shown.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON line a sample")
+    form.add_argument("--html", metavar="FILE", type=Path, help="write a page to look through, which needs no network")
+
+    recipe_command("prepare", "Tokenize and pack a recipe's rows into the cache, where train finds them.")
 
     trained = recipe_command("train", "Train an adapter as a recipe says.")
     trained.add_argument("--overwrite", action="store_true", help="replace the run that is in the run directory")
@@ -94,24 +103,63 @@ def preview(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from qwen_tune import preview as view
+    from qwen_tune import preview_page
+    from qwen_tune.audit import audit
     from qwen_tune.base import resolve_base
     from qwen_tune.chatml import ChatTemplate
     from qwen_tune.machine import quiet_libraries
     from qwen_tune.preparation import prepare_data
     from qwen_tune.tokenizer import load_tokenizer
 
+    if options.html:
+        preview_page.check_target(options.html)
     quiet_libraries()
     base = resolve_base(recipe.model, weights=False, max_length_tokens=recipe.data.max_length_tokens)
     tokenizer = load_tokenizer(recipe.model, base)
     data = prepare_data(recipe.data, ChatTemplate(tokenizer), seed=recipe.train.seed)
-    examples = data.train.examples if options.all else data.train.examples[: options.rows]
+    samples = data.train.examples
+    count = len(samples) if options.all else options.rows or (preview_page.SAMPLES if options.html else 3)
+    places = view.first_of_each_source(samples, count)
     if options.json:
-        for example in examples:
-            print(view.as_json(example, tokenizer))
+        for place in places:
+            print(view.as_json(samples[place], tokenizer))
+        return
+    found = audit(data, recipe.data)
+    if options.html:
+        preview_page.write(options.html, preview_page.page(recipe, base, tokenizer, data, found, places))
+        print(f"{options.html}: {recipe.name}, {len(samples):,} training samples")
         return
     console = Console()
-    view.show(examples, tokenizer, console)
-    view.show_totals(data, len(examples), console)
+    view.show_samples((samples[place] for place in places), view.Spelling(tokenizer), console)
+    view.show_audit(found, len(places), console)
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """`qwen-tune prepare`."""
+    from qwen_tune.recipe_file import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+
+    from rich.console import Console
+
+    from qwen_tune import preview as view
+    from qwen_tune.audit import audit
+    from qwen_tune.base import resolve_base
+    from qwen_tune.chatml import ChatTemplate
+    from qwen_tune.machine import quiet_libraries
+    from qwen_tune.packing import pack, pack_by_source
+    from qwen_tune.preparation import prepare_data
+    from qwen_tune.prepared_cache import cache_folder
+    from qwen_tune.tokenizer import load_tokenizer
+
+    quiet_libraries()
+    base = resolve_base(recipe.model, weights=False, max_length_tokens=recipe.data.max_length_tokens)
+    tokenizer = load_tokenizer(recipe.model, base)
+    data = prepare_data(recipe.data, ChatTemplate(tokenizer), seed=recipe.train.seed)
+    packs = pack(data.train.examples, recipe.data)
+    pack_by_source(data.evaluation.examples, recipe.data)
+    view.show_audit(audit(data, recipe.data), 0, Console())
+    print(f"{len(packs):,} {'packs' if recipe.data.packing else 'samples'} to train on, in {cache_folder('prepared')}")
 
 
 def train(options: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 SHOWN_PROBLEMS = 20
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) != "\n"}
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class Problem:
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}"
-        if not self.fix:
-            return text
-        return f"{text}{'' if text.endswith(('.', '?', '!')) else '.'} Fix: {self.fix}"
+        if self.fix:
+            text = f"{text}{'' if text.endswith(('.', '?', '!')) else '.'} Fix: {self.fix}"
+        return visible(text)
 
 
 class QwenTuneError(Exception):
@@ -86,6 +87,11 @@ class Interrupted(KeyboardInterrupt):
 
 class MergeError(QwenTuneError):
     """Base and adapter do not make a complete model."""
+
+
+def visible(text: str) -> str:
+    """The text with its control characters, line breaks aside, as escapes: a row must not command the terminal."""
+    return text.translate(_ESCAPES)
 
 
 def first_line(error: BaseException) -> str:

@@ -2,34 +2,88 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from bisect import bisect_left, insort
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qwen_tune.errors import DataError, Problem, first_line
+from qwen_tune.prepared_cache import cached, key_of
 
 if TYPE_CHECKING:
-    from qwen_tune.chatml import TokenizedExample
+    from qwen_tune.mixing import Rows
     from qwen_tune.recipe import DataSpec
+    from qwen_tune.samples import Samples
 
-Pack: TypeAlias = "list[TokenizedExample]"
+
+@dataclass(frozen=True)
+class Packs:
+    """The rows that the trainer gets: `members` are places in `samples`, pack after pack, `sizes` how many each has."""
+
+    samples: Samples
+    members: Rows
+    sizes: Rows
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def row(self, index: int) -> dict[str, Rows]:
+        """One pack: `input_ids`, `labels`, and `lengths` (tokens of each sample in it)."""
+        first = int(self._first[index])
+        parts = [self.samples.tokens(int(place)) for place in self.members[first : first + int(self.sizes[index])]]
+        return {
+            "input_ids": np.concatenate([ids for ids, _ in parts]),
+            "labels": np.concatenate([labels for _, labels in parts]),
+            "lengths": np.array([len(ids) for ids, _ in parts]),
+        }
+
+    @cached_property
+    def _first(self) -> Rows:
+        first: Rows = np.cumsum(self.sizes) - self.sizes
+        return first
 
 
-def pack(examples: Sequence[TokenizedExample], data: DataSpec) -> list[Pack]:
-    """The samples of each row that the trainer gets: packs, or one sample each when the recipe does without packing."""
+def pack(samples: Samples, data: DataSpec) -> Packs:
+    """The rows of some samples: packs, found in the cache if made before, or one sample each without packing.
+
+    Raises:
+        DataError: The cache cannot be written.
+    """
     if not data.packing:
-        return [[example] for example in examples]
-    groups = best_fit_decreasing([len(example.input_ids) for example in examples], data.max_length_tokens)
-    return [[examples[index] for index in group] for group in groups]
+        return Packs(samples, np.arange(len(samples)), np.ones(len(samples), np.int64))
+    lengths = np.ascontiguousarray(samples.lengths, "<i8")
+    key = key_of({"layout": 2, "of": hashlib.sha256(lengths.tobytes()).hexdigest(), "into": data.max_length_tokens})
+
+    def store(directory: Path) -> None:
+        np.save(directory / "packs.npy", best_fit_decreasing(lengths, data.max_length_tokens))
+
+    pack_of, _ = cached(key, store, lambda directory: _load_packs(directory, len(lengths)))
+    return Packs(samples, np.argsort(pack_of, kind="stable"), np.bincount(pack_of))
 
 
-def pack_by_source(examples: Sequence[TokenizedExample], data: DataSpec) -> dict[str, list[Pack]]:
+def _load_packs(directory: Path, count: int) -> Rows:
+    try:
+        packs: Rows = np.load(directory / "packs.npy", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(Problem(str(directory), f"damaged: {first_line(error)}")) from error
+    if len(packs) != count:
+        raise DataError(Problem(str(directory), f"{len(packs)} samples; expected {count}"))
+    return packs
+
+
+def pack_by_source(samples: Samples, data: DataSpec) -> dict[str, Packs]:
     """The rows of each source by its name, so that each can have a loss of its own."""
-    sources: dict[str, list[TokenizedExample]] = {}
-    for example in examples:
-        sources.setdefault(example.source_name, []).append(example)
-    return {name: pack(source, data) for name, source in sources.items()}
+    names = [source.spec.name for source in samples.sources]
+    numbers = dict.fromkeys(samples.source.tolist())
+    return {names[number]: pack(samples.subset(np.flatnonzero(samples.source == number)), data) for number in numbers}
 
 
-def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def best_fit_decreasing(lengths: Rows, capacity: int) -> Rows:
     """Packs by best fit decreasing: the longest first, each into the pack that it fills most.
 
     Args:
@@ -37,25 +91,32 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
         capacity: Tokens that a pack holds.
 
     Returns:
-        Indices into `lengths`, a list for each pack. Every index stands in exactly one pack, and equal input gives
-        equal packs.
+        The number of each sample's pack. Equal input gives equal packs.
 
     Raises:
         ValueError: A sample is longer than the capacity.
     """
-    if lengths and max(lengths) > capacity:
-        raise ValueError(f"a sample of {max(lengths)} tokens does not fit into a pack of {capacity}")
-    packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, pack), sorted; full packs are not kept
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[index]
-        position = bisect_left(room, (length, 0))
+    if len(lengths) and lengths.max() > capacity:
+        raise ValueError(f"a sample of {lengths.max()} tokens does not fit into a pack of {capacity}")
+    pack_of = np.empty(len(lengths), np.int64)
+    packs = 0
+    open_packs: dict[int, array[int]] = {}  # by the tokens left in them; full packs are not kept
+    room: list[int] = []  # its keys, sorted
+    for index in np.argsort(-lengths, kind="stable"):
+        length = int(lengths[index])
+        position = bisect_left(room, length)
         if position == len(room):
-            left, pack = capacity, len(packs)
-            packs.append([])
+            left, pack = capacity, packs
+            packs += 1
         else:
-            left, pack = room.pop(position)
-        packs[pack].append(index)
+            left = room[position]
+            pack = open_packs[left].pop()
+            if not open_packs[left]:
+                del open_packs[left], room[position]
+        pack_of[index] = pack
         if left > length:
-            insort(room, (left - length, pack))
-    return packs
+            if left - length not in open_packs:
+                open_packs[left - length] = array("q")
+                insort(room, left - length)
+            open_packs[left - length].append(pack)
+    return pack_of

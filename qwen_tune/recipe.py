@@ -135,7 +135,7 @@ class SourceSpec(Section):
     format: Literal[
         "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "query_response", "text", "tokenized"
     ] = "auto"
-    """Form of the rows; `auto` recognises it by the first row's keys."""
+    """Form of the rows; `auto` recognises it by the first row. `text` and `tokenized` rows have no turns."""
 
     columns: Annotated[dict[str, Text], Unsettable] = Field(default_factory=dict)
     """Other names for columns: the expected name, then the name in the data, as in `messages: chat`."""
@@ -208,11 +208,12 @@ class DataSpec(Section):
     special_tokens_in_text: Literal["reject", "neutralize"] = "reject"
     """What happens to rows whose text spells a control token: an error, or its characters as plain text."""
 
-    deduplicate: bool = False
-    """Drop rows that occurred before."""
+    deduplicate: bool | Literal["near"] = False
+    """Drop training rows that say what a row before them says; `near` also those that almost do."""
 
     streaming: bool = False
-    """Read and tokenize while training, for data that fit neither memory nor disk."""
+    """A source's `rows` are its first ones, and nothing behind them is read or downloaded: for data too large to draw
+    from. Default: `rows` are drawn from all, by the seed."""
 
 
 class LoraSpec(Section):

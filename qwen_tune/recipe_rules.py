@@ -48,20 +48,6 @@ _LATER = "leave it out, or write {}"
 # Work that adds one of these deletes its line; the schema stays as it is.
 NOT_YET: tuple[NotYet, ...] = (
     NotYet("model.attention", _other_than("auto", "eager", "sdpa"), "write auto, eager or sdpa"),
-    *(
-        entry
-        for part in ("data.train[]", "data.eval[]")
-        for entry in (
-            NotYet(
-                f"{part}.format",
-                _other_than("auto", "messages", "sharegpt", "alpaca", "prompt_completion"),
-                "convert the rows to messages, sharegpt, alpaca or prompt_completion",
-            ),
-        )
-    ),
-    NotYet("data.special_tokens_in_text", _other_than("reject"), "write reject and mend the rows it names"),
-    NotYet("data.deduplicate", _other_than(False), _LATER.format("false")),
-    NotYet("data.streaming", _other_than(False), _LATER.format("false")),
     NotYet("lora.target_modules", lambda value: value == "all-linear+embeddings", "write all-linear"),
     NotYet("lora.init_lora_weights", lambda value: value in ("eva", "corda"), "write true, pissa or olora"),
     NotYet("lora.target_parameters", bool, _LATER.format("null")),
@@ -139,6 +125,10 @@ def _sources(recipe: Recipe) -> Iterator[Finding]:
             if source.rows is not None and source.weight != 1.0:
                 what = f"got {source.rows} beside weight: {source.weight}; each says how much of the source is drawn"
                 yield Finding((*path, "rows"), what, "keep one of them", ((*path, "weight"),))
+        if recipe.data.streaming and part == "train" and all(source.rows is None for source in sources):
+            what = "got true, but no source says how many rows to take, so that all would be read all the same"
+            fix = "add `rows: 100000` to the large source, or write false"
+            yield Finding(("data", "streaming"), what, fix, (("data", "train"),))
         names = Counter(source.name for source in sources)
         for index, source in enumerate(sources):
             first = next(number for number, other in enumerate(sources) if other.name == source.name)

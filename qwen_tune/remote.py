@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from dataclasses import dataclass
+import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qwen_tune.errors import DataError, Problem, first_line
+from qwen_tune.prepared_cache import cache_folder, key_of, sha256_of
+from qwen_tune.rows import KNOWN_FILES, is_data_file, is_hidden
+from qwen_tune.source_file import SourceFile
 
-# What tells one version of a file from the next; each kind of storage has some of these.
-VERSION_KEYS = ("size", "etag", "ETag", "mtime", "LastModified", "last_modified", "updated", "blob_id", "sha256")
+# What tells one version of a file from the next; each kind of storage has some of these. A size alone does not.
+VERSION_KEYS = (
+    *("etag", "ETag", "Content-MD5", "Digest", "blob_id", "sha256"),
+    *("mtime", "Last-Modified", "LastModified", "last_modified", "updated"),
+)
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp"}
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file's address and where its bytes lie now."""
-
-    address: str
-    path: Path
 
 
 def is_url(path: str) -> bool:
@@ -29,12 +24,8 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def fetch(address: str, suffixes: tuple[str, ...]) -> list[RemoteFile]:
+def fetch(address: str) -> list[SourceFile]:
     """Brings the data files of an address here: a file, a folder's files, or those of a glob.
-
-    Args:
-        address: The URL.
-        suffixes: What a data file's name may end in.
 
     Raises:
         DataError: It cannot be read, or holds no data files.
@@ -43,15 +34,17 @@ def fetch(address: str, suffixes: tuple[str, ...]) -> list[RemoteFile]:
 
     try:
         storage, root = fsspec.core.url_to_fs(address)
-        if any(character in address for character in "*?["):
+        # In an address that a web server answers, `?` begins a query.
+        if any(character in address for character in ("*[" if address.startswith("http") else "*?[")):
             names = [str(name) for name in storage.glob(root)]
-        elif PurePosixPath(root).suffix not in suffixes and storage.isdir(root):
-            names = [str(name) for name in storage.find(root)]
+        elif not is_data_file(_file_name(root)) and storage.isdir(root):
+            found = [str(name) for name in storage.find(root)]
+            names = [name for name in found if not is_hidden(name.removeprefix(root))]
         else:
             names = [root]
-        names = sorted(name for name in names if PurePosixPath(name).suffix in suffixes)
+        names = sorted(name for name in names if is_data_file(_file_name(name)))
         if not names:
-            raise DataError(Problem(address, f"no data files there; expected {', '.join(suffixes)}", "check the URL"))
+            raise DataError(Problem(address, f"no data files there; expected {KNOWN_FILES}", "check the URL"))
         return [_fetch_file(storage, name) for name in names]
     except ImportError as error:
         package = PACKAGES.get(address.split("://", 1)[0].rstrip("s"), "the package for it")
@@ -64,19 +57,27 @@ def fetch(address: str, suffixes: tuple[str, ...]) -> list[RemoteFile]:
         raise DataError(Problem(address, what, "check the URL and your access to it")) from error
 
 
-def _fetch_file(storage: Any, name: str) -> RemoteFile:
+def _fetch_file(storage: Any, name: str) -> SourceFile:
     address = str(storage.unstrip_protocol(name))
     info = storage.info(name)
-    version = [address, {key: str(info[key]) for key in VERSION_KEYS if info.get(key) is not None}]
-    digest = hashlib.sha256(json.dumps(version, sort_keys=True).encode()).hexdigest()
-    path = _cache() / digest / PurePosixPath(name).name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{os.getpid()}.part")
-        storage.get_file(name, str(temporary))
-        temporary.replace(path)
-    return RemoteFile(address, path)
+    version = {key: str(info[key]) for key in VERSION_KEYS if info.get(key) is not None}
+    folder = cache_folder("data")
+    path = folder / key_of({"address": address, "size": info.get("size"), "version": version}) / _file_name(name)
+    if version and path.exists():
+        return SourceFile(path, address)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as part:
+        fetched = Path(part) / _file_name(name)
+        storage.get_file(name, str(fetched))
+        if not version:
+            # Only its bytes tell this version: the same ones stay in their place, so that no reader sees them change.
+            path = folder / key_of({"address": address, "sha256": sha256_of(fetched)}) / _file_name(name)
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            fetched.replace(path)
+    return SourceFile(path, address)
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-tune" / "data"
+def _file_name(name: str) -> str:
+    """The last part of a path or an address, without the query that some servers ask for."""
+    return PurePosixPath(name.split("?", 1)[0] if "://" in name else name).name

@@ -3,39 +3,92 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
+
+DEEPEST = 100
+"""Levels of nesting that a tool, a call's arguments or a template's argument may have."""
 
 
 def decode(text: str) -> Any:
     """Parses one JSON value.
 
     Raises:
-        ValueError: With a short reason: no JSON, a key twice, NaN or Infinity, half of a surrogate pair, or nested too
-            deeply.
+        ValueError: With a short reason: no JSON, a key twice, NaN or Infinity, half of a surrogate pair, a number of
+            too many digits, or nested too deeply.
     """
     try:
-        value = DECODER.decode(text)
+        value = _decode_line(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(_reason(error)) from None
     check_text(value, text)
     return value
+
+
+def decode_at(text: str, position: int) -> tuple[Any, int]:
+    """Parses the value that begins at a position; returns it with the position behind it.
+
+    Raises:
+        ValueError: See `decode`; a `json.JSONDecodeError`, with its place, where it is no JSON.
+    """
+    try:
+        value, end = DECODER.raw_decode(text, position)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(_reason(error)) from None
+    check_text(value, text[position:end])
+    return value, end
 
 
 def check_text(value: Any, text: str) -> None:
     """Refuses a value that no text file could hold.
 
     Raises:
-        ValueError: The value, parsed from the text, holds half of a surrogate pair.
+        ValueError: The value, parsed from the text, holds half of a surrogate pair, or is nested too deeply to tell.
     """
     # It can only come from an escape, so most lines skip the second look.
-    if "\\ud" not in text and "\\uD" not in text:
+    if "\\u" not in text or ("\\ud" not in text and "\\uD" not in text):
         return
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError("it holds half of a surrogate pair, which no text can contain") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def unlike_json(value: Any, *, level: int = 0) -> str | None:
+    """What keeps a value from being written as JSON again, in words: a table's date, an infinite number, depth."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return None
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"the number {value}"
+    if not isinstance(value, (dict, list)):
+        return f"a {type(value).__name__}"
+    if level == DEEPEST:
+        return f"more than {DEEPEST} levels"
+    items = value.values() if isinstance(value, dict) else value
+    return next((found for item in items if (found := unlike_json(item, level=level + 1))), None)
+
+
+def _decode_line(text: str) -> Any:
+    # `decode` looks for white space on both sides of the value, which for a short line takes as long as parsing it.
+    if text.startswith("{"):
+        value, end = DECODER.raw_decode(text)
+        if text[end:] in _LINE_ENDS:
+            return value
+    return DECODER.decode(text)
+
+
+def _reason(error: ValueError) -> str:
+    return "a number has too many digits" if "integer string conversion" in str(error) else str(error)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -43,7 +96,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f'the key "{repeated}" stands twice')
+        raise ValueError(f'the key "{repeated[:40]}" stands twice')
     return mapping
 
 
@@ -52,3 +105,4 @@ def _no_constant(name: str) -> Any:
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+_LINE_ENDS = ("", "\n", "\r\n")

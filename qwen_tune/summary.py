@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from qwen_tune.audit import Audit, audit
 from qwen_tune.base import BaseCheckpoint
 from qwen_tune.machine import device_name, is_main_process, world_size
 from qwen_tune.preparation import PreparedData
+from qwen_tune.preview import Spelling, coloured, findings
 from qwen_tune.recipe import Recipe
 from qwen_tune.resume import Plan
 from qwen_tune.run_dir import RunDir
@@ -21,8 +23,11 @@ from qwen_tune.schedule import Schedule
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 GIB = 1 << 30
+SOURCES_SHOWN = 8
+LONGEST_RUN = 160  # characters of a sample between two control tokens
 
 
 def show_start(
@@ -30,14 +35,18 @@ def show_start(
     run: RunDir,
     plan: Plan,
     base: BaseCheckpoint,
+    tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
     schedule: Schedule,
     dtype: torch.dtype,
     *,
     untuned: bool,
 ) -> None:
-    """Base, data, batch and machine, each on a line; then what was dropped and what looks odd."""
-    facts = data.facts
+    """Base, data, batch and machine, each on a line; then what was dropped, what looks odd, and one sample."""
+    if not is_main_process():
+        return
+    found = audit(data, recipe.data)
+    facts = found.facts
     rows, samples, tokens = facts["rows"], facts["samples"], facts["tokens"]
     unit, one = ("packs", "pack") if recipe.data.packing else ("samples", "sample")
     tokens_per_step = data.train.tokens * min(recipe.train.global_batch_size, schedule.rows) // schedule.rows
@@ -48,6 +57,7 @@ def show_start(
         + (f", {sum(rows['dropped'].values()):,} dropped" if rows["dropped"] else ""),
         "tokens": f"{tokens['prepared']:,} in {samples['train'] + samples['evaluation']:,} samples, "
         f"{tokens['supervised'] / tokens['prepared']:.0%} carry loss",
+        "sources": _in_sources(found),
         "adapter": f"{_kind(recipe)} r={recipe.lora.r}, alpha={recipe.lora.lora_alpha} on {_targets(recipe)}",
         "batch": f"{recipe.train.global_batch_size} {unit if recipe.train.global_batch_size > 1 else one} a step"
         f" = {world_size()} {'processes' if world_size() > 1 else 'process'} x "
@@ -61,10 +71,11 @@ def show_start(
     console.print(recipe.name, style="bold", markup=False, highlight=False)
     if untuned:
         lines["base"] += ", a base checkpoint: its ChatML tokens are trained as well"
-    _print_table(console, lines)
-    _show_warnings(console, facts)
+    _print_table(console, lines.items())
+    _print_table(console, findings(found), style="yellow")
     for note in plan.notes:
         console.print(f"  [yellow]warning[/] passed over checkpoint {escape(note)}", highlight=False)
+    _show_sample(console, tokenizer, data)
 
 
 def show_adapter(model: PeftModel) -> None:
@@ -77,7 +88,7 @@ def show_adapter(model: PeftModel) -> None:
         f"{name} {counts.modules} x {counts.parameters // counts.modules:,}" for name, counts in modules.items()
     )
     total = sum(counts.parameters for counts in modules.values())
-    _print_table(console, {"trained": f"{total:,} parameters: {parts}"})
+    _print_table(console, [("trained", f"{total:,} parameters: {parts}")])
     for note in serving_notes(model.peft_config["default"], modules):
         console.print(f"  [yellow]warning[/] {escape(note)}", highlight=False)
 
@@ -96,7 +107,7 @@ def show_end(run: RunDir) -> None:
     lines["adapter"] = str(run.adapter)
     if run.merged.exists():
         lines["merged"] = str(run.merged)
-    _print_table(console, lines)
+    _print_table(console, lines.items())
     console.print(f'  next: qwen-tune chat {run.path} "Hello"', highlight=False, markup=False)
     if not run.merged.exists():
         console.print(f"        qwen-tune merge {run.path}", highlight=False, markup=False)
@@ -112,21 +123,31 @@ def _precision(recipe: Recipe, dtype: torch.dtype) -> str:
     return name if recipe.model.quantization == "none" else f"{recipe.model.quantization}, computed in {name}"
 
 
-def _print_table(console: Console, lines: Mapping[str, str]) -> None:
+def _print_table(console: Console, lines: Iterable[tuple[str, str]], *, style: str = "dim") -> None:
     table = Table.grid(padding=(0, 2))
-    for name, text in lines.items():
-        table.add_row(f"[dim]{name}[/]", escape(text))
+    table.add_column(style=style, min_width=7)
+    for name, text in lines:
+        table.add_row(name, escape(text))
     console.print(Padding(table, (0, 0, 0, 2)))
 
 
-def _show_warnings(console: Console, facts: Mapping[str, Any]) -> None:
-    for reason, count in facts["rows"]["dropped"].items():
-        console.print(f"  [yellow]dropped[/] {count:,} rows: {reason}", highlight=False)
-    for reason, count in facts["samples"]["dropped"].items():
-        if count > facts["rows"]["dropped"].get(reason, 0):
-            console.print(f"  [yellow]dropped[/] {count:,} samples: {reason}", highlight=False)
-    for reason, count in facts["warnings"].items():
-        console.print(f"  [yellow]warning[/] {count:,} x {escape(reason)}", highlight=False)
+def _in_sources(found: Audit) -> str:
+    """What each source was taken for, and how much of it is learned."""
+    lines = [
+        f"{source.name}: {source.rows:,} x {source.format}, {source.supervised / max(source.tokens, 1):.0%} of "
+        f"{source.tokens:,} tokens carry loss"
+        for source in found.sources[:SOURCES_SHOWN]
+    ]
+    more = len(found.sources) - SOURCES_SHOWN
+    return "\n".join([*lines, *([f"and {more} more"] if more > 0 else ())])
+
+
+def _show_sample(console: Console, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> None:
+    """The first sample as it will train, shortened."""
+    example = data.train.examples[0]
+    pieces = Spelling(tokenizer).pieces(example.input_ids, example.labels)
+    _print_table(console, [("sample", f"{example.source}, {len(example.input_ids):,} tokens")])
+    console.print(Padding(coloured(pieces, console, longest_run=LONGEST_RUN), (0, 0, 0, 4)))
 
 
 def _targets(recipe: Recipe) -> str:

@@ -88,7 +88,7 @@ def train(
     schedule = plan_schedule(recipe.train, packing=recipe.data.packing, rows=len(packs))
     facts = record.start_facts(recipe, overrides, base, tokenizer, data, schedule, untuned=untuned)
     check_resume(plan, run, facts, schedule.max_steps)
-    summary.show_start(recipe, run, plan, base, data, schedule, dtype, untuned=untuned)
+    summary.show_start(recipe, run, plan, base, tokenizer, data, schedule, dtype, untuned=untuned)
     if dry_run:
         return
 

@@ -28,7 +28,7 @@ from qwen_tune.errors import Interrupted, Problem, RunError
 from qwen_tune.evaluation import Evaluation, evaluations_without_gain
 from qwen_tune.loss import add_labelled_loss
 from qwen_tune.machine import is_main_process
-from qwen_tune.packing import Pack
+from qwen_tune.packing import Packs
 from qwen_tune.progress import Display, MetricsLog
 from qwen_tune.recipe import Recipe
 from qwen_tune.resume import Plan
@@ -337,8 +337,8 @@ def build_trainer(
     recipe: Recipe,
     run: RunDir,
     schedule: Schedule,
-    packs: Sequence[Pack],
-    evaluation_packs: Mapping[str, Sequence[Pack]],
+    packs: Packs,
+    evaluation_packs: Mapping[str, Packs],
     adapter: LoraConfig,
     writer: AdapterWriter,
 ) -> LoraTrainer:

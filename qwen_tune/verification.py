@@ -171,4 +171,5 @@ def _rows_of_the_run(run: Path, template: ChatTemplate) -> list[list[int]]:
         data = prepare_data(recipe.data, template, seed=recipe.train.seed)
     except (DataError, RecipeError):
         return []
-    return [example.input_ids for example in (data.evaluation.examples or data.train.examples)[:SAMPLES]]
+    chosen = data.evaluation.examples if len(data.evaluation.examples) else data.train.examples
+    return [example.input_ids for example in chosen[:SAMPLES]]

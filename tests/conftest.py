@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,10 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as the commands set it, before torch is imported
+
+# A cache of this run alone, for what runs in the tests' own process and for the processes that they start.
+_CACHE = tempfile.TemporaryDirectory(prefix="qwen-tune-tests-")
+os.environ["QWEN_TUNE_CACHE"] = _CACHE.name
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "tiny-qwen"

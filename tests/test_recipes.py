@@ -98,11 +98,11 @@ def test_every_row_of_a_recipe_becomes_samples(path, chat_template, monkeypatch)
         for label, following in itertools.pairwise([*example.labels, IGNORED]):
             if label != IGNORED and following == IGNORED:
                 assert label == template.end_of_turn_id, example.source
-        assert example.text.rstrip("\n").endswith(END_OF_TURN)
+        assert template.tokenizer.decode(example.input_ids).rstrip("\n").endswith(END_OF_TURN)
     conversations = {conversation.source: conversation for conversation in load_conversations(data)}
     for example in split.examples:
         for tool in conversations[example.source].tools:
-            assert tool_name(tool) in example.text
+            assert tool_name(tool) in template.tokenizer.decode(example.input_ids)
 
 
 def test_every_file_of_rows_belongs_to_a_recipe(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import json
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from qwen_tune.errors import DataError
 from qwen_tune.recipe import DataSpec, SourceSpec
-from qwen_tune.sources import load_conversations
+from qwen_tune.sources import load_conversations, source_files
 from qwen_tune.validation import check_data
 
 ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -72,9 +73,46 @@ def test_a_file_that_changed_is_fetched_again(server, files):
     assert len(load(f"{server}/one.jsonl")) == 1
 
 
+def test_a_file_of_which_only_the_size_is_known_is_fetched_again(server, files, monkeypatch):
+    send_header = QuietHandler.send_header
+
+    def without_version(self: QuietHandler, name: str, value: str) -> None:
+        if name != "Last-Modified":
+            send_header(self, name, value)
+
+    monkeypatch.setattr(QuietHandler, "send_header", without_version)
+    source = SourceSpec(path=f"{server}/one.jsonl")
+    [first] = source_files(source)
+    written = first.path.stat().st_mtime_ns
+    assert source_files(source) == [first]
+    assert first.path.stat().st_mtime_ns == written
+    before = (files / "one.jsonl").read_text()
+    (files / "one.jsonl").write_text(before.replace('"a"', '"b"'))
+    [second] = source_files(source)
+    assert (first.path.read_text(), second.path.read_text()) == (before, before.replace('"a"', '"b"'))
+
+
+def test_the_cache_is_where_the_user_says(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("QWEN_TUNE_CACHE", str(tmp_path / "chosen"))
+    [file] = source_files(SourceSpec(path=f"{server}/one.jsonl"))
+    assert file.path.is_relative_to(tmp_path / "chosen" / "data")
+    assert list((tmp_path / "chosen" / "data").iterdir()) == [file.path.parent]
+
+
 def test_folders_and_globs(files):
+    (files / ".hidden").mkdir()
+    (files / ".hidden" / "one.jsonl").write_text("no row")
     assert len(load(f"file://{files}")) == 3
     assert len(load(f"file://{files}/*.jsonl")) == 2
+
+
+def test_packed_files_and_addresses_with_a_query(server, files):
+    (files / "three.jsonl.gz").write_bytes(gzip.compress((files / "one.jsonl").read_bytes()))
+    assert len(load(f"file://{files}")) == 5
+    address = f"{server}/three.jsonl.gz?download=true"
+    assert [c.source for c in load(address)] == [f"{address}:1", f"{address}:2"]
+    [file] = source_files(SourceSpec(path=address))
+    assert (file.path.name, file.name) == ("three.jsonl.gz", address)
 
 
 def test_a_bad_row_is_named_by_its_address_and_line(server, files):
