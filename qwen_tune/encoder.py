@@ -75,16 +75,20 @@ class Encoder:
         self._looked_for_fast = not fast
         self._encoded = self._characters = 0
 
+    def expect(self, characters: int) -> None:
+        """Says how much there is to encode, so that the fast encoder starts before it if that is worth it."""
+        self._characters += characters
+        if self._characters > WORTH_A_START and not self._looked_for_fast:
+            self._fast = FastEncoder.proven(self.tokenizer, self._json)
+            self._looked_for_fast = True
+
     def encode(self, samples: Sequence[RenderedSample]) -> EncodedSamples:
         """Encodes samples in their order.
 
         Raises:
             FastEncoderError: What was encoded so far, by this call or others before it, may be wrong.
         """
-        self._characters += sum(len(sample.text) for sample in samples)
-        if self._characters > WORTH_A_START and not self._looked_for_fast:
-            self._fast = FastEncoder.proven(self.tokenizer, self._json)
-            self._looked_for_fast = True
+        self.expect(sum(len(sample.text) for sample in samples))
         ids: list[Ids] = []
         exact: dict[int, list[tuple[int, int]]] = {}  # character ranges of the tokens of what was not encoded fast
         for index, sample in enumerate(samples):

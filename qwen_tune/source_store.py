@@ -37,7 +37,7 @@ LAYOUT = 3
 END_OF_TEXT = "<|endoftext|>"
 KEPT_AS_TEXT = "control token in the text, kept as plain text"
 STRADDLES = "token that straddles the end of a prompt, trained as context"
-BATCH_CHARACTERS = 1 << 21
+BATCH_CHARACTERS = 1 << 20
 BATCHES_A_COLLECTION = 16
 SECONDS_OF_SILENCE = 5.0
 
@@ -99,6 +99,7 @@ class SourceStores:
     def _make(self, source: SourceSpec, files: list[SourceFile] | None, stamps: list[Stamp], directory: Path) -> None:
         if self._tools is None:
             self._tools = Renderer(self.template, self.data), Encoder(self.template, self._tokenizer_json)
+        self._tools[1].expect(sum(size for size, _ in stamps))
         reader = SourceReader(source, system=self.data.system, files=files)
         problems: list[Problem] = []
         with StoreWriter(directory) as writer, _collecting_by_batch() as collect:
