@@ -7,7 +7,6 @@ resumed from.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qwen_tune.disk import flush, sha256
 from qwen_tune.errors import first_line
 
 MANIFEST = "manifest.json"
@@ -109,21 +109,3 @@ def rotate(folder: Path, *, keep: int, best_step: int | None) -> None:
     for checkpoint in list_checkpoints(folder)[:-keep]:
         if step_of(checkpoint) != best_step:
             shutil.rmtree(checkpoint)
-
-
-def flush(path: Path) -> None:
-    """Makes sure that a file or a directory's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    """The file's sha256 as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_tune.adapter import write_generation_config
 from qwen_tune.adapter_dir import AdapterDir, load_with_adapter, recorded_facts
 from qwen_tune.base import BaseCheckpoint, TensorSpan
-from qwen_tune.checkpoints import sha256
+from qwen_tune.disk import sha256
 from qwen_tune.errors import MergeError, Problem
 from qwen_tune.run_dir import RunDir, temporary_beside, write_atomically
 

@@ -39,7 +39,6 @@ class RowTable:
     digests: Digests
     lessons: Digests
     sketches: Sketches
-    names: Sequence[str]
 
 
 @dataclass

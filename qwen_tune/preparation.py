@@ -153,7 +153,6 @@ def prepare_data(data: DataSpec, template: ChatTemplate, *, seed: int) -> Prepar
         digests=np.concatenate([store.digests for store in stores]),
         lessons=np.concatenate([store.lessons for store in stores]),
         sketches=stores[0].sketches if len(stores) == 1 else np.concatenate([store.sketches for store in stores]),
-        names=[source.spec.name for source in sources],
     )
     mixture = mix(table, data, seed=seed)
     problems: list[Problem] = []
@@ -196,7 +195,7 @@ def _prepare_split(
     """The samples of some rows, those that do not fit or teach nothing left out."""
     rows = np.unique(drawn)
     once = _samples_of(rows, table, sources)
-    row_of = np.repeat(rows, _counts(rows, table, sources))
+    row_of = np.repeat(rows, _counts(rows, sources))
     fits = once.lengths <= data.max_length_tokens
     warned: dict[str, Rows] = {}
     reason = np.zeros(len(once), np.int8)  # a place in REASONS; 0: kept
@@ -224,14 +223,14 @@ def _prepare_split(
         rows_kept=len(rows_kept),
         dropped_rows={name: rows[lost][reasons == code] for code, name in enumerate(REASONS) if code},
         samples_dropped=Counter({name: int((reason == code).sum()) for code, name in enumerate(REASONS) if code}),
-        expanded=int(np.maximum(_counts(rows_kept, table, sources) - 1, 0).sum()),
+        expanded=int(np.maximum(_counts(rows_kept, sources) - 1, 0).sum()),
         warned_rows={**_warned(rows, table, sources), **warned},
     )
     split.samples_dropped = +split.samples_dropped
     return split
 
 
-def _counts(rows: Rows, table: RowTable, sources: Sequence[PreparedSource]) -> Rows:
+def _counts(rows: Rows, sources: Sequence[PreparedSource]) -> Rows:
     """How many samples each of some rows has."""
     every = np.concatenate([source.store.samples for source in sources])
     counts: Rows = every[rows]
@@ -240,7 +239,7 @@ def _counts(rows: Rows, table: RowTable, sources: Sequence[PreparedSource]) -> R
 
 def _samples_of(rows: Rows, table: RowTable, sources: Sequence[PreparedSource]) -> Samples:
     """All samples of some rows, whole."""
-    counts = _counts(rows, table, sources)
+    counts = _counts(rows, sources)
     first = np.concatenate([source.store.first_sample for source in sources])[rows]
     within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
     sample = np.repeat(first, counts) + within

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from qwen_tune.disk import flush
 from qwen_tune.errors import DataError, Problem, first_line
 
 T = TypeVar("T")
@@ -33,15 +34,6 @@ def cache_folder(name: str) -> Path:
 def key_of(ingredients: Mapping[str, Any]) -> str:
     """The name of an entry that is made from these."""
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """The hash of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def cached(key: str, make: Callable[[Path], None], load: Callable[[Path], T]) -> tuple[T, bool]:
@@ -78,9 +70,9 @@ def cached(key: str, make: Callable[[Path], None], load: Callable[[Path], T]) ->
             try:
                 make(part)
                 for file in (*part.iterdir(), part):
-                    _sync(file)
+                    flush(file)
                 part.replace(entry)
-                _sync(folder)
+                flush(folder)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
@@ -116,11 +108,3 @@ def _remove_unused(folder: Path) -> None:
                 entry.unlink()
         except OSError:
             continue  # another process was faster
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,8 +6,9 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from qwen_tune.disk import sha256
 from qwen_tune.errors import DataError, Problem, first_line
-from qwen_tune.prepared_cache import cache_folder, key_of, sha256_of
+from qwen_tune.prepared_cache import cache_folder, key_of
 from qwen_tune.rows import KNOWN_FILES, is_data_file, is_hidden
 from qwen_tune.source_file import SourceFile
 
@@ -71,7 +72,7 @@ def _fetch_file(storage: Any, name: str) -> SourceFile:
         storage.get_file(name, str(fetched))
         if not version:
             # Only its bytes tell this version: the same ones stay in their place, so that no reader sees them change.
-            path = folder / key_of({"address": address, "sha256": sha256_of(fetched)}) / _file_name(name)
+            path = folder / key_of({"address": address, "sha256": sha256(fetched)}) / _file_name(name)
         path.parent.mkdir(exist_ok=True)
         if not path.exists():
             fetched.replace(path)

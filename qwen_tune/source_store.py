@@ -17,13 +17,14 @@ import numpy as np
 
 from qwen_tune.chatml import IGNORED, ChatTemplate, RenderedSample
 from qwen_tune.conversation import Conversation
+from qwen_tune.disk import sha256
 from qwen_tune.documents import TextRow, TokenizedRow, TrainingRow
 from qwen_tune.encoder import NOT_ENDED, EncodedSamples, Encoder
 from qwen_tune.errors import DataError, Problem, first_line
 from qwen_tune.fast_encoder import FastEncoderError
 from qwen_tune.machine import is_main_process
 from qwen_tune.near_duplicates import sketch
-from qwen_tune.prepared_cache import cached, key_of, sha256_of
+from qwen_tune.prepared_cache import cached, key_of
 from qwen_tune.recipe import DataSpec, SourceSpec
 from qwen_tune.rendering import Renderer
 from qwen_tune.row_error import RowError
@@ -282,7 +283,7 @@ def _content_of(source: SourceSpec, files: list[SourceFile] | None) -> tuple[Sou
     if files is None:
         return _hub_content(source)
     try:
-        return source, [[file.name, sha256_of(file.path)] for file in files]
+        return source, [[file.name, sha256(file.path)] for file in files]
     except OSError as error:
         raise DataError(Problem(source.path, f"the file cannot be read: {first_line(error)}")) from error
 

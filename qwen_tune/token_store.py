@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_tune.chatml import IGNORED, TokenizedExample
+from qwen_tune.disk import sha256
 from qwen_tune.encoder import EncodedSamples
 from qwen_tune.errors import DataError, Problem, first_line
 from qwen_tune.near_duplicates import BINS, Sketches
-from qwen_tune.prepared_cache import sha256_of
 
 WARNINGS_TOLD_APART = 63
 FURTHER_WARNINGS = "further kinds of warnings"
@@ -159,7 +159,7 @@ class TokenStore:
         meta: dict[str, Any] = json.loads((directory / "store.json").read_text(encoding="utf-8"))
         self.facts = meta
         for name, expected in meta["sha256"].items():
-            if sha256_of(directory / f"{name}.bin") != expected:
+            if sha256(directory / f"{name}.bin") != expected:
                 raise ValueError(f"{name}.bin is not as it was written")
         # Of what trains: where rows stand may change.
         self.sha256 = hashlib.sha256(

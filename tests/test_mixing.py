@@ -43,7 +43,6 @@ def table(*sources: list[str]) -> RowTable:
         digests=digests,
         lessons=digests,
         sketches=sketch([text.encode() for text in texts]),
-        names=[f"s{number}" for number in range(len(sources))],
     )
 
 

@@ -17,9 +17,10 @@ from conftest import ROOT, TINY, environment
 from templates import REVISIONS
 
 from qwen_tune.chatml import ChatTemplate
+from qwen_tune.disk import sha256
 from qwen_tune.errors import DataError
 from qwen_tune.preparation import prepare_data
-from qwen_tune.prepared_cache import KEPT_SECONDS, cache_folder, cached, key_of, sha256_of
+from qwen_tune.prepared_cache import KEPT_SECONDS, cache_folder, cached, key_of
 from qwen_tune.recipe import DataSpec, EvalSpec, SourceSpec
 from qwen_tune.source_store import SourceStores
 
@@ -363,7 +364,7 @@ def test_keys_are_of_what_is_in_them_not_of_its_order(tmp_path):
     assert key_of({"a": 1, "b": [2]}) == key_of({"b": [2], "a": 1}) != key_of({"a": 1, "b": [3]})
     file = tmp_path / "file"
     file.write_bytes(b"abc")
-    assert sha256_of(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 @pytest.mark.parametrize("name", ["ids.bin", "sketch.bin", "store.json"])
