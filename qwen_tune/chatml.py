@@ -16,14 +16,15 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen_tune.control_tokens import ControlTokens, StandIns
-from qwen_tune.conversation import Conversation, RowError
+from qwen_tune.conversation import Conversation
 from qwen_tune.errors import ModelError, Problem
 from qwen_tune.omissions import refuse_lost_answer, refuse_lost_context
+from qwen_tune.row_error import RowError
 from qwen_tune.thinking import OPEN, ReasoningPlace, as_in_content, reasoning_apart, refuse_unwanted
 
 if TYPE_CHECKING:
@@ -39,8 +40,7 @@ SWITCHES = frozenset({"enable_thinking", "preserve_thinking"})
 IGNORED = -100  # the label of a token without loss, PyTorch's and Transformers' convention
 
 
-@dataclass(frozen=True)
-class RenderedSample:
+class RenderedSample(NamedTuple):
     """A text as it will be trained.
 
     `spans` are the character ranges [start, end) that carry loss, in order. `literals` are the ranges that only look
@@ -257,7 +257,7 @@ def _own_kwargs(conversation: Conversation) -> dict[str, Any]:
 
 def _with_literals(sample: RenderedSample, stand_ins: StandIns) -> RenderedSample:
     text, literals = stand_ins.put_back(sample.text)
-    return replace(sample, text=text, literals=literals)
+    return sample._replace(text=text, literals=literals)
 
 
 def _trained_turns(conversation: Conversation, loss_on: str) -> list[int]:

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwen_tune.conversation import Conversation, Message, RowError
+from qwen_tune.conversation import Conversation
+from qwen_tune.messages import Message
+from qwen_tune.row_error import RowError
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class ControlTokens:
 
     def first_in(self, text: str) -> str | None:
         """The first control token that a text spells out, if any."""
-        if self._prefix not in text:
+        if self._prefix[:1] not in text or self._prefix not in text:
             return None
         match = self._pattern.search(text)
         return match.group() if match else None

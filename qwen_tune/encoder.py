@@ -35,9 +35,10 @@ WORTH_A_START = 1 << 20  # characters
 
 # Characters on which versions of the Unicode tables differ, found by comparing all code points in several
 # neighbourhoods: behind the basic plane only letters of mathematics, emoji and Han are left to the fast encoder.
-UNSETTLED = tuple(character.encode() for character in "\u088f\u0c5c\u0cdc\ua7ce\ua7cf\ua7d2\ua7d4\ua7f1")
-FOUR_BYTES = tuple(bytes([lead]) for lead in range(0xF0, 0xF5))
+UNSETTLED = frozenset("\u088f\u0c5c\u0cdc\ua7ce\ua7cf\ua7d2\ua7d4\ua7f1")
 UNSETTLED_BEHIND = re.compile("[\U00010000-\U0001d3ff\U0001d800-\U0001efff\U0001fc00-\U0001ffff\U0002a6e0-\U0010ffff]")
+
+ASCII = bytes(range(128))
 
 Mask = npt.NDArray[np.bool_]
 
@@ -73,6 +74,8 @@ class Encoder:
         self._json = tokenizer_json
         self._fast: FastEncoder | None = None
         self._looked_for_fast = not fast
+        self._settled: set[str] = set()  # characters beyond ASCII that both encoders know alike
+        self._joining: set[str] = set()  # those of which that holds in NFC
         self._encoded = self._characters = 0
 
     def expect(self, characters: int) -> None:
@@ -167,19 +170,19 @@ class Encoder:
         )
 
     def _is_settled(self, text: str) -> bool:
+        """Whether both encoders know all characters of a text alike."""
         if text.isascii():
             return True
-        if self._normalizes and not unicodedata.is_normalized("NFC", text):
-            return False
-        data = text.encode()
-        # One by one: searching for some bytes in a row is many times faster than searching for a set of characters.
-        for spelled in UNSETTLED:
-            if spelled in data:
-                return False
-        for lead in FOUR_BYTES:
-            if lead in data:
-                return UNSETTLED_BEHIND.search(text) is None
-        return True
+        met = set(text.encode().translate(None, ASCII).decode())
+        if met <= self._settled:
+            return True
+        for character in met - self._settled - self._joining:
+            if _is_settled_alone(character):
+                (self._joining if _joins(character) else self._settled).add(character)
+        if met <= self._settled:
+            return True
+        is_known = met <= self._settled | self._joining
+        return is_known and (not self._normalizes or unicodedata.is_normalized("NFC", text))
 
     def _encode_exactly(self, sample: RenderedSample) -> tuple[list[int], list[tuple[int, int]]]:
         """The checkpoint's own ids, and the characters that each stands for."""
@@ -235,6 +238,20 @@ def tokenize(conversation: Conversation, template: ChatTemplate, data: DataSpec)
 @lru_cache(maxsize=8)
 def _exact_encoder(template: ChatTemplate) -> Encoder:
     return Encoder(template, fast=False)
+
+
+def _is_settled_alone(character: str) -> bool:
+    """Whether both encoders know a character alike where it stands alone."""
+    return (
+        character not in UNSETTLED
+        and UNSETTLED_BEHIND.match(character) is None
+        and unicodedata.is_normalized("NFC", character)
+    )
+
+
+def _joins(character: str) -> bool:
+    """Whether NFC may change what a character is beside others: a mark, or a piece of a Korean syllable."""
+    return unicodedata.category(character)[0] == "M" or "\u1100" <= character <= "\u11ff"
 
 
 def _token_range(offsets: Sequence[tuple[int, int]], span: tuple[int, int], base: int) -> tuple[int, int, bool]:

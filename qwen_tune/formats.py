@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_tune.conversation import Conversation, Message, parse_messages, parse_tools
+from qwen_tune.conversation import Conversation, parse_tools
 from qwen_tune.documents import TrainingRow, to_text_row, to_tokenized_row
+from qwen_tune.messages import Message, PlainTurns, parse_messages
 from qwen_tune.row_error import RowError, check_json, kind, parse_json_text, shown_row
 from qwen_tune.turns import TURN_COLUMNS, history_pairs, list_column, spelling, text_column, to_messages
 
@@ -195,16 +196,22 @@ def _parse_template_kwargs(given: Any) -> Mapping[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _with_system(messages: tuple[Message, ...], own: Any, default: str | None) -> tuple[Message, ...]:
+def _with_system(messages: Sequence[Message], own: Any, default: str | None) -> Sequence[Message]:
     """Puts the row's `system` column, or else the recipe's system text, before turns that begin without one."""
     if own is not None and not isinstance(own, str):
         raise RowError(f"system is {kind(own)}; expected text", "write the text or leave it out")
     own = own if own and not own.isspace() else None
+    if not own and not default:
+        return messages
     begins = messages[0].role == "system"
     if own and begins and messages[0].content != own:
         raise RowError('the row has a "system" column and another system turn', "keep one of them")
     text = own or default
-    return messages if begins or not text else (Message("system", text), *messages)
+    if begins or not text:
+        return messages
+    if isinstance(messages, PlainTurns):
+        return PlainTurns(("system", *messages.roles), [text, *messages.texts])
+    return (Message("system", text), *messages)
 
 
 def _from_turns(row: Mapping[str, Any]) -> tuple[str, list[Any]]:

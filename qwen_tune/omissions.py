@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qwen_tune.conversation import Conversation, Message, RowError, tool_name
+from qwen_tune.conversation import Conversation, tool_name
+from qwen_tune.messages import Message
+from qwen_tune.row_error import RowError
 
 
 def refuse_lost_answer(message: Message, index: int, answer: str) -> None:

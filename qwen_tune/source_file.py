@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 COMPRESSION_SUFFIXES = (".gz", ".gzip", ".zst", ".zstd")
 VALUE_LIMIT_BYTES = 64 << 20
@@ -25,8 +25,7 @@ _READABLE = ("gzip", "zstd")
 _CHUNK_BYTES = 1 << 18
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """Column names and values, and where they stand (`file:line`)."""
 
     source: str

@@ -32,7 +32,7 @@ from qwen_tune.source_file import SourceFile
 from qwen_tune.sources import PROBLEMS_KEPT, SourceReader, read_tools, source_files
 from qwen_tune.token_store import StoreRow, StoreWriter, TokenStore
 
-LAYOUT = 3
+LAYOUT = 4
 """Raised whenever the same data would give another store: a store of an older number is made anew."""
 
 END_OF_TEXT = "<|endoftext|>"
@@ -268,13 +268,15 @@ def _with_given(encoded: EncodedSamples, given: dict[int, TokenizedRow]) -> Enco
 
 def _lesson(row: TrainingRow, digest: int) -> int:
     """A hash of what a row teaches: the same words may be learned in one row and be context in another."""
-    if isinstance(row, TextRow) or (isinstance(row, Conversation) and row.plain_texts() is not None):
-        return digest
     learned: Any
     if isinstance(row, Conversation):
+        if row.plain is not None or (all(message.train for message in row.messages) and not row.chat_template_kwargs):
+            return digest
         learned = [[message.train for message in row.messages], sorted(row.chat_template_kwargs.items())]
-    else:
+    elif isinstance(row, TokenizedRow):
         learned = [label == IGNORED for label in row.labels]
+    else:
+        return digest
     return int(hashlib.sha256(f"{digest} {learned}".encode()).hexdigest()[:16], 16)
 
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from qwen_tune.conversation import Conversation, Message, RowError
+from qwen_tune.conversation import Conversation
+from qwen_tune.messages import Message
+from qwen_tune.row_error import RowError
 
 OPEN, CLOSE = "<think>", "</think>"
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,8 +53,7 @@ COLUMNS: dict[str, np.dtype[Any]] = {
 Integers = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class StoreRow:
+class StoreRow(NamedTuple):
     """What is kept of a row beside its tokens.
 
     `digest` is a hash of what it says, `lesson` one of that and of what is learned of it.

@@ -15,10 +15,12 @@ from oracle import RefusedError, expected_labels, expected_samples
 from templates import REVISIONS
 
 from qwen_tune.chatml import IGNORED, ChatTemplate, render_samples
-from qwen_tune.conversation import Conversation, RowError, parse_messages, parse_tools
+from qwen_tune.conversation import Conversation, parse_tools
 from qwen_tune.encoder import tokenize
 from qwen_tune.errors import ModelError
+from qwen_tune.messages import parse_messages
 from qwen_tune.recipe import DataSpec, SourceSpec
+from qwen_tune.row_error import RowError
 
 # Conversations for each template; scripts/evidence/oracle asks for more.
 EXAMPLES = int(os.environ.get("ORACLE_EXAMPLES", "200"))

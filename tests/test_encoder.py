@@ -19,10 +19,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from qwen_tune import encoder as encoder_module
 from qwen_tune import fast_encoder
 from qwen_tune.chatml import IGNORED, ChatTemplate, RenderedSample, render_samples
-from qwen_tune.conversation import Conversation, Message
+from qwen_tune.conversation import Conversation
 from qwen_tune.encoder import Encoder, tokenize
 from qwen_tune.errors import ModelError
 from qwen_tune.fast_encoder import FastEncoder, FastEncoderError, probes
+from qwen_tune.messages import Message
 from qwen_tune.recipe import DataSpec, SourceSpec
 
 CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from qwen_tune.conversation import Conversation, Message, RowError
+from qwen_tune.conversation import Conversation
 from qwen_tune.documents import TextRow, TokenizedRow
 from qwen_tune.errors import Problem
 from qwen_tune.formats import ACCEPTED, COLUMNS, FORMATS, recognise, to_training_row
+from qwen_tune.messages import Message, PlainTurns, parse_messages
 from qwen_tune.recipe import SourceSpec
+from qwen_tune.row_error import RowError
 from qwen_tune.sources import SourceReader, iter_source
 
 USER = {"role": "user", "content": "q"}
@@ -355,12 +357,21 @@ def test_content_bytes_leave_out_what_nobody_says_in_the_conversation():
     )
 
 
-def test_a_plain_message_is_like_any_other():
-    plain, made = Message.plain("user", "q"), Message("user", "q")
+def test_plain_turns_are_like_any_others():
+    made = (Message("system", "s"), Message("user", "q"), Message("assistant", "a"))
+    turns = [{"role": message.role, "content": message.content} for message in made]
+    plain, _ = parse_messages(turns)
+    assert isinstance(plain, PlainTurns)
     assert plain == made
+    assert tuple(plain) == made
+    assert plain[1:] == made[1:]
     assert hash(plain) == hash(made)
     assert repr(plain) == repr(made)
-    assert dataclasses.replace(plain, train=False) == Message("user", "q", train=False)
     assert pickle.loads(pickle.dumps(plain)) == made
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        plain.role = "assistant"
+    plain_row, made_row = Conversation("a:1", "a", plain), Conversation("a:1", "a", made)
+    assert plain_row == made_row
+    assert plain_row.content_hash() == made_row.content_hash()
+    assert plain_row.content_bytes() == made_row.content_bytes()
+    written_out, _ = parse_messages([{**turns[0], "name": None}, *turns[1:]])
+    assert isinstance(written_out, tuple)
+    assert written_out == made

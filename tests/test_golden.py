@@ -13,8 +13,10 @@ import pytest
 from templates import REVISIONS
 
 from qwen_tune.chatml import ChatTemplate, render_samples
-from qwen_tune.conversation import Conversation, RowError, parse_messages, parse_tools
+from qwen_tune.conversation import Conversation, parse_tools
+from qwen_tune.messages import parse_messages
 from qwen_tune.recipe import DataSpec, SourceSpec
+from qwen_tune.row_error import RowError
 
 GOLDEN = Path(__file__).with_name("golden")
 

@@ -15,10 +15,12 @@ from transformers import PreTrainedTokenizerFast
 
 from qwen_tune import rendering
 from qwen_tune.chatml import ChatTemplate, render_samples
-from qwen_tune.conversation import Conversation, Message, RowError
+from qwen_tune.conversation import Conversation
 from qwen_tune.errors import ModelError
+from qwen_tune.messages import Message
 from qwen_tune.recipe import DataSpec, SourceSpec
 from qwen_tune.rendering import SEEN_BEFORE_PLANNED, TURNS_PLANNED, Renderer, SamplePlan
+from qwen_tune.row_error import RowError
 
 # Conversations for each template; ORACLE_EXAMPLES asks for more.
 EXAMPLES = int(os.environ.get("ORACLE_EXAMPLES", "40"))

@@ -18,10 +18,11 @@ import pyarrow
 import pyarrow.parquet
 from conftest import TINY
 
-from qwen_tune.conversation import Conversation, RowError
+from qwen_tune.conversation import Conversation
 from qwen_tune.errors import Problem
 from qwen_tune.formats import recognise, to_training_row
 from qwen_tune.recipe import DataSpec, SourceSpec
+from qwen_tune.row_error import RowError
 from qwen_tune.sources import iter_source
 from qwen_tune.strict_json import decode
 
