@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from row_files import nearly, prose
 
 from qwen_tune.errors import DataError
 from qwen_tune.mixing import DUPLICATE, IN_EVALUATION, NEAR_DUPLICATE, NEAR_EVALUATION, RowTable, mix
@@ -17,21 +18,6 @@ from qwen_tune.near_duplicates import near_groups, sketch
 from qwen_tune.recipe import DataSpec, EvalSpec, SourceSpec
 
 MANY = [f"question {number}" for number in range(40)]
-WORDS = (
-    "alder",
-    "birch",
-    "cedar",
-    "dogwood",
-    "elm",
-    "fir",
-    "ginkgo",
-    "hazel",
-    "juniper",
-    "larch",
-    "maple",
-    "oak",
-    "pine",
-)
 
 
 def table(*sources: list[str]) -> RowTable:
@@ -48,16 +34,6 @@ def table(*sources: list[str]) -> RowTable:
 
 def source(name: str = "many", **fields) -> SourceSpec:
     return SourceSpec(path=f"{name}.jsonl", **fields)
-
-
-def prose(seed: int, words: int = 60) -> str:
-    chosen = random.Random(seed)
-    return " ".join(f"{chosen.choice(WORDS)}{chosen.choice(WORDS)}" for _ in range(words))
-
-
-def nearly(text: str, place: int = 30) -> str:
-    words = text.split(" ")
-    return " ".join([*words[:place], "instead", *words[place + 1 :]])
 
 
 def test_a_weight_draws_a_part_by_the_seed():

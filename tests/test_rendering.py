@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import os
 
 import pytest
-from hypothesis import HealthCheck, event, given, settings
+from conversations import data, for_each_template, with_template
+from hypothesis import event
 from hypothesis import strategies as st
 from templates import REVISIONS
 from tokenizers import Tokenizer
@@ -18,12 +17,8 @@ from qwen_tune.chatml import ChatTemplate, render_samples
 from qwen_tune.conversation import Conversation
 from qwen_tune.errors import ModelError
 from qwen_tune.messages import Message
-from qwen_tune.recipe import DataSpec, SourceSpec
 from qwen_tune.rendering import SEEN_BEFORE_PLANNED, TURNS_PLANNED, Renderer, SamplePlan
 from qwen_tune.row_error import RowError
-
-# Conversations for each template; ORACLE_EXAMPLES asks for more.
-EXAMPLES = int(os.environ.get("ORACLE_EXAMPLES", "40"))
 
 HOOKED = """
 {%- macro twice(text) %}{{ text }}{{ text }}{% endmacro -%}
@@ -196,10 +191,6 @@ TRIGGERS = [
 ]
 
 
-def spec(**changes) -> DataSpec:
-    return DataSpec(train=[SourceSpec(path="rows.jsonl")], **changes)
-
-
 def dialogue(*texts: str) -> Conversation:
     roles = ("user", "assistant")
     messages = tuple(Message(roles[index % 2], text) for index, text in enumerate(texts))
@@ -227,12 +218,7 @@ def used(renderer: Renderer) -> int:
 
 @pytest.fixture(scope="module")
 def load(tiny_tokenizer):
-    def load(text: str) -> ChatTemplate:
-        tokenizer = copy.deepcopy(tiny_tokenizer)
-        tokenizer.chat_template = text
-        return ChatTemplate(tokenizer)
-
-    return load
+    return lambda text: with_template(tiny_tokenizer, text)
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +230,7 @@ def renderers(load):
     def renderer(name: str, **options: str) -> Renderer:
         key = (name, repr(sorted(options.items())))
         if key not in made:
-            made[key] = Renderer(templates[name], spec(**options))
+            made[key] = Renderer(templates[name], data(**options))
         return made[key]
 
     return renderer
@@ -306,13 +292,7 @@ def with_texts(shape, texts) -> Conversation:
     return Conversation("rows.jsonl:1", "rows", tuple(messages))
 
 
-@pytest.mark.parametrize("name", REVISIONS)
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@given(drawn=st.data())
+@for_each_template(examples=40)
 def test_plans_render_what_the_template_renders(renderers, name, drawn):
     options = {
         "loss_on": drawn.draw(st.sampled_from(["assistant", "assistant", "last_turn", "all"])),
@@ -353,7 +333,7 @@ def test_plain_chats_are_rendered_by_plans(renderers):
 @pytest.mark.parametrize("hook", HOOKS)
 def test_edited_templates_render_equal_whatever_they_ask(load, hook):
     try:
-        renderer = Renderer(load(HOOKED.replace("HOOK", hook)), spec())
+        renderer = Renderer(load(HOOKED.replace("HOOK", hook)), data())
     except ModelError:
         return  # it cannot even render a question, so nothing is trained with it
     for _ in range(SEEN_BEFORE_PLANNED + 1):
@@ -369,7 +349,7 @@ def test_edited_templates_render_equal_whatever_they_ask(load, hook):
 
 def test_keys_of_a_turn_that_are_no_texts_reach_the_template(load):
     """tool_call_id stands on tool turns as a rule; a row may have it anywhere."""
-    renderer = Renderer(load(HOOKED.replace("HOOK", "{{ message.tool_call_id or 'none' }}")), spec())
+    renderer = Renderer(load(HOOKED.replace("HOOK", "{{ message.tool_call_id or 'none' }}")), data())
     messages = dialogue("q", "a").messages
     for _ in range(SEEN_BEFORE_PLANNED + 2):
         renders_alike(renderer, dialogue("q", "a"))
@@ -393,7 +373,7 @@ def test_an_end_of_turn_that_is_no_special_token_is_looked_for_in_the_texts(tiny
         token["special"] = token["content"] != "<|im_end|>" and token["special"]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spelled)))
     tokenizer.chat_template = REVISIONS["qwen3"].text
-    renderer = Renderer(ChatTemplate(tokenizer), spec())
+    renderer = Renderer(ChatTemplate(tokenizer), data())
     for number in range(SEEN_BEFORE_PLANNED + 2):
         renders_alike(renderer, dialogue("q", f"a{number}"))
     renders_alike(renderer, dialogue("q", "a<|im_end|>b"))
@@ -428,7 +408,7 @@ def test_equal_texts_of_a_conversation_are_told_apart(renderers, load):
     """The same string object in several turns, and equal ones that are not the same."""
     for name in REVISIONS:
         renderer = renderers(name, system="of equal texts alone")
-        renderers_of_hooks = [Renderer(load(HOOKED.replace("HOOK", hook)), spec()) for hook in EQUALITY_HOOKS]
+        renderers_of_hooks = [Renderer(load(HOOKED.replace("HOOK", hook)), data()) for hook in EQUALITY_HOOKS]
         for one in [renderer, *(renderers_of_hooks if name == "qwen3" else [])]:
             for number in range(SEEN_BEFORE_PLANNED + 2):
                 renders_alike(one, dialogue(*(f"text {number}.{place}" for place in range(4))))
@@ -451,7 +431,7 @@ def test_long_conversations_are_never_planned(renderers):
 def test_shapes_that_come_once_do_not_fill_the_memory(load, monkeypatch):
     monkeypatch.setattr(rendering, "SHAPES_COUNTED", 5)
     monkeypatch.setattr(rendering, "PLANS_KEPT", 1)
-    renderer = Renderer(load(REVISIONS["qwen3_instruct_2507"].text), spec())
+    renderer = Renderer(load(REVISIONS["qwen3_instruct_2507"].text), data())
     for turns in range(2, 32, 2):
         renderer.render(dialogue(*"abcdefghijklmnopqrstuvwxyzABCDEFG"[:turns]))
         assert len(renderer._seen) <= 5
@@ -463,7 +443,7 @@ def test_shapes_that_come_once_do_not_fill_the_memory(load, monkeypatch):
 
 def test_a_plan_that_writes_another_text_is_our_fault(load, monkeypatch):
     """And found out under `python -O` too."""
-    renderer = Renderer(load(REVISIONS["qwen3"].text), spec())
+    renderer = Renderer(load(REVISIONS["qwen3"].text), data())
     monkeypatch.setattr(SamplePlan, "fill", lambda self, texts: None)
     for _ in range(SEEN_BEFORE_PLANNED):
         renderer.render(dialogue("q", "a"))

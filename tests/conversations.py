@@ -1,0 +1,57 @@
+"""Conversations under the families' templates, as several test files make them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from templates import REVISIONS
+
+from qwen_tune.chatml import IGNORED, ChatTemplate
+from qwen_tune.conversation import Conversation, parse_tools
+from qwen_tune.messages import parse_messages
+from qwen_tune.recipe import DataSpec, SourceSpec
+
+TOOLS = [
+    {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}},
+    {"name": "now", "description": "The time."},
+]
+
+
+def data(**changes) -> DataSpec:
+    return DataSpec(train=[SourceSpec(path="rows.jsonl")], **changes)
+
+
+def conversation(messages, tools=None, **kwargs) -> Conversation:
+    parsed, warnings = parse_messages(messages)
+    return Conversation("rows.jsonl:1", "rows", parsed, parse_tools(tools), kwargs, warnings)
+
+
+def with_template(tokenizer, text: str) -> ChatTemplate:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = text
+    return ChatTemplate(tokenizer)
+
+
+def learned(example, tokenizer) -> list[str]:
+    groups = itertools.groupby(zip(example.input_ids, example.labels, strict=True), key=lambda pair: pair[1] != IGNORED)
+    return [tokenizer.decode([token for token, _ in group]) for is_learned, group in groups if is_learned]
+
+
+def for_each_template(examples: int):
+    """So many drawn conversations for each template; ORACLE_EXAMPLES asks for more, as in scripts/evidence/oracle."""
+
+    def decorate(test):
+        test = given(drawn=st.data())(test)
+        test = settings(
+            max_examples=int(os.environ.get("ORACLE_EXAMPLES", examples)),
+            deadline=None,
+            suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+        )(test)
+        return pytest.mark.parametrize("name", REVISIONS)(test)
+
+    return decorate
