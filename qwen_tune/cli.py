@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def validate(options: argparse.Namespace) -> None:
     """`qwen-tune validate`."""
-    from qwen_tune.recipe_file import load_recipe
+    from qwen_tune.recipe.files import load_recipe
     from qwen_tune.validation import check_data
 
     recipe = load_recipe(options.recipe, options.overrides)
@@ -96,20 +96,20 @@ def validate(options: argparse.Namespace) -> None:
 
 def preview(options: argparse.Namespace) -> None:
     """`qwen-tune preview`."""
-    from qwen_tune.recipe_file import load_recipe
+    from qwen_tune.recipe.files import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
 
     from rich.console import Console
 
-    from qwen_tune import preview as view
-    from qwen_tune import preview_page
-    from qwen_tune.audit import audit
-    from qwen_tune.base import resolve_base
-    from qwen_tune.chatml import ChatTemplate
+    from qwen_tune.chatml.template import ChatTemplate
     from qwen_tune.machine import quiet_libraries
-    from qwen_tune.preparation import prepare_data
-    from qwen_tune.tokenizer import load_tokenizer
+    from qwen_tune.model.base import resolve_base
+    from qwen_tune.model.tokenizer import load_tokenizer
+    from qwen_tune.prepared import preview as view
+    from qwen_tune.prepared import preview_page
+    from qwen_tune.prepared.audit import audit
+    from qwen_tune.prepared.preparation import prepare_data
 
     if options.html:
         preview_page.check_target(options.html)
@@ -136,21 +136,21 @@ def preview(options: argparse.Namespace) -> None:
 
 def prepare(options: argparse.Namespace) -> None:
     """`qwen-tune prepare`."""
-    from qwen_tune.recipe_file import load_recipe
+    from qwen_tune.recipe.files import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
 
     from rich.console import Console
 
-    from qwen_tune import preview as view
-    from qwen_tune.audit import audit
-    from qwen_tune.base import resolve_base
-    from qwen_tune.chatml import ChatTemplate
+    from qwen_tune.cache import cache_folder
+    from qwen_tune.chatml.template import ChatTemplate
     from qwen_tune.machine import quiet_libraries
-    from qwen_tune.packing import pack, pack_by_source
-    from qwen_tune.preparation import prepare_data
-    from qwen_tune.prepared_cache import cache_folder
-    from qwen_tune.tokenizer import load_tokenizer
+    from qwen_tune.model.base import resolve_base
+    from qwen_tune.model.tokenizer import load_tokenizer
+    from qwen_tune.prepared import preview as view
+    from qwen_tune.prepared.audit import audit
+    from qwen_tune.prepared.packing import pack, pack_by_source
+    from qwen_tune.prepared.preparation import prepare_data
 
     quiet_libraries()
     base = resolve_base(recipe.model, weights=False, max_length_tokens=recipe.data.max_length_tokens)
@@ -172,21 +172,21 @@ def train(options: argparse.Namespace) -> None:
 def merge(options: argparse.Namespace) -> None:
     """`qwen-tune merge`."""
     from qwen_tune.machine import prepare_process
-    from qwen_tune.merge import merge as merge_adapter
+    from qwen_tune.merging.merge import merge as merge_adapter
 
     prepare_process()
     target = merge_adapter(options.path, output=options.output, base=options.base, overwrite=options.overwrite)
     print(f"merged model: {target}")
     if options.verify:
-        from qwen_tune.verification import verify_merged
+        from qwen_tune.merging.verification import verify_merged
 
         print(verify_merged(options.path, target, options.base))
 
 
 def chat(options: argparse.Namespace) -> None:
     """`qwen-tune chat`."""
-    from qwen_tune.chat import chat as hold_chat
     from qwen_tune.machine import prepare_process
+    from qwen_tune.model.chat import chat as hold_chat
 
     prepare_process()
     hold_chat(

@@ -18,12 +18,12 @@ if __name__ == "__main__":
     _folder = Path(__file__).resolve().parent
     sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if Path(entry).resolve() != _folder)]
 
-from qwen_tune.launch import launch, processes_to_start
 from qwen_tune.machine import check_world, is_main_process, prepare_process, say
-from qwen_tune.recipe_file import load_recipe, to_yaml
-from qwen_tune.resume import Plan, check_resume
-from qwen_tune.run_dir import RunDir
-from qwen_tune.tracking import check_trackers, tracked
+from qwen_tune.recipe.files import load_recipe, to_yaml
+from qwen_tune.runs.directory import RunDir
+from qwen_tune.runs.resume import Plan, check_resume
+from qwen_tune.tracking.tracking import check_trackers, tracked
+from qwen_tune.training.launch import launch, processes_to_start
 
 
 def train(
@@ -59,7 +59,7 @@ def train(
         say(f"{run.path}: this recipe has finished here; nothing to do")
         if recipe.export.merge and is_main_process() and not (dry_run or run.merged.exists()):
             prepare_process()
-            from qwen_tune.merge import merge
+            from qwen_tune.merging.merge import merge
 
             merge(run.path)
         return
@@ -67,16 +67,16 @@ def train(
     # Each import stands where its weight is first needed: a fault in the recipe shows at once, one in the rows after
     # seconds, and only a job that can start waits for TRL.
     prepare_process()
-    from qwen_tune import record, summary
-    from qwen_tune.base import resolve_base
-    from qwen_tune.chatml import ChatTemplate
-    from qwen_tune.model import load_base_model, own_device, training_dtype
-    from qwen_tune.packing import pack, pack_by_source
-    from qwen_tune.preparation import prepare_data
-    from qwen_tune.quantization import check_quantization, quantization_config
-    from qwen_tune.schedule import plan_schedule
-    from qwen_tune.tokenizer import load_tokenizer
-    from qwen_tune.untuned import is_untuned, trained_tokens
+    from qwen_tune.chatml.template import ChatTemplate
+    from qwen_tune.model.base import resolve_base
+    from qwen_tune.model.loading import load_base_model, own_device, training_dtype
+    from qwen_tune.model.quantization import check_quantization, quantization_config
+    from qwen_tune.model.tokenizer import load_tokenizer
+    from qwen_tune.model.untuned import is_untuned, trained_tokens
+    from qwen_tune.prepared.packing import pack, pack_by_source
+    from qwen_tune.prepared.preparation import prepare_data
+    from qwen_tune.training import record, summary
+    from qwen_tune.training.schedule import plan_schedule
 
     dtype = training_dtype(recipe.model)
     base = resolve_base(recipe.model, max_length_tokens=recipe.data.max_length_tokens)
@@ -92,11 +92,11 @@ def train(
     if dry_run:
         return
 
-    from qwen_tune.adapter import AdapterWriter, save_adapter
-    from qwen_tune.adapter_config import lora_config
-    from qwen_tune.memory import advising
-    from qwen_tune.processes import recording
-    from qwen_tune.trainer import build_trainer
+    from qwen_tune.model.adapter_config import lora_config
+    from qwen_tune.model.adapter_writer import AdapterWriter, save_adapter
+    from qwen_tune.training.memory import advising
+    from qwen_tune.training.processes import recording
+    from qwen_tune.training.trainer import build_trainer
 
     quantization = quantization_config(recipe.model, dtype)
     model = load_base_model(recipe.model, base, dtype=dtype, device=own_device(), quantization=quantization)
@@ -118,7 +118,7 @@ def train(
     if not is_main_process():
         return
     if recipe.export.merge:
-        from qwen_tune.merge import merge_run
+        from qwen_tune.merging.merge import merge_run
 
         del model, trainer  # the merge loads the base anew, and there may not be room for two
         gc.collect()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from qwen_tune.recipe import DataSpec
-from qwen_tune.remote import is_url
-from qwen_tune.rows import names_hub_data_set
-from qwen_tune.sources import load_sources
+from qwen_tune.recipe.schema import DataSpec
+from qwen_tune.rows.files import names_hub_data_set
+from qwen_tune.rows.remote import is_url
+from qwen_tune.rows.sources import load_sources
 
 SAMPLE_ROWS = 1000  # a source; reading more would make a check that is meant to be instant wait for the disk
 

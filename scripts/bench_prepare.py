@@ -122,12 +122,12 @@ def measure_qwen_tune(options: argparse.Namespace) -> dict[str, Any]:
     """Prepares through the package's own entry."""
     from transformers import AutoTokenizer
 
-    import qwen_tune.source_store  # noqa: F401  with all that it needs
-    from qwen_tune.chatml import ChatTemplate
-    from qwen_tune.fast_encoder import FastEncoder
-    from qwen_tune.packing import pack
-    from qwen_tune.preparation import prepare_data
-    from qwen_tune.recipe import DataSpec, SourceSpec
+    import qwen_tune.prepared.source_store  # noqa: F401  with all that it needs
+    from qwen_tune.chatml.fast_encoder import FastEncoder
+    from qwen_tune.chatml.template import ChatTemplate
+    from qwen_tune.prepared.packing import pack
+    from qwen_tune.prepared.preparation import prepare_data
+    from qwen_tune.recipe.schema import DataSpec, SourceSpec
 
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     data = DataSpec(train=[SourceSpec(path=str(options.chats))], max_length_tokens=options.max_length)

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from templates import REVISIONS
 
-from qwen_tune.chatml import IGNORED, ChatTemplate
-from qwen_tune.conversation import Conversation, parse_tools
-from qwen_tune.messages import parse_messages
-from qwen_tune.recipe import DataSpec, SourceSpec
+from qwen_tune.chatml.template import IGNORED, ChatTemplate
+from qwen_tune.recipe.schema import DataSpec, SourceSpec
+from qwen_tune.rows.conversation import Conversation, parse_tools
+from qwen_tune.rows.messages import parse_messages
 
 TOOLS = [
     {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}},

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from qwen_tune.errors import RecipeError
-from qwen_tune.recipe import Recipe
-from qwen_tune.recipe_file import load_recipe
+from qwen_tune.recipe.files import load_recipe
+from qwen_tune.recipe.schema import Recipe
 
 MINIMAL = """\
 model:

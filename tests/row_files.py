@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from qwen_tune.recipe import SourceSpec
+from qwen_tune.recipe.schema import SourceSpec
 
 WORDS = (
     "alder",

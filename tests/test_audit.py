@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from qwen_tune.audit import BARS, Found, audit
-from qwen_tune.chatml import ChatTemplate
-from qwen_tune.preparation import prepare_data
-from qwen_tune.recipe import DataSpec
+from qwen_tune.chatml.template import ChatTemplate
+from qwen_tune.prepared.audit import BARS, Found, audit
+from qwen_tune.prepared.preparation import prepare_data
+from qwen_tune.recipe.schema import DataSpec
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

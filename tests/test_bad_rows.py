@@ -14,9 +14,9 @@ import pytest
 from conftest import TINY
 
 from qwen_tune.errors import SHOWN_PROBLEMS, DataError, Problem
-from qwen_tune.parts import LOSS_KEYS
-from qwen_tune.recipe import SourceSpec
-from qwen_tune.sources import load_sources
+from qwen_tune.recipe.schema import SourceSpec
+from qwen_tune.rows.parts import LOSS_KEYS
+from qwen_tune.rows.sources import load_sources
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}

@@ -8,10 +8,10 @@ import torch
 from conftest import TINY
 from safetensors.torch import save_file
 
-from qwen_tune.base import BaseCheckpoint, resolve_base
 from qwen_tune.errors import ModelError
-from qwen_tune.recipe import ModelSpec
-from qwen_tune.tokenizer import load_tokenizer
+from qwen_tune.model.base import BaseCheckpoint, resolve_base
+from qwen_tune.model.tokenizer import load_tokenizer
+from qwen_tune.recipe.schema import ModelSpec
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from oracle import RefusedError, expected_labels, expected_samples
 from templates import REVISIONS
 
-from qwen_tune.chatml import IGNORED, ChatTemplate, render_samples
-from qwen_tune.encoder import tokenize
-from qwen_tune.row_error import RowError
+from qwen_tune.chatml.encoder import tokenize
+from qwen_tune.chatml.template import IGNORED, ChatTemplate, render_samples
+from qwen_tune.rows.errors import RowError
 
 
 @pytest.fixture(scope="module")

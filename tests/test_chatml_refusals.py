@@ -9,10 +9,10 @@ import pytest
 from conversations import TOOLS, conversation, data, learned, with_template
 from templates import REVISIONS
 
-from qwen_tune.chatml import ChatTemplate, render_samples
-from qwen_tune.encoder import tokenize
+from qwen_tune.chatml.encoder import tokenize
+from qwen_tune.chatml.template import ChatTemplate, render_samples
 from qwen_tune.errors import ModelError
-from qwen_tune.row_error import RowError
+from qwen_tune.rows.errors import RowError
 
 CALL = {
     "role": "assistant",

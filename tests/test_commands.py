@@ -225,7 +225,7 @@ def test_a_run_in_use_is_left_alone_and_an_interrupted_one_says_so(workspace, qw
 
 
 def cpu_has_bfloat16() -> bool:
-    from qwen_tune.model import cpu_has_bfloat16
+    from qwen_tune.model.loading import cpu_has_bfloat16
 
     return cpu_has_bfloat16()
 

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qwen_tune import encoder as encoder_module
-from qwen_tune import fast_encoder
-from qwen_tune.chatml import IGNORED, ChatTemplate, RenderedSample, render_samples
-from qwen_tune.conversation import Conversation
-from qwen_tune.encoder import Encoder, tokenize
+from qwen_tune.chatml import encoder as encoder_module
+from qwen_tune.chatml import fast_encoder
+from qwen_tune.chatml.encoder import Encoder, tokenize
+from qwen_tune.chatml.fast_encoder import FastEncoder, FastEncoderError, probes
+from qwen_tune.chatml.template import IGNORED, ChatTemplate, RenderedSample, render_samples
 from qwen_tune.errors import ModelError
-from qwen_tune.fast_encoder import FastEncoder, FastEncoderError, probes
-from qwen_tune.messages import Message
-from qwen_tune.recipe import DataSpec, SourceSpec
+from qwen_tune.recipe.schema import DataSpec, SourceSpec
+from qwen_tune.rows.conversation import Conversation
+from qwen_tune.rows.messages import Message
 
 CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 MARKUP = ("<tool_call>", "</think>", "<think>", "<|im_", "im_end|>")

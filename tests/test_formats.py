@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from qwen_tune.conversation import Conversation
-from qwen_tune.documents import TextRow, TokenizedRow
 from qwen_tune.errors import Problem
-from qwen_tune.formats import ACCEPTED, COLUMNS, FORMATS, recognise, to_training_row
-from qwen_tune.messages import Message, PlainTurns, parse_messages
-from qwen_tune.recipe import SourceSpec
-from qwen_tune.row_error import RowError
-from qwen_tune.sources import SourceReader, iter_source
+from qwen_tune.recipe.schema import SourceSpec
+from qwen_tune.rows.conversation import Conversation
+from qwen_tune.rows.documents import TextRow, TokenizedRow
+from qwen_tune.rows.errors import RowError
+from qwen_tune.rows.formats import ACCEPTED, COLUMNS, FORMATS, recognise, to_training_row
+from qwen_tune.rows.messages import Message, PlainTurns, parse_messages
+from qwen_tune.rows.sources import SourceReader, iter_source
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from templates import REVISIONS
 
-from qwen_tune.chatml import ChatTemplate, render_samples
-from qwen_tune.conversation import Conversation, parse_tools
-from qwen_tune.messages import parse_messages
-from qwen_tune.recipe import DataSpec, SourceSpec
-from qwen_tune.row_error import RowError
+from qwen_tune.chatml.template import ChatTemplate, render_samples
+from qwen_tune.recipe.schema import DataSpec, SourceSpec
+from qwen_tune.rows.conversation import Conversation, parse_tools
+from qwen_tune.rows.errors import RowError
+from qwen_tune.rows.messages import parse_messages
 
 GOLDEN = Path(__file__).with_name("golden")
 

@@ -14,13 +14,13 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 from transformers.utils import is_flash_attn_2_available
 
-from qwen_tune.batches import PackCollator
-from qwen_tune.chat import ChatModel
-from qwen_tune.chatml import IGNORED
-from qwen_tune.loss import add_labelled_loss
-from qwen_tune.merge import merge
+from qwen_tune.chatml.template import IGNORED
+from qwen_tune.merging.merge import merge
+from qwen_tune.merging.verification import compare_merged
+from qwen_tune.model.chat import ChatModel
 from qwen_tune.train import train
-from qwen_tune.verification import compare_merged
+from qwen_tune.training.batches import PackCollator
+from qwen_tune.training.loss import add_labelled_loss
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,9 @@ import pytest
 from conftest import ROOT, environment
 
 PACKAGE = ROOT / "qwen_tune"
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+MODULES = sorted(path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file())
+# Each folder may import from those before it.
+FOLDERS = ("recipe", "rows", "chatml", "runs", "model", "prepared", "merging", "tracking", "training")
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "pandas", "pyarrow")
 
 
@@ -42,6 +44,17 @@ def test_commands_that_answer_at_once_load_nothing_heavy():
 def test_no_module_answers_to_a_name_of_another_package():
     taken = set(sys.stdlib_module_names) | set(packages_distributions())
     assert not {name for name in MODULES if not name.startswith("__")} & taken
+
+
+def test_imports_between_folders_run_one_way():
+    assert set(FOLDERS) == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    for path in PACKAGE.rglob("*.py"):
+        # The modules beside the folders are either below all of them, or the commands above.
+        is_command = path.parent == PACKAGE and path.stem in ("__main__", "cli", "train", "validation")
+        here = -1 if path.parent == PACKAGE else FOLDERS.index(path.parent.name)
+        imported = re.findall(r"^ *(?:from|import) qwen_tune\.(\w+)", path.read_text(), re.M)
+        above = {name for name in imported if name in FOLDERS and FOLDERS.index(name) > here}
+        assert is_command or not above, path
 
 
 def test_train_defines_no_class_and_names_its_stages_in_order():
@@ -100,9 +113,10 @@ def test_every_recipe_key_is_used_or_refused():
     """A key that is accepted and does nothing is a typo that the user cannot see."""
     from pydantic import BaseModel
 
-    from qwen_tune import recipe, recipe_rules
+    from qwen_tune.recipe import rules as recipe_rules
+    from qwen_tune.recipe import schema as recipe
 
-    sources = [path for path in PACKAGE.glob("*.py") if not path.stem.startswith("recipe")]
+    sources = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "recipe"]
     text = "\n".join(path.read_text() for path in sources)
     refused = {entry.key.split(".")[-1] for entry in recipe_rules.NOT_YET}
     sections = [value for value in vars(recipe).values() if isinstance(value, type) and issubclass(value, BaseModel)]

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT, environment
 
 from qwen_tune.errors import RunError
-from qwen_tune.launch import SET_BY_LAUNCHERS, launch, processes_to_start, visible_gpus
-from qwen_tune.recipe import TrainSpec
+from qwen_tune.recipe.schema import TrainSpec
+from qwen_tune.training.launch import SET_BY_LAUNCHERS, launch, processes_to_start, visible_gpus
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_launcher_that_starts_another_number_is_an_error(workspace):
 MEMORY = """
 import resource, sys
 import torch, trl, bitsandbytes  # loaded first, so that the limit is on what training needs
-from qwen_tune import trainer
+from qwen_tune.training import trainer
 from qwen_tune.cli import run_command
 used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + (700 << 20),) * 2)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from qwen_tune.loss import CHUNK_TOKENS, TokenRows, embed, summed_nll, summed_nll_through
+from qwen_tune.training.loss import CHUNK_TOKENS, TokenRows, embed, summed_nll, summed_nll_through
 
 
 @pytest.mark.parametrize("tokens", [0, 1, CHUNK_TOKENS, CHUNK_TOKENS + 1, 3 * CHUNK_TOKENS - 5])

@@ -11,8 +11,8 @@ from conftest import TINY
 from safetensors.torch import load_file, save_file
 
 from qwen_tune.errors import MergeError
-from qwen_tune.merge import merge
-from qwen_tune.verification import verify_merged
+from qwen_tune.merging.merge import merge
+from qwen_tune.merging.verification import verify_merged
 
 # PEFT 0.21 reads an alias that Transformers 5.23 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from row_files import nearly, prose
 
 from qwen_tune.errors import DataError
-from qwen_tune.mixing import DUPLICATE, IN_EVALUATION, NEAR_DUPLICATE, NEAR_EVALUATION, RowTable, mix
-from qwen_tune.near_duplicates import near_groups, sketch
-from qwen_tune.recipe import DataSpec, EvalSpec, SourceSpec
+from qwen_tune.prepared.mixing import DUPLICATE, IN_EVALUATION, NEAR_DUPLICATE, NEAR_EVALUATION, RowTable, mix
+from qwen_tune.prepared.near_duplicates import near_groups, sketch
+from qwen_tune.recipe.schema import DataSpec, EvalSpec, SourceSpec
 
 MANY = [f"question {number}" for number in range(40)]
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_tune.batches import PackCollator, pack_dataset
-from qwen_tune.chatml import IGNORED, ChatTemplate
-from qwen_tune.packing import best_fit_decreasing, pack, pack_by_source
-from qwen_tune.preparation import prepare_data
-from qwen_tune.recipe import DataSpec, SourceSpec
+from qwen_tune.chatml.template import IGNORED, ChatTemplate
+from qwen_tune.prepared.packing import best_fit_decreasing, pack, pack_by_source
+from qwen_tune.prepared.preparation import prepare_data
+from qwen_tune.recipe.schema import DataSpec, SourceSpec
+from qwen_tune.training.batches import PackCollator, pack_dataset
 
 
 @given(st.lists(st.integers(1, 64), max_size=300))

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from row_files import LONG, chat, lines, nearly, prose, write
 from templates import REVISIONS
 
-from qwen_tune.chatml import IGNORED
+from qwen_tune.chatml.template import IGNORED
 from qwen_tune.errors import DataError
-from qwen_tune.mixing import DUPLICATE, IN_EVALUATION, NEAR_DUPLICATE, NEAR_EVALUATION
-from qwen_tune.packing import pack
-from qwen_tune.preparation import prepare_data
-from qwen_tune.recipe import DataSpec, EvalSpec, SourceSpec
+from qwen_tune.prepared.mixing import DUPLICATE, IN_EVALUATION, NEAR_DUPLICATE, NEAR_EVALUATION
+from qwen_tune.prepared.packing import pack
+from qwen_tune.prepared.preparation import prepare_data
+from qwen_tune.recipe.schema import DataSpec, EvalSpec, SourceSpec
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,15 @@ from row_files import LONG, chat, lines, write
 from templates import REVISIONS
 from test_preparation import balanced
 
-from qwen_tune.chatml import IGNORED, ChatTemplate
-from qwen_tune.encoder import Encoder, tokenize
+from qwen_tune.chatml.encoder import Encoder, tokenize
+from qwen_tune.chatml.fast_encoder import FastEncoder
+from qwen_tune.chatml.rendering import Renderer
+from qwen_tune.chatml.template import IGNORED, ChatTemplate
 from qwen_tune.errors import DataError
-from qwen_tune.fast_encoder import FastEncoder
-from qwen_tune.preparation import NO_LABELS, OVERLONG, TRUNCATED, prepare_data
-from qwen_tune.recipe import DataSpec, SourceSpec
-from qwen_tune.rendering import Renderer
-from qwen_tune.source_store import KEPT_AS_TEXT, STRADDLES, SourceStores
-from qwen_tune.sources import load_sources
+from qwen_tune.prepared.preparation import NO_LABELS, OVERLONG, TRUNCATED, prepare_data
+from qwen_tune.prepared.source_store import KEPT_AS_TEXT, STRADDLES, SourceStores
+from qwen_tune.recipe.schema import DataSpec, SourceSpec
+from qwen_tune.rows.sources import load_sources
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_straddling_tokens_are_told(tmp_path, template):
 @pytest.mark.parametrize("name", REVISIONS)
 def test_what_is_prepared_is_what_the_slow_way_makes(tmp_path, monkeypatch, tiny_tokenizer, name):
     """Enough rows for plans, the fast encoder from the start, and some rows of every kind between them."""
-    monkeypatch.setattr("qwen_tune.encoder.WORTH_A_START", 0)
+    monkeypatch.setattr("qwen_tune.chatml.encoder.WORTH_A_START", 0)
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = REVISIONS[name].text
     template = ChatTemplate(tokenizer)

@@ -13,12 +13,12 @@ import pytest
 from conftest import make_workspace
 from rich.console import Console
 
-from qwen_tune import preview_page
-from qwen_tune.chatml import IGNORED, TokenizedExample
+from qwen_tune.chatml.template import IGNORED, TokenizedExample
 from qwen_tune.cli import run_command
 from qwen_tune.errors import QwenTuneError
-from qwen_tune.preview import Piece, Spelling, coloured, first_of_each_source, show_samples
-from qwen_tune.samples import Samples
+from qwen_tune.prepared import preview_page
+from qwen_tune.prepared.preview import Piece, Spelling, coloured, first_of_each_source, show_samples
+from qwen_tune.prepared.samples import Samples
 
 # What a row may hold that would act in a page or a terminal, were it more than text.
 ACTS = "</script><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>&lt;b>"

@@ -11,12 +11,12 @@ from conftest import make_workspace
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qwen_tune.adapter_dir import AdapterDir, load_with_adapter
-from qwen_tune.chat import ChatModel
 from qwen_tune.errors import MergeError, ModelError
-from qwen_tune.merge import merge
+from qwen_tune.merging.merge import merge
+from qwen_tune.merging.verification import compare_merged
+from qwen_tune.model.adapter_dir import AdapterDir, load_with_adapter
+from qwen_tune.model.chat import ChatModel
 from qwen_tune.train import train
-from qwen_tune.verification import compare_merged
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 

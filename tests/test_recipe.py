@@ -13,9 +13,9 @@ import pytest
 from pydantic import ValidationError
 from recipe_texts import recipe, with_value
 
-from qwen_tune.recipe import Recipe, Section, SourceSpec, default_source_name
-from qwen_tune.recipe_errors import known_sections
-from qwen_tune.recipe_rules import findings
+from qwen_tune.recipe.errors import known_sections
+from qwen_tune.recipe.rules import findings
+from qwen_tune.recipe.schema import Recipe, Section, SourceSpec, default_source_name
 
 SECTIONS = known_sections()
 

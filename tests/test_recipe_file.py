@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from recipe_texts import FULL, MINIMAL, load, recipe, told, told_of, write
 
 from qwen_tune.errors import RecipeError
-from qwen_tune.recipe_errors import known_sections
-from qwen_tune.recipe_file import load_recipe, resolved_mapping, to_yaml
-from qwen_tune.recipe_yaml import dump_yaml
+from qwen_tune.recipe.errors import known_sections
+from qwen_tune.recipe.files import load_recipe, resolved_mapping, to_yaml
+from qwen_tune.recipe.yaml_reader import dump_yaml
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -62,7 +62,7 @@ def test_loading_needs_nothing_heavy() -> None:
     write(FULL)
     program = (
         "import sys\n"
-        "from qwen_tune.recipe_file import load_recipe\n"
+        "from qwen_tune.recipe.files import load_recipe\n"
         "load_recipe('job.yaml', ['train.trainer_args.adam_beta1=0.9'])\n"
         "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'accelerate', 'numpy', 'wandb'} & set(sys.modules)\n"
         "print(sorted(heavy))\n"

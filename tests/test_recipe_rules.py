@@ -14,10 +14,10 @@ import yaml
 from recipe_texts import mapping, recipe, with_value
 
 from qwen_tune.errors import RecipeError
-from qwen_tune.recipe import Recipe, TrainSpec
-from qwen_tune.recipe_errors import known_sections, load_trainer_args
-from qwen_tune.recipe_file import load_recipe
-from qwen_tune.recipe_rules import NOT_YET, Finding, findings
+from qwen_tune.recipe.errors import known_sections, load_trainer_args
+from qwen_tune.recipe.files import load_recipe
+from qwen_tune.recipe.rules import NOT_YET, Finding, findings
+from qwen_tune.recipe.schema import Recipe, TrainSpec
 
 
 def rules(**sections: Any) -> list[Finding]:
@@ -164,7 +164,7 @@ def test_schedulers_get_what_they_need() -> None:
 
 def rules_without_waiting(monkeypatch: pytest.MonkeyPatch, **sections: Any) -> list[Finding]:
     """The rules as they will be once nothing has to wait."""
-    monkeypatch.setattr("qwen_tune.recipe_rules.NOT_YET", ())
+    monkeypatch.setattr("qwen_tune.recipe.rules.NOT_YET", ())
     return findings(recipe(**sections))
 
 

@@ -7,8 +7,8 @@ import json
 import pytest
 from recipe_texts import MINIMAL, told, write
 
-from qwen_tune.recipe_errors import known_sections
-from qwen_tune.recipe_secrets import Secrets, is_secret_key, is_secret_value
+from qwen_tune.recipe.errors import known_sections
+from qwen_tune.recipe.secret_values import Secrets, is_secret_key, is_secret_value
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

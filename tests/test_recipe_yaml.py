@@ -11,8 +11,8 @@ import pytest
 import yaml
 from recipe_texts import MINIMAL, load, told, write
 
-from qwen_tune.recipe_file import load_recipe, to_yaml
-from qwen_tune.recipe_yaml import dump_yaml, parse_scalar
+from qwen_tune.recipe.files import load_recipe, to_yaml
+from qwen_tune.recipe.yaml_reader import dump_yaml, parse_scalar
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

@@ -11,12 +11,12 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from qwen_tune.chatml import END_OF_TURN, IGNORED, ChatTemplate
-from qwen_tune.conversation import tool_name
-from qwen_tune.preparation import prepare_data
-from qwen_tune.recipe import Recipe
-from qwen_tune.recipe_file import load_recipe
-from qwen_tune.sources import load_conversations
+from qwen_tune.chatml.template import END_OF_TURN, IGNORED, ChatTemplate
+from qwen_tune.prepared.preparation import prepare_data
+from qwen_tune.recipe.files import load_recipe
+from qwen_tune.recipe.schema import Recipe
+from qwen_tune.rows.conversation import tool_name
+from qwen_tune.rows.sources import load_conversations
 
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
 LAUNCHERS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))

@@ -13,8 +13,8 @@ from typing import ClassVar
 import pytest
 
 from qwen_tune.errors import DataError
-from qwen_tune.recipe import DataSpec, SourceSpec
-from qwen_tune.sources import load_conversations, source_files
+from qwen_tune.recipe.schema import DataSpec, SourceSpec
+from qwen_tune.rows.sources import load_conversations, source_files
 from qwen_tune.validation import check_data
 
 ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}

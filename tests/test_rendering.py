@@ -12,13 +12,13 @@ from templates import REVISIONS
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from qwen_tune import rendering
-from qwen_tune.chatml import ChatTemplate, render_samples
-from qwen_tune.conversation import Conversation
+from qwen_tune.chatml import rendering
+from qwen_tune.chatml.rendering import SEEN_BEFORE_PLANNED, TURNS_PLANNED, Renderer, SamplePlan
+from qwen_tune.chatml.template import ChatTemplate, render_samples
 from qwen_tune.errors import ModelError
-from qwen_tune.messages import Message
-from qwen_tune.rendering import SEEN_BEFORE_PLANNED, TURNS_PLANNED, Renderer, SamplePlan
-from qwen_tune.row_error import RowError
+from qwen_tune.rows.conversation import Conversation
+from qwen_tune.rows.errors import RowError
+from qwen_tune.rows.messages import Message
 
 HOOKED = """
 {%- macro twice(text) %}{{ text }}{{ text }}{% endmacro -%}

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment, make_workspace
 
-from qwen_tune.chat import ChatModel
-from qwen_tune.checkpoints import fault_of, list_checkpoints
 from qwen_tune.errors import MergeError, RunError
-from qwen_tune.merge import merge
-from qwen_tune.resume import recipe_drift
+from qwen_tune.merging.merge import merge
+from qwen_tune.model.chat import ChatModel
+from qwen_tune.runs.checkpoints import fault_of, list_checkpoints
+from qwen_tune.runs.resume import recipe_drift
 from qwen_tune.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")

@@ -18,13 +18,13 @@ import pyarrow
 import pyarrow.parquet
 from conftest import TINY
 
-from qwen_tune.conversation import Conversation
 from qwen_tune.errors import Problem
-from qwen_tune.formats import recognise, to_training_row
-from qwen_tune.recipe import DataSpec, SourceSpec
-from qwen_tune.row_error import RowError
-from qwen_tune.sources import iter_source
-from qwen_tune.strict_json import decode
+from qwen_tune.recipe.schema import DataSpec, SourceSpec
+from qwen_tune.rows.conversation import Conversation
+from qwen_tune.rows.errors import RowError
+from qwen_tune.rows.formats import recognise, to_training_row
+from qwen_tune.rows.sources import iter_source
+from qwen_tune.rows.strict_json import decode
 
 HANG_SECONDS = 1.0
 LINES_PER_FILE = 100
@@ -294,7 +294,7 @@ def tiny_renderer() -> Callable[[Conversation], Any]:
     """Renders a conversation as training does, with the bundled tiny model's template."""
     from transformers import AutoTokenizer
 
-    from qwen_tune.chatml import ChatTemplate, render_samples
+    from qwen_tune.chatml.template import ChatTemplate, render_samples
 
     template = ChatTemplate(AutoTokenizer.from_pretrained(TINY))
     data = DataSpec(train=[SourceSpec(path="rows.jsonl")])

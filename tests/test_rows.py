@@ -15,12 +15,13 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, environment
 
-from qwen_tune import json_rows, table_rows
 from qwen_tune.errors import DataError, Problem
-from qwen_tune.recipe import SourceSpec
-from qwen_tune.rows import READERS, find_files, is_data_file, names_hub_data_set, read_rows
-from qwen_tune.source_file import Row, SourceFile
-from qwen_tune.sources import SourceReader, iter_source, source_files
+from qwen_tune.recipe.schema import SourceSpec
+from qwen_tune.rows import json_files as json_rows
+from qwen_tune.rows import tables as table_rows
+from qwen_tune.rows.files import READERS, find_files, is_data_file, names_hub_data_set, read_rows
+from qwen_tune.rows.source_file import Row, SourceFile
+from qwen_tune.rows.sources import SourceReader, iter_source, source_files
 
 ROWS = [{"prompt": f"q {i}", "completion": f"answer ä {i}"} for i in range(700)]
 
@@ -289,8 +290,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
     # The pages of a mapped file are shared with the kernel's cache, which drops them when memory is short.
     code = (
         "import sys, psutil\n"
-        "from qwen_tune.recipe import SourceSpec\n"
-        "from qwen_tune.sources import iter_source\n"
+        "from qwen_tune.recipe.schema import SourceSpec\n"
+        "from qwen_tune.rows.sources import iter_source\n"
         "if sys.argv[1].endswith(('.arrow', '.parquet')): import pyarrow.ipc, pyarrow.parquet\n"
         "def own():\n"
         "    info = psutil.Process().memory_info()\n"

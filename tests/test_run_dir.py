@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from qwen_tune.errors import RunError
-from qwen_tune.resume import Plan
-from qwen_tune.run_dir import RunDir, write_atomically
+from qwen_tune.runs.directory import RunDir, write_atomically
+from qwen_tune.runs.resume import Plan
 
 RECIPE = "name: one\n"
 
@@ -104,7 +104,7 @@ def test_overwriting_clears_what_the_earlier_run_left(tmp_path):
 def test_a_live_process_holds_its_directory_until_it_is_killed(tmp_path):
     path = tmp_path / "run"
     code = (
-        "import sys, time; from pathlib import Path; from qwen_tune.run_dir import RunDir\n"
+        "import sys, time; from pathlib import Path; from qwen_tune.runs.directory import RunDir\n"
         "with RunDir(Path(sys.argv[1])).recording('name: one\\n'):\n"
         "    print('begun', flush=True); time.sleep(600)"
     )

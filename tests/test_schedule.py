@@ -1,8 +1,8 @@
 import pytest
 
 from qwen_tune.errors import RecipeError
-from qwen_tune.recipe import TrainSpec
-from qwen_tune.schedule import plan_schedule
+from qwen_tune.recipe.schema import TrainSpec
+from qwen_tune.training.schedule import plan_schedule
 
 
 def test_accumulation_follows_from_the_global_batch():

@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 
 from qwen_tune.errors import DataError
-from qwen_tune.recipe import DataSpec, SourceSpec
-from qwen_tune.rows import find_files, names_hub_data_set
-from qwen_tune.sources import load_conversations
+from qwen_tune.recipe.schema import DataSpec, SourceSpec
+from qwen_tune.rows.files import find_files, names_hub_data_set
+from qwen_tune.rows.sources import load_conversations
 from qwen_tune.validation import check_data
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_tune.chatml import IGNORED
-from qwen_tune.encoder import EncodedSamples
+from qwen_tune.chatml.encoder import EncodedSamples
+from qwen_tune.chatml.template import IGNORED
 from qwen_tune.errors import DataError
-from qwen_tune.near_duplicates import BINS, EMPTY
-from qwen_tune.token_store import FURTHER_WARNINGS, WARNINGS_TOLD_APART, StoreRow, StoreWriter, TokenStore
+from qwen_tune.prepared.near_duplicates import BINS, EMPTY
+from qwen_tune.prepared.token_store import FURTHER_WARNINGS, WARNINGS_TOLD_APART, StoreRow, StoreWriter, TokenStore
 
 samples = st.lists(st.tuples(st.integers(0, 2**32 - 1), st.booleans()), max_size=9)
 rows = st.lists(

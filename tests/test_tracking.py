@@ -15,10 +15,11 @@ from conftest import environment
 from test_house import loaded_modules
 from wandb_server import wandb_records
 
-from qwen_tune import trackers, tracking
 from qwen_tune.errors import RunError
-from qwen_tune.recipe import LoraSpec, TrackingSpec, TrainSpec
-from qwen_tune.tracking import Guarded, check_trackers, public_facts
+from qwen_tune.recipe.schema import LoraSpec, TrackingSpec, TrainSpec
+from qwen_tune.tracking import sinks as trackers
+from qwen_tune.tracking import tracking
+from qwen_tune.tracking.tracking import Guarded, check_trackers, public_facts
 
 KEY = "canary0123" * 4
 LOSSES = {1: 2.0, 2: 1.0, 3: 0.5, 4: 0.25}
@@ -77,8 +78,9 @@ class Socket(socket.socket):
 
 socket.socket = Socket
 from pathlib import Path
-from qwen_tune import trackers as sinks, tracking
-from qwen_tune.recipe import TrackingSpec
+from qwen_tune.tracking import sinks
+from qwen_tune.tracking import tracking
+from qwen_tune.recipe.schema import TrackingSpec
 job = json.loads(sys.argv[1])
 for name, value in job.get("constants", {}).items():
     setattr(sinks, name, value)
@@ -142,7 +144,8 @@ def tracked(tmp_path_factory) -> Path:
 
 
 def test_the_module_loads_no_tracker():
-    assert not loaded_modules("import qwen_tune.tracking") & {*trackers.TRACKERS, "torch", "numpy", "sqlalchemy"}
+    loaded = loaded_modules("import qwen_tune.tracking.tracking")
+    assert not loaded & {*trackers.TRACKERS, "torch", "numpy", "sqlalchemy"}
 
 
 def test_only_listed_facts_are_public_and_no_path_among_them():

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
-from qwen_tune.batches import PackCollator
-from qwen_tune.chatml import IGNORED
+from qwen_tune.chatml.template import IGNORED
 from qwen_tune.errors import RecipeError, TrainingError
-from qwen_tune.loss import add_labelled_loss
 from qwen_tune.train import train
+from qwen_tune.training.batches import PackCollator
+from qwen_tune.training.loss import add_labelled_loss
 
 # TRL 1.16 and PEFT 0.21 use names that Transformers 5.23 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -109,11 +109,11 @@ def test_evaluation_loss_is_the_mean_over_tokens(workspace, monkeypatch):
     path = run(workspace, monkeypatch, "run.dir=run", "train.learning_rate=1e-12")
     facts = json.loads((path / "run.json").read_text())
     # With a learning rate of nothing, the loss of base + adapter can be computed from the files alone.
-    from qwen_tune.base import BaseCheckpoint
-    from qwen_tune.chatml import ChatTemplate
-    from qwen_tune.preparation import prepare_data
-    from qwen_tune.recipe_file import load_recipe
-    from qwen_tune.tokenizer import load_tokenizer
+    from qwen_tune.chatml.template import ChatTemplate
+    from qwen_tune.model.base import BaseCheckpoint
+    from qwen_tune.model.tokenizer import load_tokenizer
+    from qwen_tune.prepared.preparation import prepare_data
+    from qwen_tune.recipe.files import load_recipe
 
     recipe = load_recipe(path / "recipe.yaml")
     base = BaseCheckpoint(id="tiny", revision=None, path=Path("tiny-qwen").resolve(), is_local=True)

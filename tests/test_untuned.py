@@ -13,13 +13,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qwen_tune.base import BaseCheckpoint
 from qwen_tune.errors import ModelError
-from qwen_tune.merge import merge
-from qwen_tune.recipe import ModelSpec
-from qwen_tune.tokenizer import load_tokenizer
+from qwen_tune.merging.merge import merge
+from qwen_tune.model.base import BaseCheckpoint
+from qwen_tune.model.tokenizer import load_tokenizer
+from qwen_tune.model.untuned import is_untuned
+from qwen_tune.recipe.schema import ModelSpec
 from qwen_tune.train import train
-from qwen_tune.untuned import is_untuned
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 

@@ -10,9 +10,9 @@ from test_tracking import KEY, LOSSES, long_names, run_job
 from wandb_server import serve
 
 from qwen_tune.errors import RunError
-from qwen_tune.recipe import TrackingSpec
-from qwen_tune.tracking import check_trackers
-from qwen_tune.wandb_login import has_wandb_login, wandb_mode
+from qwen_tune.recipe.schema import TrackingSpec
+from qwen_tune.tracking.tracking import check_trackers
+from qwen_tune.tracking.wandb_login import has_wandb_login, wandb_mode
 
 
 @pytest.fixture

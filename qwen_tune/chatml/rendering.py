@@ -1,0 +1,259 @@
+"""Conversations into text at speed: one rendering a shape of conversation, then only texts put in their places.
+
+`chatml.render_samples` says what a conversation becomes, and is what runs for every conversation that is out of the
+ordinary. Most are not: of the same few shapes, with texts of which the template asks nothing or gets the same answers.
+For these a plan is made once from `render_samples` itself, run on stand-ins (see `traced_template`), and holds wherever
+the answers hold.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from qwen_tune.chatml.template import ChatTemplate, RenderedSample, render_samples
+from qwen_tune.chatml.traced_template import TracedTemplate
+from qwen_tune.chatml.traced_text import MARK, Guard, TracedText, UntraceableError
+from qwen_tune.rows.conversation import Conversation
+from qwen_tune.rows.errors import RowError
+from qwen_tune.rows.messages import Message
+
+if TYPE_CHECKING:
+    from qwen_tune.recipe.schema import DataSpec
+
+# What there is to a turn apart from its texts: its role, or role, reasons, trains where it is not a plain one.
+Shape: TypeAlias = tuple[str | tuple[str, bool, bool], ...]
+
+SEEN_BEFORE_PLANNED = 2  # a plan costs several renderings
+PLANS_KEPT = 2000
+TURNS_PLANNED = 32  # each turn is rendered for a plan, and with a record: the cost grows with the square
+SHAPES_COUNTED = 20_000  # rows that are all unlike one another shall not fill the memory
+PROVED_EVERY = 500  # conversations of one shape
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """One sample of a shape: fixed texts and numbers of fields in turn; `spans` are ranges of these parts."""
+
+    parts: tuple[int | str, ...]
+    spans: tuple[tuple[int, int], ...]
+
+    @cached_property
+    def _fixed(self) -> list[str]:
+        return [part if isinstance(part, str) else "" for part in self.parts]
+
+    @cached_property
+    def _fields(self) -> list[tuple[int, int]]:
+        return [(place, part) for place, part in enumerate(self.parts) if not isinstance(part, str)]
+
+    def fill(self, texts: Sequence[str]) -> RenderedSample:
+        """The sample with these texts in the places of the fields."""
+        pieces = self._fixed.copy()
+        for place, field in self._fields:
+            pieces[place] = texts[field]
+        ends = [0, *accumulate(map(len, pieces))]
+        return RenderedSample("".join(pieces), tuple([(ends[first], ends[last]) for first, last in self.spans]))
+
+
+@dataclass
+class ShapePlan:
+    """The samples of a shape, and the answers on which that rests."""
+
+    samples: tuple[SamplePlan, ...]
+    guards: tuple[Guard, ...]
+    used: int = 0
+
+
+class Renderer:
+    """Renders conversations as `render_samples` does."""
+
+    def __init__(self, template: ChatTemplate, data: DataSpec) -> None:
+        self.template = template
+        self.data = data
+        self._plans: dict[Shape, ShapePlan | None] = {}
+        self._seen: Counter[Shape] = Counter()
+        self._traced: TracedTemplate | None = None
+        # Without it every conversation is rendered by itself.
+        with suppress(UntraceableError, ImportError):
+            self._traced = TracedTemplate(template.source, template.tokenizer.special_tokens_map)
+
+    def render(self, conversation: Conversation) -> list[RenderedSample]:
+        """The samples of a conversation.
+
+        Raises:
+            RowError: See `render_samples`.
+        """
+        if self._traced is None:
+            return render_samples(conversation, self.template, self.data)
+        plain = conversation.plain
+        shape, texts = (plain.roles, plain.texts) if plain is not None else _shape_and_texts(conversation)
+        if not texts or len(shape) > TURNS_PLANNED or self._is_odd("\0".join(texts)):
+            return render_samples(conversation, self.template, self.data)
+        plan = self._plan(shape)
+        if plan is None or not all(guard.holds(texts) for guard in plan.guards):
+            return render_samples(conversation, self.template, self.data)
+        filled = [sample.fill(texts) for sample in plan.samples]
+        plan.used += 1
+        if plan.used % PROVED_EVERY == 1 and filled != render_samples(conversation, self.template, self.data):
+            raise RuntimeError(
+                f"{conversation.source}: the plan for conversations of this shape writes another text than the chat "
+                "template does: please report this, with the template"
+            )
+        return filled
+
+    def _is_odd(self, text: str) -> bool:
+        """Whether `render_samples` would ask of this text what a plan does not know."""
+        # Looking for one character takes a tenth of the time, and most texts have none of these.
+        if MARK in text or (">" in text and "think>" in text):
+            return True
+        return self.template.control_tokens.first_in(text) is not None
+
+    def _plan(self, shape: Shape) -> ShapePlan | None:
+        if shape in self._plans:
+            return self._plans[shape]
+        if len(self._plans) >= PLANS_KEPT:
+            return None
+        self._seen[shape] += 1
+        if self._seen[shape] <= SEEN_BEFORE_PLANNED:
+            if len(self._seen) > SHAPES_COUNTED:
+                self._seen.clear()
+            return None
+        del self._seen[shape]
+        plan = self._plans[shape] = self._make_plan(shape)
+        return plan
+
+    def _make_plan(self, shape: Shape) -> ShapePlan | None:
+        assert self._traced is not None
+        recording = _Recording(self.template)
+        try:
+            samples = render_samples(_stand_in_conversation(shape), recording, self.data)
+            guards: list[Guard] = []
+            for messages, kwargs, rendered in recording.calls:
+                traced = [_traced_message(message, guards) for message in messages]
+                if str.__str__(self._traced.render(traced, **kwargs)) != rendered:
+                    return None
+            guards += _partings([rendered for _, _, rendered in recording.calls])
+            return ShapePlan(tuple(map(_to_plan, samples)), tuple(dict.fromkeys(guards)))
+        except (UntraceableError, RowError):
+            return None
+
+
+class _Recording(ChatTemplate):
+    """A template that keeps what was rendered."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        # No second probing: it is the same template.
+        vars(self).update(vars(template))
+        self.calls: list[tuple[Sequence[Mapping[str, Any]], dict[str, Any], str]] = []
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = False,
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        text = super().render(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
+        )
+        kwargs = {"add_generation_prompt": add_generation_prompt, "template_kwargs": template_kwargs}
+        self.calls.append((messages, kwargs, text))
+        return text
+
+
+def _shape_and_texts(conversation: Conversation) -> tuple[Shape, list[str]]:
+    """Shape and texts in order; no texts where there is more to the conversation than a shape and texts."""
+    texts: list[str] = []
+    if conversation.tools or conversation.chat_template_kwargs:
+        return (), texts
+    shape: list[tuple[str, bool, bool]] = []
+    for message in conversation.messages:
+        content, reasoning = message.content, message.reasoning_content
+        if not content or message.role == "tool" or message.tool_calls or message.name or message.tool_call_id:
+            return (), []
+        texts.append(content)
+        if reasoning is not None:
+            # `render_samples` trims reasoning, and what stands between it and the answer.
+            if not reasoning or reasoning.strip() != reasoning or content[0] == "\n":
+                return (), []
+            texts.append(reasoning)
+        shape.append((message.role, reasoning is not None, message.train))
+    return tuple(shape), texts
+
+
+def _stand_in_conversation(shape: Shape) -> Conversation:
+    """A conversation of this shape with a stand-in for every text, numbered as in `_shape_and_texts`."""
+    messages: list[Message] = []
+    number = 0
+    for turn in shape:
+        role, reasons, train = (turn, False, True) if isinstance(turn, str) else turn
+        content, reasoning = _stand_in(number), _stand_in(number + 1) if reasons else None
+        messages.append(Message(role, content, reasoning, train=train))
+        number += 2 if reasons else 1
+    return Conversation("a shape", "a shape", tuple(messages))
+
+
+def _stand_in(number: int) -> str:
+    # Characters that JSON, HTML and changes of case would not leave as they are.
+    return f'{MARK}<&"Aa\\é{number}{MARK}'
+
+
+def _parts(text: str) -> list[int | str]:
+    """Fixed texts and numbers of stand-ins, in turn."""
+    pieces: list[int | str] = []
+    for index, piece in enumerate(text.split(MARK)):
+        if index % 2:
+            number = int(piece.rpartition("é")[2])
+            if _stand_in(number) != f"{MARK}{piece}{MARK}":
+                raise UntraceableError("a stand-in was changed")
+            pieces.append(number)
+        elif piece:
+            pieces.append(piece)
+    return pieces
+
+
+def _traced_message(message: Mapping[str, Any], guards: list[Guard]) -> dict[str, Any]:
+    return {
+        key: TracedText(value, tuple(_parts(value)), guards) if isinstance(value, str) and MARK in value else value
+        for key, value in message.items()
+    }
+
+
+def _to_plan(sample: RenderedSample) -> SamplePlan:
+    parts: list[int | str] = []
+    spans: list[tuple[int, int]] = []
+    position = 0
+    for start, end in sample.spans:
+        parts += _parts(sample.text[position:start])
+        first = len(parts)
+        parts += _parts(sample.text[start:end])
+        spans.append((first, len(parts)))
+        position = end
+    parts += _parts(sample.text[position:])
+    return SamplePlan(tuple(parts), tuple(spans))
+
+
+def _partings(rendered: Sequence[str]) -> Iterator[Guard]:
+    """What keeps a rendering from being continued by the next one, where a text of the row has a part in it.
+
+    Raises:
+        UntraceableError: The texts alone decide it.
+    """
+    for before, after in pairwise(rendered):
+        if after.startswith(before) or before.startswith(after):
+            continue
+        position = next(index for index, (one, other) in enumerate(zip(before, after, strict=False)) if one != other)
+        if before[:position].count(MARK) % 2:
+            raise UntraceableError("renderings part between two texts")
+        for text, other in ((before, after), (after, before)):
+            if text[position] == MARK:
+                # Here a text, there something fixed: apart as long as the text begins with another letter.
+                field = _parts(text[position : text.index(MARK, position + 1) + 1])
+                yield Guard(tuple(field), "startswith", (other[position],), False)

@@ -1,0 +1,122 @@
+"""Reasoning in assistant turns: where a template takes it from, and whether a server would have thinking on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from qwen_tune.rows.conversation import Conversation
+from qwen_tune.rows.errors import RowError
+from qwen_tune.rows.messages import Message
+
+OPEN, CLOSE = "<think>", "</think>"
+
+ReasoningPlace = Literal["field", "content", "nowhere"]
+"""`field`: the template renders `reasoning_content`. `content`: it knows no such key, but its prompt opens a think
+block that the answer goes on with, as QwQ's does. `nowhere`: `<think>` is ordinary text to it."""
+
+
+@dataclass(frozen=True)
+class InlineMessage(Message):
+    """A turn with its reasoning in the content, for a template that takes it out of there itself.
+
+    The parts are kept to the letter and put together again for the template.
+    """
+
+    before: str = ""
+    """The white space before the think block."""
+
+    def for_template(self) -> dict[str, Any]:
+        """The mapping that a chat template sees: the turn as the row has it."""
+        entry = super().for_template()
+        entry["content"] = f"{self.before}{OPEN}{entry.pop('reasoning_content')}{CLOSE}{self.content}"
+        return entry
+
+
+def reasoning_apart(conversation: Conversation, place: ReasoningPlace, *, parses_blocks: bool) -> Conversation:
+    """Tells inline `<think>…</think>` from the answer where the template knows reasoning.
+
+    Args:
+        conversation: As the row has it.
+        place: Where the template takes reasoning from.
+        parses_blocks: Whether it takes reasoning that is not in its place out of the content by itself.
+
+    Raises:
+        RowError: Reasoning that the template would leave out or garble.
+    """
+    messages = [_apart(message, index, place, parses_blocks) for index, message in enumerate(conversation.messages)]
+    return replace(conversation, messages=tuple(messages))
+
+
+def as_in_content(message: Message) -> Message:
+    """A turn for templates that take reasoning from the content alone, as a model writes it."""
+    if message.reasoning_content is None:
+        return message
+    block = f"{OPEN}\n" + message.reasoning_content.strip("\n") + f"\n{CLOSE}\n\n"
+    return replace(message, content=block + (message.content or "").lstrip("\n"), reasoning_content=None)
+
+
+def refuse_unwanted(conversation: Conversation, trained: Sequence[int], thinking: str, place: ReasoningPlace) -> None:
+    """Compares a row with `data.thinking`: `off` wants no reasoning anywhere, `require` some in each trained turn.
+
+    Raises:
+        RowError: The row has too much or too little of it.
+    """
+    reasons = [index for index, message in enumerate(conversation.messages) if message.reasoning_content is not None]
+    if thinking == "off" and reasons:
+        raise RowError(
+            f"messages[{reasons[0]}] reasons, and the recipe says data.thinking: off",
+            "remove the reasoning, or write thinking: auto",
+        )
+    if thinking == "require" and trained:
+        if place == "nowhere":
+            raise RowError(
+                "the recipe says data.thinking: require, and this checkpoint's template has no thinking",
+                "write thinking: auto, or train a checkpoint that thinks",
+            )
+        for index in trained:
+            if index not in reasons:
+                raise RowError(
+                    f"messages[{index}] does not reason, and the recipe says data.thinking: require",
+                    "add reasoning_content, or write thinking: auto",
+                )
+
+
+def _apart(message: Message, index: int, place: ReasoningPlace, parses_blocks: bool) -> Message:
+    reasoning, content = message.reasoning_content, message.content or ""
+    if place == "nowhere":
+        if reasoning is not None:
+            raise RowError(
+                f"messages[{index}] has reasoning_content, which this checkpoint's template leaves out",
+                "remove it, or train a checkpoint that thinks",
+            )
+        return message
+    if message.role != "assistant":
+        return message
+    if reasoning is not None and (OPEN in reasoning or CLOSE in reasoning):
+        raise RowError(
+            f"messages[{index}].reasoning_content spells think tags, which the template writes itself",
+            f"take {OPEN} and {CLOSE} out of it",
+        )
+    if OPEN not in content and CLOSE not in content:
+        return message
+    before, opened, rest = content.partition(OPEN)
+    inside, closed, answer = rest.partition(CLOSE)
+    if before.strip() or not opened or not closed or OPEN in inside + answer or CLOSE in before + answer:
+        raise RowError(
+            f"messages[{index}] has a think block that is not opened, not closed, or not at the start of the answer",
+            f"write {OPEN}…{CLOSE} once, before the answer, or use reasoning_content",
+        )
+    if reasoning is not None:
+        raise RowError(f"messages[{index}] has both reasoning_content and a {OPEN} block", "keep one of them")
+    if not answer.strip() and not message.tool_calls:
+        raise RowError(f"messages[{index}] has no answer behind its think block", "write the answer or remove the row")
+    if not inside.strip():
+        # As with reasoning_content: a blank one must not switch thinking on.
+        return replace(message, content=answer.lstrip("\n"))
+    if parses_blocks:
+        fields = {**vars(message), "content": answer, "reasoning_content": inside}
+        return InlineMessage(**fields, before=before)
+    # Line breaks around the tags are the template's; an indentation is the author's.
+    return replace(message, content=answer.lstrip("\n"), reasoning_content=inside.strip("\n"))

@@ -1,0 +1,213 @@
+"""The adapter's shape on a base: which modules it changes, how many parameters that is, and who can serve it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from qwen_tune.errors import ModelError, Problem
+from qwen_tune.recipe.schema import LoraSpec
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+
+ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
+GROUPS = {"all-linear": ATTENTION_MODULES + MLP_MODULES, "attention": ATTENTION_MODULES, "mlp": MLP_MODULES}
+EMBEDDINGS = ("embed_tokens", "lm_head")
+
+# Routers of mixtures of experts, and the towers of models that see and hear: trained only where they are named.
+ONLY_IF_NAMED = re.compile(r"(^|\.)(gate|router|shared_expert_gate|visual|vision_tower|audio_tower)(\.|$)")
+
+# Starts that take a part of the base into the adapter; what is saved is the difference to that start, as plain LoRA.
+CONVERTED_STARTS = ("pissa", "olora")
+
+
+@dataclass(frozen=True)
+class TrainedModules:
+    """Modules of one name that are trained: how many, and their trained parameters together."""
+
+    modules: int
+    parameters: int
+
+
+def target_modules(model: PreTrainedModel, lora: LoraSpec) -> list[str]:
+    """The names of the linear layers that get an adapter, as PEFT takes them.
+
+    Routers and the towers of multimodal models are left out unless the recipe names them.
+
+    Returns:
+        Last parts of names where these mean just the wanted layers, else whole names.
+
+    Raises:
+        ModelError: A name that the recipe lists is no linear layer of the model, or `exclude_modules` leaves none.
+    """
+    output = model.get_output_embeddings()
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not output]
+    listed = lora.target_modules if isinstance(lora.target_modules, list) else GROUPS[lora.target_modules]
+    found = {name: [full for full in linear if _is_meant(name, full)] for name in listed}
+    if missing := [name for name, modules in found.items() if not modules]:
+        has = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+        raise ModelError(
+            Problem(
+                "lora.target_modules",
+                f"{', '.join(missing)} matches no linear layer of the model; it has {has}",
+                "use these names, or one of all-linear, attention, mlp",
+            )
+        )
+    excluded = tuple(lora.exclude_modules or ())
+    wanted = {full for modules in found.values() for full in modules if not _ends_with_any(full, excluded)}
+    if not wanted:
+        what = f"{', '.join(excluded)} leaves no layer of lora.target_modules"
+        raise ModelError(Problem("lora.exclude_modules", what, "exclude fewer"))
+    for key in ("rank_pattern", "alpha_pattern"):
+        _require_matches(f"lora.{key}", getattr(lora, key), wanted)
+    mean_just_these = {full for full in linear if _ends_with_any(full, listed)} == wanted
+    return sorted(listed) if mean_just_these else sorted(wanted)
+
+
+def lora_config(
+    model: PreTrainedModel, lora: LoraSpec, trained_tokens: Mapping[str, list[int]] | None = None
+) -> LoraConfig:
+    """PEFT's configuration for the recipe's adapter.
+
+    Args:
+        model: The base model.
+        lora: The recipe's lora section.
+        trained_tokens: Token rows to train where the recipe says nothing of them; see `untuned`.
+
+    Raises:
+        ModelError: Something that the recipe names is not in the model, or cannot be trained in it.
+    """
+    from peft import LoraConfig
+
+    targets = target_modules(model, lora)
+    whole = lora.modules_to_save
+    if whole:
+        _check_whole_modules(model, whole, targets)
+    tokens = _token_rows(model, lora, trained_tokens)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=lora.init_lora_weights,
+        bias=lora.bias,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        modules_to_save=list(whole) if whole else None,
+        trainable_token_indices=tokens or None,
+    )
+
+
+def is_converted(lora: LoraSpec) -> bool:
+    """Whether the adapter's start changes the base, so that it is saved as the difference to that start."""
+    return isinstance(lora.init_lora_weights, str) and lora.init_lora_weights.startswith(CONVERTED_STARTS)
+
+
+def trained_modules(model: nn.Module) -> dict[str, TrainedModules]:
+    """What a model with its adapter trains, by the last part of the module's name."""
+    counts: dict[str, tuple[set[str], int]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            module = re.split(r"\.(?:lora_|token_adapter|modules_to_save|base_layer|bias$|weight$)", name)[0]
+            modules, parameters = counts.get(module.rsplit(".", 1)[-1], (set(), 0))
+            counts[module.rsplit(".", 1)[-1]] = ({*modules, module}, parameters + parameter.numel())
+    return {name: TrainedModules(len(modules), parameters) for name, (modules, parameters) in sorted(counts.items())}
+
+
+def serving_notes(config: LoraConfig, trained: Mapping[str, TrainedModules]) -> list[str]:
+    """What of an adapter other programs do not load (vLLM's checks are in its `peft_helper.py`); merging helps."""
+    notes = []
+    if config.modules_to_save:
+        size = sum(trained[name].parameters for name in config.modules_to_save if name in trained)
+        notes.append(
+            f"modules_to_save adds {size:,} parameters ({size * 4 / (1 << 30):.1f} GiB) to the adapter's file, and "
+            "vLLM refuses adapters that have any"
+        )
+    if config.use_dora:
+        notes.append(
+            "vLLM does not load DoRA adapters, and Transformers 5.23 leaves their magnitudes out (PEFT does not)"
+        )
+    if config.bias != "none":
+        notes.append("vLLM does not load adapters with trained biases")
+    if config.trainable_token_indices:
+        notes.append("adapters with trained token rows load in PEFT, but in no server that was looked at")
+    return [f"{note}: serve the merged model" for note in notes]
+
+
+def _token_rows(
+    model: PreTrainedModel, lora: LoraSpec, automatic: Mapping[str, list[int]] | None
+) -> list[int] | dict[str, list[int]]:
+    """The token rows to train, as PEFT takes them; each id once, and no module without any."""
+    asked = lora.trainable_token_indices
+    if asked is None:
+        whole = {name.rsplit(".", 1)[-1] for name in lora.modules_to_save or ()}
+        return {name: ids for name, ids in (automatic or {}).items() if name not in whole}
+    _check_tokens(model, asked)
+    if isinstance(asked, list):
+        return sorted(set(asked))
+    return {name: sorted(set(ids)) for name, ids in asked.items() if ids}
+
+
+def _check_whole_modules(model: PreTrainedModel, names: Sequence[str], targets: Sequence[str]) -> None:
+    modules = dict(model.named_modules())
+    for name in names:
+        found = {full: module for full, module in modules.items() if _ends_with_any(full, [name])}
+        what = fix = ""
+        if not found:
+            what, fix = f"{name} matches no module of the model", "correct it"
+        elif name.rsplit(".", 1)[-1] in EMBEDDINGS and model.config.tie_word_embeddings:
+            what = f"{name} is tied to the other end of the model; a copy of its own would break the tie"
+            fix = "train the tokens that matter with lora.trainable_token_indices"
+        elif any(
+            _ends_with_any(inner, targets) and inner.startswith(f"{full}.") for full in found for inner in modules
+        ):
+            what = f"{name} holds layers that get an adapter; they cannot be trained whole as well"
+            fix = "name a smaller module, or take these layers out of lora.target_modules"
+        elif not all(p.is_floating_point() for module in found.values() for p in module.parameters()):
+            what, fix = f"{name} is quantized, and quantized weights cannot be trained", "write quantization: none"
+        if what:
+            raise ModelError(Problem("lora.modules_to_save", what, fix))
+
+
+def _check_tokens(model: PreTrainedModel, tokens: Sequence[int] | Mapping[str, Sequence[int]]) -> None:
+    ids = [token for part in tokens.values() for token in part] if isinstance(tokens, Mapping) else list(tokens)
+    vocabulary = int(model.config.vocab_size)
+    if wrong := [token for token in ids if token >= vocabulary]:
+        what = f"{wrong[0]} is no token of this model; ids go from 0 to {vocabulary - 1}"
+        raise ModelError(Problem("lora.trainable_token_indices", what, "correct it"))
+    ends = EMBEDDINGS[:1] if model.config.tie_word_embeddings else EMBEDDINGS
+    if other := [name for name in tokens if name not in ends] if isinstance(tokens, Mapping) else []:
+        tied = " (its two ends are tied: one row a token)" if len(ends) == 1 else ""
+        what = f"{other[0]} has no token rows of its own; expected {' or '.join(ends)}{tied}"
+        raise ModelError(Problem("lora.trainable_token_indices", what, f"write {ends[0]}: [...]"))
+
+
+def _require_matches(key: str, patterns: Iterable[str], targets: Iterable[str]) -> None:
+    for pattern in patterns:
+        try:  # as PEFT looks them up: the end of a name, or a regular expression for it
+            matches = any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets)
+        except re.error as error:
+            raise ModelError(Problem(key, f"{pattern} is no regular expression ({error})", "correct it")) from None
+        if not matches:
+            what = f"{pattern} matches no layer that gets an adapter"
+            raise ModelError(Problem(key, what, "write the end of a module's name, such as layers.0.self_attn.q_proj"))
+
+
+def _is_meant(name: str, full: str) -> bool:
+    if not _ends_with_any(full, [name]):
+        return False
+    return ONLY_IF_NAMED.search(full) is None or ONLY_IF_NAMED.search(name) is not None
+
+
+def _ends_with_any(full: str, names: Iterable[str]) -> bool:
+    return any(full == name or full.endswith(f".{name}") for name in names)

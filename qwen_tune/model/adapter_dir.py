@@ -1,0 +1,148 @@
+"""An adapter as files, found with its base and put on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_tune.errors import MergeError, Problem, first_line
+from qwen_tune.model.base import BaseCheckpoint, read_json, resolve_base
+from qwen_tune.recipe.schema import ModelSpec
+from qwen_tune.runs.checkpoints import list_checkpoints
+from qwen_tune.runs.directory import RunDir
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+# Starts of an adapter that change the base: merged into the base as it was, such an adapter gives another model.
+CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "eva")
+
+
+def what_to_take_instead(run: Path) -> str:
+    """What a user can do who named a run that has no adapter: its last checkpoint is one."""
+    checkpoints = list_checkpoints(run / "checkpoints")
+    return f"take {checkpoints[-1]}, or finish the run" if checkpoints else "run `qwen-tune train` first"
+
+
+@dataclass(frozen=True)
+class AdapterDir:
+    """A PEFT adapter directory with the base that it names.
+
+    `quantization` is the configuration under which the adapter was trained, where its run recorded one; `dequantized`
+    says whether it is merged into the base as it was then, or into the base's own weights.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    base: BaseCheckpoint
+    quantization: Mapping[str, Any] | None = None
+    dequantized: bool = False
+
+    @classmethod
+    def open(cls, path: Path, base: str | None = None) -> AdapterDir:
+        """Reads an adapter's configuration and finds its base.
+
+        Args:
+            path: A run directory, a checkpoint or an adapter directory.
+            base: `dequantized` or `original` weights of the base that the adapter names, or another base. Default:
+                dequantized where the run trained on a quantized base.
+
+        Raises:
+            MergeError: There is no adapter, or one that no base can be merged with.
+            ModelError: The base is not to be had.
+        """
+        folder = path / "adapter" if (path / "adapter").is_dir() else path
+        config_file = folder / "adapter_config.json"
+        if not config_file.exists():
+            what = "there is no adapter here; expected a finished run, or a directory with adapter_config.json"
+            raise MergeError(Problem(str(path), what, what_to_take_instead(path)))
+        if not (folder / "adapter_model.safetensors").exists():
+            raise MergeError(Problem(str(folder), "there is no adapter_model.safetensors; pickles are not loaded"))
+        config = read_json(config_file)
+        quantization = recorded_facts(folder).get("quantization")
+        if base == "dequantized" and quantization is None:
+            what = "no run beside the adapter says that it was trained on a quantized base, nor how"
+            raise MergeError(Problem(str(path), what, "give the run's directory, or --base original"))
+        other = None if base in ("dequantized", "original") else base
+        named = other or config.get("base_model_name_or_path")
+        if not isinstance(named, str) or not named:
+            raise MergeError(Problem(str(config_file), "it names no base (base_model_name_or_path)", "give --base"))
+        revision = None if other or Path(named).is_dir() else config.get("revision")
+        found = resolve_base(ModelSpec(base=named, revision=revision))
+        return cls(folder, config, found, quantization, dequantized=quantization is not None and base != "original")
+
+    @property
+    def run(self) -> Path | None:
+        """The run directory that the adapter lies in, if it does."""
+        return self.path.parent if (self.path.parent / "run.json").exists() else None
+
+
+def recorded_facts(folder: Path) -> Mapping[str, Any]:
+    """What the run says that an adapter or a checkpoint belongs to; nothing where there is none."""
+    for run in (folder.parent, folder.parent.parent):
+        if (run / "run.json").exists():
+            return RunDir.open(run).facts
+    return {}
+
+
+def load_with_adapter(adapter: AdapterDir, dtype: Any, *, quantized: bool = False) -> PeftModel:
+    """Base and adapter in memory, as PEFT puts them together.
+
+    Args:
+        adapter: The adapter and its base.
+        dtype: The type of the base's weights; `auto` for that of the files.
+        quantized: Leave a base quantized that was so in training, rather than unpack it.
+
+    Raises:
+        MergeError: A file cannot be read, or the adapter has keys or shapes that this base does not.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    _check_start(adapter)
+    try:
+        model = _load_base(adapter, dtype, quantized=quantized)
+        return PeftModel.from_pretrained(model, adapter.path)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        what = f"the adapter does not fit the base {adapter.base.id} ({first_line(error)})"
+        raise MergeError(Problem(str(adapter.path), what, "give --base")) from error
+
+
+def _load_base(adapter: AdapterDir, dtype: Any, *, quantized: bool) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    if adapter.quantization is None or not (adapter.dequantized or quantized):
+        return AutoModelForCausalLM.from_pretrained(adapter.base.path, dtype=dtype, trust_remote_code=False)
+    from qwen_tune.model.loading import own_device
+    from qwen_tune.model.quantization import config_from_facts
+
+    model = AutoModelForCausalLM.from_pretrained(
+        adapter.base.path,
+        dtype=dtype,
+        trust_remote_code=False,
+        quantization_config=config_from_facts(adapter.quantization),
+        device_map={"": own_device() if quantized else "cpu"},
+    )
+    if quantized:
+        return model
+    # The weights that the adapter was trained on: what 4 or 8 bits left of the base, in the type of its files.
+    model = model.dequantize(dtype=model.dtype)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
+
+
+def _check_start(adapter: AdapterDir) -> None:
+    start = adapter.config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(CHANGED_BASES):
+        raise MergeError(
+            Problem(
+                str(adapter.path),
+                f"this adapter was started by {start}, which changes the base, and holds no conversion to plain LoRA",
+                "take the adapter of the finished run, which is converted",
+            )
+        )

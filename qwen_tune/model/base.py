@@ -1,0 +1,215 @@
+"""The base checkpoint as files: where it lies, which revision it is, and what identifies it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_tune.errors import ModelError, Problem, first_line
+
+if TYPE_CHECKING:
+    from qwen_tune.recipe.schema import ModelSpec
+
+# Dense text models whose packed batches were shown to train like single rows under eager and sdpa attention.
+SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3")
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt")
+WEIGHT_FILES = ("*.safetensors",)
+
+FINGERPRINT_BLOCKS = 64
+FINGERPRINT_BLOCK_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class BaseCheckpoint:
+    """A Transformers directory. `id` is the Hub id, or the path as the recipe has it; `revision` a commit hash."""
+
+    id: str
+    revision: str | None
+    path: Path
+    is_local: bool
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """config.json."""
+        return read_json(self.path / "config.json")
+
+    @property
+    def model_type(self) -> str:
+        """The architecture's name in config.json: qwen2, qwen3, …"""
+        return str(self.config.get("model_type"))
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """The context length that the checkpoint was made for, in tokens."""
+        return int(self.config.get("max_position_embeddings", 1 << 30))
+
+    def weight_files(self) -> list[Path]:
+        """The safetensors files that hold the weights, in the order of their names.
+
+        Raises:
+            ModelError: There are none, the index names a file that is not there, or one outside the directory.
+        """
+        index = self.path / "model.safetensors.index.json"
+        if not index.exists():
+            single = self.path / "model.safetensors"
+            if single.exists():
+                return [single]
+            raise ModelError(
+                Problem(str(self.path), "no model.safetensors there; expected weights in safetensors files")
+            )
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        for name in names:
+            if Path(name).name != name:
+                raise ModelError(Problem(str(index), f"it names {name!r}, which is not a file beside it"))
+            if not (self.path / name).exists():
+                raise ModelError(Problem(str(index), f"it names {name}, which is not there", "download it again"))
+        return [self.path / name for name in names]
+
+    def tensors(self) -> dict[str, TensorSpan]:
+        """Every tensor's place, from the files' headers alone."""
+        return {name: span for file in self.weight_files() for name, span in _read_header(file).items()}
+
+    def config_sha256(self) -> str:
+        """sha256 of config.json as it lies there."""
+        return hashlib.sha256((self.path / "config.json").read_bytes()).hexdigest()
+
+    def weights_fingerprint(self) -> str:
+        """sha256 over names, dtypes, shapes and 64 blocks of 4 KiB spread over each tensor.
+
+        Reading all of a 145 GB checkpoint at every start is not affordable; a re-trained or re-quantized checkpoint
+        differs in nearly every block.
+        """
+        digest = hashlib.sha256()
+        for name, span in sorted(self.tensors().items()):
+            digest.update(f"{name} {span.dtype} {span.shape}\n".encode())
+            with span.file.open("rb") as file:
+                blocks = min(FINGERPRINT_BLOCKS, -(-span.length // FINGERPRINT_BLOCK_BYTES))
+                for block in range(blocks):
+                    file.seek(span.start + block * span.length // blocks)
+                    digest.update(file.read(min(FINGERPRINT_BLOCK_BYTES, span.length)))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TensorSpan:
+    """Where a tensor's bytes lie: `length` bytes from `start` of `file`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+
+
+def resolve_base(model: ModelSpec, *, weights: bool = True, max_length_tokens: int | None = None) -> BaseCheckpoint:
+    """Finds the base checkpoint, downloading it from the Hub when it is not local.
+
+    Args:
+        model: The recipe's model section. The base is local if it starts with . / ~ or the directory exists.
+        weights: False to do without the weights (a preview needs the tokenizer alone).
+        max_length_tokens: The longest sample, which must fit into the checkpoint's context.
+
+    Raises:
+        ModelError: It is not there, not complete, or of a kind that is not trained yet.
+    """
+    base = _local_base(model) or _hub_base(model, weights=weights)
+    if base.model_type not in SUPPORTED_MODEL_TYPES:
+        raise ModelError(
+            Problem(
+                f"{base.id}/config.json",
+                f'not yet: the model type is "{base.model_type}"; trained so far are '
+                f"{', '.join(SUPPORTED_MODEL_TYPES)} (dense text models of Qwen2.5 and Qwen3)",
+                "choose such a base",
+            )
+        )
+    if max_length_tokens is not None and max_length_tokens > base.max_position_embeddings:
+        raise ModelError(
+            Problem(
+                "data.max_length_tokens",
+                f"{max_length_tokens} is more than the {base.max_position_embeddings} tokens of context of {base.id}",
+                f"set it to {base.max_position_embeddings} or less",
+            )
+        )
+    if weights:
+        base.weight_files()
+    return base
+
+
+def _local_base(model: ModelSpec) -> BaseCheckpoint | None:
+    path = Path(model.base).expanduser()
+    if not model.base.startswith((".", "/", "~")) and not path.is_dir():
+        return None
+    if not path.is_dir():
+        raise ModelError(
+            Problem(model.base, "the base checkpoint is not there; expected a directory", "check model.base")
+        )
+    if not (path / "config.json").exists():
+        raise ModelError(Problem(model.base, "the directory holds no config.json; expected a Transformers checkpoint"))
+    if model.revision is not None:
+        raise ModelError(Problem(model.base, "model.revision is for Hub ids; this is a directory", "remove revision"))
+    return BaseCheckpoint(id=model.base, revision=None, path=path.resolve(), is_local=True)
+
+
+def _hub_base(model: ModelSpec, *, weights: bool) -> BaseCheckpoint:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [*TOKENIZER_FILES, *(WEIGHT_FILES if weights else ())]
+    try:
+        path = Path(snapshot_download(model.base, revision=model.revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            Problem(
+                model.base,
+                f"neither a directory nor a model that the Hub gives us ({first_line(error)})",
+                "check model.base; for a gated model accept its terms and run `hf auth login`; without a network give "
+                "a directory",
+            )
+        ) from error
+    if not (path / "config.json").exists():
+        raise ModelError(Problem(model.base, "the repository holds no config.json; expected a Transformers checkpoint"))
+    return BaseCheckpoint(id=model.base, revision=path.name, path=path, is_local=False)
+
+
+def _read_header(file: Path) -> dict[str, TensorSpan]:
+    """The safetensors header: 8 bytes of length, then JSON with dtype, shape and offsets behind the header."""
+    with file.open("rb") as stream:
+        try:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > 100_000_000:
+                raise ValueError("the header is too long")
+            header = json.loads(stream.read(length))
+            return {
+                name: TensorSpan(
+                    file,
+                    entry["dtype"],
+                    tuple(entry["shape"]),
+                    8 + length + entry["data_offsets"][0],
+                    entry["data_offsets"][1] - entry["data_offsets"][0],
+                )
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+        except (struct.error, ValueError, KeyError, TypeError) as error:
+            raise ModelError(Problem(str(file), f"not a safetensors file ({error})", "download it again")) from None
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """The JSON object of a file.
+
+    Raises:
+        ModelError: It cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(Problem(str(path), f"cannot be read as JSON ({first_line(error)})")) from None
+    if not isinstance(value, dict):
+        raise ModelError(Problem(str(path), "expected a JSON object"))
+    return value

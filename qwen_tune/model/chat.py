@@ -1,0 +1,104 @@
+"""Asking a model: base, adapter or merged, with the same prompt that it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_tune.errors import Problem, RunError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class ChatModel:
+    """A loaded model and the tokenizer whose template it is asked with."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    has_adapter: bool
+
+    @classmethod
+    def load(cls, path: Path) -> ChatModel:
+        """Loads a run's adapter on its base, an adapter directory, or a model directory.
+
+        Raises:
+            RunError: The directory is none of these.
+            MergeError: The adapter does not fit its base.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+        from qwen_tune.model.adapter_dir import AdapterDir, load_with_adapter, what_to_take_instead
+        from qwen_tune.model.loading import automatic_dtype, own_device
+
+        dtype = automatic_dtype()
+        is_adapter = (path / "adapter").is_dir() or (path / "adapter_config.json").exists()
+        if is_adapter:
+            adapter = AdapterDir.open(path)
+            folder, model = adapter.path, load_with_adapter(adapter, dtype, quantized=True)
+            if not (folder / "tokenizer_config.json").exists():
+                folder = adapter.base.path
+        elif (path / "config.json").exists():
+            folder = path
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+        else:
+            what = "the run has no adapter yet" if (path / "run.json").exists() else "there is no model here"
+            expected = "expected a finished run, a checkpoint, an adapter or a model directory"
+            raise RunError(Problem(str(path), f"{what}; {expected}", what_to_take_instead(path)))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if (folder / "generation_config.json").exists():
+            # The base's own file may not know the end of a turn; the one beside the adapter does.
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        if model.device.type == "cpu":
+            model = model.to(own_device())
+        return cls(model.eval(), tokenizer, has_adapter=is_adapter)
+
+    def answer(self, messages: Sequence[dict[str, str]], *, max_new_tokens: int, stream: bool = False) -> str:
+        """The model's greedy answer; see `greedy_answer`."""
+        from qwen_tune.model.answers import greedy_answer
+
+        return greedy_answer(self.model, self.tokenizer, messages, max_new_tokens=max_new_tokens, stream=stream)
+
+    def base_answer(self, messages: Sequence[dict[str, str]], *, max_new_tokens: int) -> str:
+        """The answer without the adapter."""
+        with self.model.disable_adapter():
+            return self.answer(messages, max_new_tokens=max_new_tokens)
+
+
+def chat(path: Path, prompt: str | None, *, system: str | None, compare: bool, max_new_tokens: int) -> None:
+    """Answers one prompt, or holds a conversation until an empty line or the end of input.
+
+    Raises:
+        RunError: `compare` without an adapter, or no model.
+    """
+    model = ChatModel.load(path)
+    if compare and not model.has_adapter:
+        raise RunError(Problem(str(path), "--compare needs a run or an adapter; this is a full model"))
+    start = [{"role": "system", "content": system}] if system else []
+    if prompt is not None:
+        _say(model, [*start, {"role": "user", "content": prompt}], compare, max_new_tokens)
+        return
+    messages = list(start)
+    print("An empty line ends the conversation.")
+    while question := _ask():
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": _say(model, messages, compare, max_new_tokens)})
+
+
+def _say(model: ChatModel, messages: Sequence[dict[str, str]], compare: bool, max_new_tokens: int) -> str:
+    if not compare:
+        return model.answer(messages, max_new_tokens=max_new_tokens, stream=True)
+    print(f"base:  {model.base_answer(messages, max_new_tokens=max_new_tokens)}")
+    answer = model.answer(messages, max_new_tokens=max_new_tokens)
+    print(f"tuned: {answer}")
+    return answer
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""

@@ -1,0 +1,119 @@
+"""The base model in memory: in which type, how quantized, and on which device."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from qwen_tune.errors import ModelError, Problem, first_line
+from qwen_tune.machine import local_rank, uses_gpu
+from qwen_tune.model.base import BaseCheckpoint
+from qwen_tune.recipe.schema import ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+
+def training_dtype(model: ModelSpec) -> torch.dtype:
+    """The type that the frozen base is held and multiplied in.
+
+    `auto` is bfloat16 on a GPU that has it, else float32; on a CPU always float32, where bfloat16 is emulated slowly.
+
+    Raises:
+        ModelError: The recipe asks for a type that this machine lacks.
+    """
+    cuda = uses_gpu()
+    if model.dtype == "auto":
+        return automatic_dtype()
+    has_bfloat16 = gpu_has_bfloat16() if cuda else cpu_has_bfloat16()
+    if model.dtype == "bfloat16" and not has_bfloat16:
+        raise ModelError(
+            Problem(
+                "model.dtype",
+                f"bfloat16 is asked for, and this machine's {'GPU' if cuda else 'CPU'} has none",
+                "write dtype: auto",
+            )
+        )
+    if model.dtype == "float16" and not cuda:
+        raise ModelError(
+            Problem("model.dtype", "float16 is asked for, and there is no GPU to train it on", "write dtype: auto")
+        )
+    dtype = getattr(torch, model.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def automatic_dtype() -> torch.dtype:
+    """bfloat16 on a GPU that has it, else float32."""
+    return torch.bfloat16 if uses_gpu() and gpu_has_bfloat16() else torch.float32
+
+
+def gpu_has_bfloat16() -> bool:
+    """Whether the GPU multiplies bfloat16 in hardware."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def own_device() -> str:
+    """Where this process keeps its model: its own GPU, or the CPU."""
+    return f"cuda:{local_rank()}" if uses_gpu() else "cpu"
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    flags = Path("/proc/cpuinfo")
+    if not flags.exists():
+        return False
+    return re.search(r"\b(avx512_bf16|amx_bf16)\b", flags.read_text(encoding="utf-8")) is not None
+
+
+def load_base_model(
+    model: ModelSpec,
+    base: BaseCheckpoint,
+    *,
+    dtype: torch.dtype | str,
+    device: str | None = None,
+    quantization: BitsAndBytesConfig | None = None,
+) -> PreTrainedModel:
+    """Loads the base's weights.
+
+    Args:
+        model: The recipe's model section.
+        base: Where the checkpoint lies.
+        dtype: See `training_dtype`; `auto` for that of the files.
+        device: Where to, for example `cuda:0`; the CPU when None.
+        quantization: How to quantize linear layers while they are loaded; see `quantization`.
+
+    Raises:
+        ModelError: The files do not make the model that config.json describes.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            base.path,
+            dtype=dtype,
+            attn_implementation="sdpa" if model.attention == "auto" else model.attention,
+            # One whole model a process: `auto` would spread a quantized one over all GPUs.
+            device_map={"": device} if device else None,
+            quantization_config=quantization,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            what = "there is not enough memory for its weights"
+            raise ModelError(Problem(base.id, what, "write quantization: nf4, or choose a smaller base")) from error
+        what = f"the weights cannot be loaded: {first_line(error)}"
+        raise ModelError(Problem(base.id, what, "download it again")) from error
+    wrong = {kind: sorted(names)[:3] for kind, names in info.items() if names and kind != "unexpected_keys"}
+    if wrong:
+        raise ModelError(
+            Problem(base.id, f"the weights do not make the model of its config.json ({wrong})", "download it again")
+        )
+    assert isinstance(loaded, nn.Module)
+    return loaded

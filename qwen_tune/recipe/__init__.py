@@ -1,0 +1,1 @@
+"""Recipes: one file that says everything, read strictly."""

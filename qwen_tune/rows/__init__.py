@@ -1,0 +1,1 @@
+"""From files to rows that can be trained on. Nothing here knows a model."""

@@ -1,0 +1,1 @@
+"""Trackers beside metrics.jsonl: W&B, TensorBoard, trackio and MLflow."""

@@ -1,0 +1,1 @@
+"""A run: its schedule, its trainer, its checkpoints, and what it says and keeps."""

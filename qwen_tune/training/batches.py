@@ -1,0 +1,114 @@
+"""From packs to the batches that a model gets: the rows of the data set, their order, and the tensors of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+
+from qwen_tune.chatml.template import IGNORED
+from qwen_tune.prepared.packing import Packs
+
+FILLER = -1
+
+
+def pack_dataset(packs: Packs, *, multiple: int, pad_id: int) -> Dataset:
+    """Rows for the trainer, read from disk when they are asked for.
+
+    Args:
+        packs: The samples of each row.
+        multiple: The rows are filled up to a multiple of this with one token without loss, so that every process gets
+            equally many and none is trained twice: processes times rows of each, or 1 for one process.
+        pad_id: That token.
+
+    Returns:
+        Rows with `input_ids`, `labels` and `lengths` (tokens of each sample in the row). Fillers come last.
+    """
+    numbers = [*range(len(packs)), *[FILLER] * count_fillers(len(packs), multiple)]
+    return Dataset.from_dict({"pack": numbers}).with_transform(PackReader(packs, pad_id))
+
+
+@dataclass(frozen=True)
+class PackReader:
+    """What a data set of pack numbers gives in their place."""
+
+    packs: Packs
+    pad_id: int
+
+    def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
+        """The rows of some packs, column by column."""
+        rows = [self._filler() if number == FILLER else self.packs.row(number) for number in batch["pack"]]
+        return {name: [row[name] for row in rows] for name in ("input_ids", "labels", "lengths")}
+
+    def _filler(self) -> dict[str, Any]:
+        return {"input_ids": np.array([self.pad_id]), "labels": np.array([IGNORED]), "lengths": np.array([1])}
+
+
+def count_fillers(rows: int, multiple: int) -> int:
+    """How many rows without loss bring a number of rows up to a multiple."""
+    return -rows % multiple
+
+
+class SeededOrder(Sampler[int]):
+    """A new order of the rows every epoch, from the seed and the epoch alone; fillers stay at the end."""
+
+    def __init__(self, rows: int, fillers: int, seed: int) -> None:
+        self.rows = rows
+        self.fillers = fillers
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows + self.fillers
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+        yield from torch.randperm(self.rows, generator=generator).tolist()
+        yield from range(self.rows, self.rows + self.fillers)
+
+
+class PackCollator:
+    """Joins packs into one row of tokens.
+
+    Position ids start at 0 with every sample; that (with no attention mask and no cache) is what makes Transformers
+    build a mask in which no sample sees another.
+    """
+
+    def __call__(self, packs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Makes a batch.
+
+        Args:
+            packs: Rows with `input_ids`, `labels` (the token's own id, -100 without loss; -100 at every sample's first
+                token) and `lengths` (tokens of each sample in the pack).
+
+        Returns:
+            `input_ids` and `position_ids` of shape (1, tokens); `labelled`, the positions whose next token carries
+            loss, and `targets`, those next tokens, both of shape (labels,); `cu_seq_lens_q/k` of shape (samples + 1,)
+            and `max_length_q/k` for attention kernels that take them.
+        """
+        lengths = [int(length) for pack in packs for length in pack["lengths"]]
+        input_ids, labels = (
+            torch.from_numpy(np.concatenate([np.asarray(pack[name], np.int64) for pack in packs]))
+            for name in ("input_ids", "labels")
+        )
+        learned = (labels != IGNORED).nonzero().squeeze(1)
+        boundaries = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return {
+            "input_ids": input_ids[None],
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "labelled": learned - 1,
+            "targets": labels[learned],
+            "cu_seq_lens_q": boundaries,
+            "cu_seq_lens_k": boundaries,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
+        }

@@ -1,0 +1,92 @@
+"""What the processes of one run do together: one writes and prints, the others keep a log each."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from qwen_tune.errors import Problem, QwenTuneError, RunError
+from qwen_tune.machine import is_main_process, rank
+from qwen_tune.runs.directory import RunDir
+from qwen_tune.runs.resume import Plan
+
+
+@contextmanager
+def recording(
+    run: RunDir,
+    recipe_yaml: str,
+    plan: Plan,
+    facts: Mapping[str, Any],
+    accelerator: Accelerator,
+    *,
+    overwrite: bool,
+    resume: str,
+) -> Iterator[None]:
+    """Holds the run directory for the length of a run; see `RunDir.recording`.
+
+    The first process takes the directory and records the facts, then all go on. What the others say goes to
+    `logs/rank-N.log`.
+
+    Raises:
+        RunError: Another run took the directory in the meantime.
+    """
+    _require_one_plan(plan)
+    if is_main_process():
+        with run.recording(recipe_yaml, plan, overwrite=overwrite, resume=resume):
+            run.record(facts)
+            accelerator.wait_for_everyone()
+            yield
+    else:
+        accelerator.wait_for_everyone()
+        try:
+            with _output_to(run.logs / f"rank-{rank()}.log"):
+                try:
+                    yield
+                except BaseException:
+                    traceback.print_exc()
+                    raise
+        except QwenTuneError as error:
+            print(f"process {rank()}: {error}", file=sys.stderr, flush=True)  # the others may not have met it
+            raise
+
+
+def _require_one_plan(plan: Plan) -> None:
+    """Makes sure that all processes go on from the same checkpoint.
+
+    Raises:
+        RunError: They see different run directories.
+    """
+    plans = gather_object([str(plan.checkpoint)])
+    if len(set(plans)) > 1:
+        what = "the processes see different checkpoints there; expected one disk that all machines share"
+        raise RunError(Problem("run.dir", what, "put the run directory on such a disk"))
+
+
+@contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Sends standard output and standard error to a file, those of native libraries too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = [os.dup(1), os.dup(2)]
+    with path.open("ab") as file:
+        try:
+            _point_at(file.fileno(), file.fileno())
+            yield
+        finally:
+            _point_at(*before)
+            for descriptor in before:
+                os.close(descriptor)
+
+
+def _point_at(output: int, errors: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(output, 1)
+    os.dup2(errors, 2)

@@ -1,0 +1,117 @@
+"""The facts of a run, as run.json keeps them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qwen_tune.machine import device_name, library_versions, peak_memory_bytes, world_size
+from qwen_tune.model.adapter_config import trained_modules
+from qwen_tune.model.base import BaseCheckpoint
+from qwen_tune.model.quantization import quantization_facts
+from qwen_tune.prepared.preparation import PreparedData
+from qwen_tune.recipe.files import to_yaml
+from qwen_tune.recipe.schema import Recipe
+from qwen_tune.runs.directory import RunDir
+from qwen_tune.runs.resume import run_fingerprint
+from qwen_tune.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qwen_tune.training.trainer import LoraTrainer
+
+
+def start_facts(
+    recipe: Recipe,
+    overrides: Sequence[str],
+    base: BaseCheckpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    schedule: Schedule,
+    *,
+    untuned: bool,
+) -> dict[str, Any]:
+    """What is known before the weights are loaded, with the `fingerprint` of all that decides the result."""
+    template = tokenizer.chat_template
+    assert isinstance(template, str)
+    facts = {
+        "overrides": list(overrides),
+        "engine": "single" if world_size() == 1 else "ddp",
+        "world_size": world_size(),
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "versions": library_versions(),
+        "base": {
+            "id": base.id,
+            "revision": base.revision,
+            "local_path": str(base.path),
+            "config_sha256": base.config_sha256(),
+            "weights_fingerprint": base.weights_fingerprint(),
+            "untuned": untuned,
+        },
+        "tokenizer_sha256": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+        "data_fingerprint": data.fingerprint(),
+        **data.facts,
+        "schedule": schedule.facts(),
+        "masking": {"loss_on": recipe.data.loss_on, "thinking": recipe.data.thinking},
+    }
+    return {**facts, "fingerprint": run_fingerprint(to_yaml(recipe), facts)}
+
+
+def model_facts(trainer: LoraTrainer) -> dict[str, Any]:
+    """What is known once model and adapter are in memory."""
+    model = trainer.model
+    config = model.peft_config["default"]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    modules = trained_modules(model)
+    return {
+        "dtype": str(model.get_base_model().dtype).removeprefix("torch."),
+        "quantization": quantization_facts(model.get_base_model()),
+        "adapter": {
+            "dtype": str(trained[0].dtype).removeprefix("torch."),
+            "init": trainer.recipe.lora.init_lora_weights,
+            "r": config.r,
+            "lora_alpha": config.lora_alpha,
+            "use_rslora": config.use_rslora,
+            "use_dora": config.use_dora,
+            "targets": sorted(config.target_modules),
+            "trained_tokens": config.trainable_token_indices,
+            "modules": {name: asdict(counts) for name, counts in modules.items()},
+            "trainable_parameters": sum(parameter.numel() for parameter in trained),
+        },
+        "attention": model.config._attn_implementation,
+        "gradient_checkpointing": bool(trainer.args.gradient_checkpointing),
+    }
+
+
+def end_facts(run: RunDir, trainer: LoraTrainer, before: float | None, after: float | None) -> dict[str, Any]:
+    """What is known after the last step.
+
+    Args:
+        run: The run, with its metrics.
+        trainer: The trainer that has trained.
+        before: Evaluation loss before the first step, nats a token.
+        after: The same after the last.
+    """
+    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    return {
+        "steps": trainer.state.global_step,
+        "losses": {
+            "train_first": losses[0] if losses else None,
+            "train_last": losses[-1] if losses else None,
+            "eval_before": before,
+            "eval_after": after,
+        },
+        "best": vars(trainer.best) if trainer.best else None,
+        "tokens": {**run.facts["tokens"], **vars(trainer.counts)},
+        "tokens_per_second": trainer.metrics.tokens_per_second,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }

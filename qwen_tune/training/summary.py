@@ -1,0 +1,165 @@
+"""What a run says before its first step and after its last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from qwen_tune.machine import device_name, is_main_process, world_size
+from qwen_tune.model.base import BaseCheckpoint
+from qwen_tune.prepared.audit import Audit, audit
+from qwen_tune.prepared.preparation import PreparedData
+from qwen_tune.prepared.preview import Spelling, coloured, findings
+from qwen_tune.recipe.schema import Recipe
+from qwen_tune.runs.directory import RunDir
+from qwen_tune.runs.resume import Plan
+from qwen_tune.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+GIB = 1 << 30
+SOURCES_SHOWN = 8
+LONGEST_RUN = 160  # characters of a sample between two control tokens
+
+
+def show_start(
+    recipe: Recipe,
+    run: RunDir,
+    plan: Plan,
+    base: BaseCheckpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    schedule: Schedule,
+    dtype: torch.dtype,
+    *,
+    untuned: bool,
+) -> None:
+    """Base, data, batch and machine, each on a line; then what was dropped, what looks odd, and one sample."""
+    if not is_main_process():
+        return
+    found = audit(data, recipe.data)
+    facts = found.facts
+    rows, samples, tokens = facts["rows"], facts["samples"], facts["tokens"]
+    unit, one = ("packs", "pack") if recipe.data.packing else ("samples", "sample")
+    tokens_per_step = data.train.tokens * min(recipe.train.global_batch_size, schedule.rows) // schedule.rows
+    lines = {
+        "base": f"{base.id}  ({base.model_type}, {_precision(recipe, dtype)})",
+        "data": f"{rows['read']:,} rows: {rows['trained']:,} train, {rows['evaluation']:,} evaluate"
+        + (f", {rows['not_sampled']:,} not drawn" if rows["not_sampled"] else "")
+        + (f", {sum(rows['dropped'].values()):,} dropped" if rows["dropped"] else ""),
+        "tokens": f"{tokens['prepared']:,} in {samples['train'] + samples['evaluation']:,} samples, "
+        f"{tokens['supervised'] / tokens['prepared']:.0%} carry loss",
+        "sources": _in_sources(found),
+        "adapter": f"{_kind(recipe)} r={recipe.lora.r}, alpha={recipe.lora.lora_alpha} on {_targets(recipe)}",
+        "batch": f"{recipe.train.global_batch_size} {unit if recipe.train.global_batch_size > 1 else one} a step"
+        f" = {world_size()} {'processes' if world_size() > 1 else 'process'} x "
+        f"{schedule.per_device_train_batch_size} x {schedule.gradient_accumulation_steps} accumulated, "
+        f"about {tokens_per_step:,} tokens",
+        "steps": f"{schedule.max_steps:,} ({schedule.steps_per_epoch:,} an epoch of {schedule.rows:,} {unit})",
+        "machine": device_name() + (f", DDP over {world_size()} processes" if world_size() > 1 else ", one process"),
+        "run": str(run.path) + (f", going on from {plan.checkpoint.name}" if plan.checkpoint else ""),
+    }
+    console = _console()
+    console.print(recipe.name, style="bold", markup=False, highlight=False)
+    if untuned:
+        lines["base"] += ", a base checkpoint: its ChatML tokens are trained as well"
+    _print_table(console, lines.items())
+    _print_table(console, findings(found), style="yellow")
+    for note in plan.notes:
+        console.print(f"  [yellow]warning[/] passed over checkpoint {escape(note)}", highlight=False)
+    _show_sample(console, tokenizer, data)
+
+
+def show_adapter(model: PeftModel) -> None:
+    """What is trained, module by module, and where such an adapter cannot be served."""
+    from qwen_tune.model.adapter_config import serving_notes, trained_modules
+
+    console = _console()
+    modules = trained_modules(model)
+    parts = ", ".join(
+        f"{name} {counts.modules} x {counts.parameters // counts.modules:,}" for name, counts in modules.items()
+    )
+    total = sum(counts.parameters for counts in modules.values())
+    _print_table(console, [("trained", f"{total:,} parameters: {parts}")])
+    for note in serving_notes(model.peft_config["default"], modules):
+        console.print(f"  [yellow]warning[/] {escape(note)}", highlight=False)
+
+
+def show_end(run: RunDir) -> None:
+    """Losses, speed, memory, and the commands that come next."""
+    console = _console()
+    losses = run.facts["losses"]
+    lines = {}
+    if losses["train_first"] is not None:
+        lines["loss"] = f"{losses['train_first']:.3f} -> {losses['train_last']:.3f} (training)"
+    if losses["eval_before"] is not None:
+        lines["held out"] = f"{losses['eval_before']:.3f} -> {losses['eval_after']:.3f}"
+    lines["speed"] = f"{run.facts['tokens_per_second']:,.0f} tokens/s"
+    lines["memory"] = f"{run.facts['peak_memory_bytes'] / GIB:.1f} GiB at most"
+    lines["adapter"] = str(run.adapter)
+    if run.merged.exists():
+        lines["merged"] = str(run.merged)
+    _print_table(console, lines.items())
+    console.print(f'  next: qwen-tune chat {run.path} "Hello"', highlight=False, markup=False)
+    if not run.merged.exists():
+        console.print(f"        qwen-tune merge {run.path}", highlight=False, markup=False)
+
+
+def _console() -> Console:
+    """The terminal, for the process that speaks for all."""
+    return Console(quiet=not is_main_process())
+
+
+def _precision(recipe: Recipe, dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return name if recipe.model.quantization == "none" else f"{recipe.model.quantization}, computed in {name}"
+
+
+def _print_table(console: Console, lines: Iterable[tuple[str, str]], *, style: str = "dim") -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style=style, min_width=7)
+    for name, text in lines:
+        table.add_row(name, escape(text))
+    console.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _in_sources(found: Audit) -> str:
+    """What each source was taken for, and how much of it is learned."""
+    lines = [
+        f"{source.name}: {source.rows:,} x {source.format}, {source.supervised / max(source.tokens, 1):.0%} of "
+        f"{source.tokens:,} tokens carry loss"
+        for source in found.sources[:SOURCES_SHOWN]
+    ]
+    more = len(found.sources) - SOURCES_SHOWN
+    return "\n".join([*lines, *([f"and {more} more"] if more > 0 else ())])
+
+
+def _show_sample(console: Console, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> None:
+    """The first sample as it will train, shortened."""
+    example = data.train.examples[0]
+    pieces = Spelling(tokenizer).pieces(example.input_ids, example.labels)
+    _print_table(console, [("sample", f"{example.source}, {len(example.input_ids):,} tokens")])
+    console.print(Padding(coloured(pieces, console, longest_run=LONGEST_RUN), (0, 0, 0, 4)))
+
+
+def _targets(recipe: Recipe) -> str:
+    targets = recipe.lora.target_modules
+    return targets if isinstance(targets, str) else ", ".join(targets)
+
+
+def _kind(recipe: Recipe) -> str:
+    """The adapter's method in words."""
+    lora = recipe.lora
+    name = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+    if lora.use_dora and lora.use_rslora:
+        name = "DoRA (scaled as rsLoRA)"
+    start = "" if lora.init_lora_weights is True else f", started by {lora.init_lora_weights}"
+    return ("Q" if recipe.model.quantization != "none" else "") + name + start

@@ -1,0 +1,382 @@
+"""TRL's SFTTrainer with our loss, our order of samples, our evaluation and our checkpoints.
+
+TRL keeps the loop, the optimizer, the scheduler, accumulation and processes. Each method below replaces a stock one in
+one respect, named in its docstring.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, TrainerControl, TrainerState
+from trl import SFTTrainer
+
+from qwen_tune.errors import Interrupted, Problem, RunError
+from qwen_tune.machine import is_main_process
+from qwen_tune.model.adapter_writer import AdapterWriter
+from qwen_tune.model.answers import greedy_answer
+from qwen_tune.prepared.packing import Packs
+from qwen_tune.recipe.schema import Recipe
+from qwen_tune.runs.checkpoints import list_checkpoints, rotate, save_checkpoint, step_of
+from qwen_tune.runs.directory import RunDir
+from qwen_tune.runs.resume import Plan
+from qwen_tune.training.batches import PackCollator, SeededOrder, count_fillers, pack_dataset
+from qwen_tune.training.evaluation import Evaluation, evaluations_without_gain
+from qwen_tune.training.loss import add_labelled_loss
+from qwen_tune.training.progress import Display, MetricsLog
+from qwen_tune.training.schedule import Schedule
+from qwen_tune.training.state import load_optimizer, random_state, save_optimizer, set_random_state
+from qwen_tune.training.stopping import StopRequest
+from qwen_tune.training.trainer_config import sft_config, try_trainer_args
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROMPT_ANSWER_TOKENS = 128
+PROGRESS = "progress.json"
+TRAINER_STATE = "trainer_state.json"  # Transformers looks for it under this name
+
+
+@dataclass
+class TokenCounts:
+    """Tokens that went through the model, over all processes; `padding` are those of rows without any loss."""
+
+    processed: int = 0
+    padding: int = 0
+
+
+class LoraTrainer(SFTTrainer):
+    """Trains an adapter on rows of `pack_dataset`."""
+
+    loss_is_scaled_for_ga = True
+
+    metrics: MetricsLog
+    optimizer: Any
+    control: TrainerControl
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        recipe: Recipe,
+        run: RunDir,
+        schedule: Schedule,
+        writer: AdapterWriter,
+        fillers: int,
+        **kwargs: Any,
+    ) -> None:
+        self.recipe = recipe
+        self.run = run
+        self.schedule = schedule
+        self.writer = writer
+        self.fillers = fillers
+        self.counts = TokenCounts()
+        self.stop = StopRequest()
+        self.stop_agreed = False
+        self.evaluations: list[Evaluation] = []
+        self.best: Evaluation | None = None  # of those that have a checkpoint
+        add_labelled_loss(model)
+        super().__init__(model=model, **kwargs)
+        # TRL casts the trained tensors of a quantized model to bfloat16, in which small updates are lost.
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+        writer.remember_start(self.model)
+
+    def train(self, checkpoint: Path | None = None) -> None:
+        """Trains, from a checkpoint on where one is given; a signal ends it behind a step and a checkpoint.
+
+        Raises:
+            Interrupted: It was asked to stop.
+            TrainingError: The loss is no number any more.
+        """
+        if checkpoint is not None:
+            self._load_from_checkpoint(str(checkpoint))
+            if step_of(checkpoint) >= self.schedule.max_steps or self._patience_is_over():
+                self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+                return
+        try:
+            with self.stop.listening(quiet=not is_main_process()):
+                super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            self.metrics.display.stop()
+        if self.stop_agreed and self.state.global_step < self.schedule.max_steps:
+            raise Interrupted(self.state.global_step)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The summed loss over the step's labelled tokens, of all processes and micro-batches.
+
+        The stock method waits for the GPU three times a micro-batch to keep entropy and accuracy; here nothing waits.
+        Without `num_items_in_batch` (evaluation) the plain sum is returned.
+        """
+        nll: Tensor = model(**inputs)
+        if num_items_in_batch is None:
+            return nll
+        # DDP averages gradients over processes, and the count is over all of them.
+        scale: float = self.accelerator.num_processes / max(int(num_items_in_batch), 1)
+        return nll * scale
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> int:
+        """The labelled tokens of a step; the stock method counts labels that our batches do not carry.
+
+        Tokens are counted here as well, and processes agree here on whether to stop behind this step.
+        """
+        lengths = [(batch["input_ids"].shape[1], batch["targets"].shape[0]) for batch in batch_samples]
+        padding = sum(tokens for tokens, labels in lengths if not labels)
+        sums = [sum(labels for _, labels in lengths), sum(tokens for tokens, _ in lengths), padding]
+        if self.accelerator.num_processes > 1:
+            mine = torch.tensor([*sums, int(self.stop.requested)], device=device)
+            *sums, stops = self.accelerator.reduce(mine, reduction="sum").tolist()
+            self.stop_agreed = stops > 0
+        labels, tokens, padding = sums
+        self.counts.processed += tokens
+        self.counts.padding += padding
+        return int(labels)
+
+    def must_stop(self) -> bool:
+        """Whether this step is the last because someone asked for it; the same in all processes."""
+        if self.accelerator.num_processes == 1:
+            self.stop_agreed = self.stop.requested
+        return self.stop_agreed
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
+        """An order that depends on seed and epoch alone; the stock one depends on the generator's history."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return SeededOrder(len(dataset) - self.fillers, self.fillers, self.args.seed)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Nothing: the stock estimate walks over all parameters for every micro-batch."""
+        return 0
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """LoRA+ gives the `B` matrices a learning rate of their own."""
+        ratio = self.recipe.train.loraplus_lr_ratio
+        if ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        from peft.optimizers import create_loraplus_optimizer
+
+        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = create_loraplus_optimizer(
+            self.model,
+            optimizer_class,
+            loraplus_lr_ratio=ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            loraplus_lr_embedding=self.args.learning_rate,
+            **settings,
+        )
+        return self.optimizer
+
+    def loss_before(self, plan: Plan) -> float | None:
+        """The evaluation loss before the first step, which a run that goes on has recorded."""
+        if plan.checkpoint is not None:
+            recorded: float | None = self.run.facts.get("losses", {}).get("eval_before")
+            return recorded
+        before = self.evaluation_loss()
+        if is_main_process():
+            self.run.record({"losses": {"eval_before": before}})
+        return before
+
+    def evaluation_loss(self) -> float | None:
+        """The loss on the held-out rows in nats a token; None without such rows."""
+        if not self.eval_dataset:
+            return None
+        if not self.evaluations or self.evaluations[-1].step != self.state.global_step:
+            self.evaluate()
+        return self.evaluations[-1].loss
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluation loss as the sum over all labelled tokens divided by their number, in all and for each source.
+
+        The stock loss averages the means of batches, so that a batch of few tokens counts like one of many. Logits are
+        never gathered.
+        """
+        with self.metrics.paused():
+            self.model.eval()
+            # a row a source: summed loss, labelled tokens
+            sums = torch.zeros((len(self.eval_dataset), 2), dtype=torch.float64, device=self.args.device)
+            for row, name in zip(sums, self.eval_dataset, strict=True):
+                for inputs in self.get_eval_dataloader(name):
+                    inputs = self._prepare_inputs(inputs)
+                    with self.accelerator.autocast():
+                        row[0] += self.compute_loss(self.model, inputs)
+                    row[1] += inputs["targets"].shape[0]
+            if self.accelerator.num_processes > 1:
+                sums = self.accelerator.reduce(sums, reduction="sum")
+            nll, tokens = sums.sum(dim=0).tolist()
+            metrics = {f"{metric_key_prefix}_loss": nll / max(tokens, 1)}
+            for name, (source_nll, source_tokens) in zip(self.eval_dataset, sums.tolist(), strict=True):
+                metrics[f"{metric_key_prefix}_{name}_loss"] = source_nll / max(source_tokens, 1)
+            self.evaluations.append(Evaluation(self.state.global_step, metrics[f"{metric_key_prefix}_loss"]))
+            self.log(dict(metrics))
+            self._answer_prompts()
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._stop_early()
+        return metrics
+
+    def _stop_early(self) -> None:
+        if self._patience_is_over():
+            self.control.should_training_stop = self.control.should_log = True
+            self.control.should_save = self.recipe.train.save_steps is not None
+            patience = self.recipe.train.early_stopping_patience
+            self.metrics.display.note(f"stopping early: {patience} evaluations without a lower loss")
+
+    def _patience_is_over(self) -> bool:
+        train = self.recipe.train
+        if train.early_stopping_patience is None:
+            return False
+        without_gain = evaluations_without_gain(self.evaluations, train.early_stopping_threshold)
+        return without_gain >= train.early_stopping_patience
+
+    def _answer_prompts(self) -> None:
+        if not is_main_process():
+            return
+        for prompt in self.recipe.train.eval_prompts:
+            with self.accelerator.autocast():  # modules that are trained whole are float32 in a bfloat16 model
+                answer = greedy_answer(
+                    self.model,
+                    self.processing_class,
+                    [{"role": "user", "content": prompt}],
+                    max_new_tokens=PROMPT_ANSWER_TOKENS,
+                )
+            self.metrics.show_answer(self.state.global_step, prompt, answer)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """A checkpoint of safetensors and JSON, whole or not at all; the stock one pickles its arguments and states."""
+        randoms = gather_object([random_state()]) if self.accelerator.num_processes > 1 else [random_state()]
+        latest = self.evaluations[-1] if self.evaluations else None
+        if latest and latest.step == self.state.global_step and (self.best is None or latest.loss < self.best.loss):
+            self.best = latest
+        if is_main_process():
+            with self.metrics.paused():
+                self._save_and_rotate(randoms)
+        self.accelerator.wait_for_everyone()
+
+    def _save_and_rotate(self, randoms: Sequence[Mapping[str, Any]]) -> None:
+        folder, step = self.run.checkpoints, self.state.global_step
+        facts = {"fingerprint": self.run.facts.get("fingerprint")}
+        path = save_checkpoint(folder, step, facts, lambda directory: self._write_checkpoint(directory, randoms))
+        rotate(folder, keep=self.recipe.train.save_total_limit, best_step=self.best.step if self.best else None)
+        self.run.record({"checkpoints": [checkpoint.name for checkpoint in list_checkpoints(folder)]})
+        self.metrics.display.note(f"saved {path}")
+
+    def _write_checkpoint(self, directory: Path, randoms: Sequence[Mapping[str, Any]]) -> None:
+        self.writer.write(directory, self.model)
+        save_optimizer(directory, self.optimizer, self.lr_scheduler, self.accelerator.scaler)
+        progress = {
+            "counts": vars(self.counts),
+            "seconds": self.metrics.seconds,
+            "evaluations": [vars(evaluation) for evaluation in self.evaluations],
+            "best": vars(self.best) if self.best else None,
+            "start_sha256": self.writer.start_sha256(),
+            "random": randoms,
+        }
+        (directory / PROGRESS).write_text(json.dumps(progress) + "\n", encoding="utf-8")
+        self.state.save_to_json(str(directory / TRAINER_STATE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The adapter's tensors, and the counts; the stock method also takes pickles."""
+        checkpoint = Path(resume_from_checkpoint)
+        self.writer.read(checkpoint, self.model)
+        progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        if progress["start_sha256"] != self.writer.start_sha256():
+            what = "the adapter's start cannot be made again here as it was (another machine or library version)"
+            raise RunError(Problem(str(checkpoint), what, "go on where the run was begun"))
+        self.counts = TokenCounts(**progress["counts"])
+        self.evaluations = [Evaluation(**evaluation) for evaluation in progress["evaluations"]]
+        self.best = Evaluation(**progress["best"]) if progress["best"] else None
+        self.metrics.go_on(progress["seconds"], self.counts.processed)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """From safetensors and JSON."""
+        if checkpoint is not None:
+            load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler, self.accelerator.scaler)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing: it comes with the optimizer."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Of this process, from JSON."""
+        if checkpoint is not None:
+            progress = json.loads((Path(checkpoint) / PROGRESS).read_text(encoding="utf-8"))
+            set_random_state(progress["random"][self.args.process_index])
+
+    def load_best(self) -> None:
+        """Takes the adapter of the checkpoint with the lowest evaluation loss, where the recipe wants that."""
+        wanted = self.recipe.train.load_best_model_at_end
+        if not wanted or self.best is None or self.best.step == self.state.global_step:
+            return
+        self.writer.read(self.run.checkpoints / f"step-{self.best.step}", self.model)
+        self.evaluations.append(Evaluation(self.state.global_step, self.best.loss))
+        self.metrics.display.note(
+            f"the adapter is that of step {self.best.step}, with the lowest evaluation loss ({self.best.loss:.4f})"
+        )
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    run: RunDir,
+    schedule: Schedule,
+    packs: Packs,
+    evaluation_packs: Mapping[str, Packs],
+    adapter: LoraConfig,
+    writer: AdapterWriter,
+) -> LoraTrainer:
+    """Puts the adapter on the model and makes a trainer that is ready to train.
+
+    Args:
+        model: The base model.
+        tokenizer: Its tokenizer.
+        recipe: The recipe.
+        run: Where the run's files go.
+        schedule: Batch and steps.
+        packs: The rows to train on.
+        evaluation_packs: The rows to evaluate on, by the names of their sources.
+        adapter: What to put on the model.
+        writer: Writes and reads the adapter.
+
+    Raises:
+        RecipeError: Optimizer, scheduler or loader refuse what the recipe says.
+    """
+    rows = schedule.num_processes * schedule.per_device_train_batch_size if schedule.num_processes > 1 else 1
+    pad_id = int(tokenizer.pad_token_id)
+    evaluation = {name: pack_dataset(source, multiple=rows, pad_id=pad_id) for name, source in evaluation_packs.items()}
+    trainer = LoraTrainer(
+        model,
+        recipe=recipe,
+        run=run,
+        schedule=schedule,
+        writer=writer,
+        fillers=count_fillers(len(packs), rows),
+        args=sft_config(recipe, schedule, model.dtype),
+        train_dataset=pack_dataset(packs, multiple=rows, pad_id=pad_id),
+        eval_dataset=evaluation or None,
+        data_collator=PackCollator(),
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.metrics = MetricsLog(run, trainer, Display(quiet=not is_main_process()))
+    trainer.add_callback(trainer.metrics)
+    try_trainer_args(trainer, recipe, schedule)
+    return trainer
