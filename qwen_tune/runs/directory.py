@@ -15,8 +15,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from qwen_tune.runs.checkpoints import list_checkpoints, step_of
 from qwen_tune.errors import Problem, QwenTuneError, RunError
+from qwen_tune.runs.checkpoints import list_checkpoints, step_of
 from qwen_tune.runs.resume import Plan, asks_for_more, choose_checkpoint, recipe_drift
 
 OWN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl", "answers.jsonl", "merge.json", "report.html", ".lock")

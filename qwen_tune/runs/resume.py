@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import yaml
 
-from qwen_tune.runs.checkpoints import fault_of, newest_whole, read_manifest, step_of
 from qwen_tune.errors import Problem, RunError
+from qwen_tune.runs.checkpoints import fault_of, newest_whole, read_manifest, step_of
 
 LENGTH = ("train.num_train_epochs", "train.max_steps")
 """How long a run goes on; a run may be made longer, also when it has finished."""
