@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import resource
 import sys
 import warnings
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from qwen_tune.errors import Problem, RunError
@@ -86,11 +88,34 @@ def prepare_process() -> None:
     """Readies this process for heavy work. Must run before torch and the Hub's client are imported."""
     if world_size() == 1:
         use_one_gpu()
+    wait_passively()
+    bring_in("torch")
+    use_all_cores()
+    quiet_libraries()
+
+
+def wait_passively() -> None:
+    """Lets torch's threads sleep while they have nothing to do. Must run before torch is imported."""
     # Threads that wait by spinning stop the whole step when another program takes a core: measured 10 times slower
     # beside one busy process. OpenMP reads this once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    quiet_libraries()
-    use_all_cores()
+
+
+def bring_in(*modules: str) -> None:
+    """Imports large libraries with the garbage collector off, and never looks through them again.
+
+    An import leaves nothing to collect; looking for it all the same took 0.4 of torch's 2 seconds and 3.7 of TRL's 12,
+    and as much again of torch's when the process ends.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        for module in modules:
+            import_module(module)
+    finally:
+        gc.freeze()
+        if was_on:
+            gc.enable()
 
 
 def use_one_gpu() -> None:
@@ -110,6 +135,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Deprecations among the libraries are for us to follow, not for the user to read.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate|torch)\b")
+    bring_in("transformers")
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -18,7 +18,7 @@ if __name__ == "__main__":
     _folder = Path(__file__).resolve().parent
     sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if Path(entry).resolve() != _folder)]
 
-from qwen_tune.machine import check_world, is_main_process, prepare_process, say
+from qwen_tune.machine import bring_in, check_world, is_main_process, prepare_process, say
 from qwen_tune.recipe.files import load_recipe, to_yaml
 from qwen_tune.runs.directory import RunDir
 from qwen_tune.runs.resume import Plan, check_resume
@@ -92,6 +92,7 @@ def train(
     if dry_run:
         return
 
+    bring_in("trl.trainer.sft_trainer")
     from qwen_tune.model.adapter_config import lora_config
     from qwen_tune.model.adapter_writer import AdapterWriter, save_adapter
     from qwen_tune.training.memory import advising
