@@ -63,12 +63,24 @@ def build_parser() -> argparse.ArgumentParser:
     trained.add_argument("--dry-run", action="store_true", help="stop before weights are loaded; write nothing")
 
     merged = command("merge", "Merge an adapter into its base: a full model that needs no PEFT.")
-    merged.add_argument("path", metavar="RUN", type=Path, help="a run or an adapter directory")
+    merged.add_argument(
+        "paths",
+        metavar="RUN",
+        nargs="+",
+        type=Path,
+        help="a run, an adapter directory, or the Hub id of an adapter; several are merged in their order",
+    )
     merged.add_argument("--output", metavar="DIR", type=Path, help="where the model goes (default: RUN/merged)")
     merged.add_argument(
         "--base",
         metavar="BASE",
         help="original or dequantized weights of the adapter's own base, or another base: a directory or a Hub id",
+    )
+    merged.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        type=_size,
+        help="largest weight file: 5GB, 500MB (default: the base's own division)",
     )
     merged.add_argument("--verify", action="store_true", help="compare the model's logits with base + adapter")
     merged.add_argument("--overwrite", action="store_true", help="replace the merged model that is there")
@@ -171,16 +183,23 @@ def train(options: argparse.Namespace) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """`qwen-tune merge`."""
-    from qwen_tune.machine import prepare_process
+    from qwen_tune.machine import prepare_process, wait_passively
+
+    prepare_process() if options.verify else wait_passively()
     from qwen_tune.merging.merge import merge as merge_adapter
 
-    prepare_process()
-    target = merge_adapter(options.path, output=options.output, base=options.base, overwrite=options.overwrite)
+    target = merge_adapter(
+        *options.paths,
+        output=options.output,
+        base=options.base,
+        overwrite=options.overwrite,
+        max_shard_bytes=options.max_shard_size,
+    )
     print(f"merged model: {target}")
     if options.verify:
         from qwen_tune.merging.verification import verify_merged
 
-        print(verify_merged(options.path, target, options.base))
+        print(verify_merged(options.paths, target, options.base))
 
 
 def chat(options: argparse.Namespace) -> None:
@@ -247,6 +266,15 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
     return value
+
+
+def _size(text: str) -> int:
+    """Bytes of 5GB or 500MB: decimal units, as Transformers has them."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = text[:-2].strip(), text[-2:].upper()
+    if unit not in units or not number.isdecimal() or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no size; expected a whole number with KB, MB or GB, such as 5GB")
+    return int(number) * units[unit]
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

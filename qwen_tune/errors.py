@@ -89,6 +89,10 @@ class MergeError(QwenTuneError):
     """Base and adapter do not make a complete model."""
 
 
+class NoRoomError(MergeError):
+    """A disk is full: what was written stays, and the command can go on behind it."""
+
+
 def visible(text: str) -> str:
     """The text with its control characters, line breaks aside, as escapes: a row must not command the terminal."""
     return text.translate(_ESCAPES)

@@ -56,7 +56,7 @@ def test_steps_in_bfloat16_learn_and_merge(workspace, monkeypatch, quantization,
     assert facts["losses"]["eval_after"] < facts["losses"]["eval_before"] - 0.5
     assert 0 < facts["peak_memory_bytes"] < torch.cuda.get_device_properties(0).total_memory
     merged = merge(workspace / "run")
-    assert compare_merged(workspace / "run", merged).passed
+    assert compare_merged([workspace / "run"], merged).passed
     for path in (workspace / "run", merged):
         model = ChatModel.load(path)
         assert model.model.device.type == "cuda"

@@ -58,6 +58,16 @@ def test_a_base_and_rows_from_the_hub_are_trained_and_recorded(hub, qwen_tune, t
     assert "base_model: me/tiny" in (run / "adapter" / "README.md").read_text()
     merged = qwen_tune("merge", str(run), cwd=tmp_path, **{**hub, "HF_HUB_OFFLINE": "1"})
     assert merged.returncode == 0, merged.stderr
+    # The adapter as it is published, on a machine that has neither it nor its base.
+    with serve({"models/me/tiny": TINY, "models/me/adapter": run / "adapter"}) as address:
+        elsewhere = {**hub, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "elsewhere")}
+        published = qwen_tune("merge", "me/adapter", cwd=tmp_path, **elsewhere)
+        assert published.returncode == 0, published.stderr
+        unknown = qwen_tune("merge", "me/other", cwd=tmp_path, **elsewhere)
+    assert unknown.returncode == 2
+    assert "me/other: neither a directory nor an adapter that the Hub gives us" in unknown.stderr
+    models = [folder / "model.safetensors" for folder in (run / "merged", tmp_path / "adapter-merged")]
+    assert models[0].read_bytes() == models[1].read_bytes()
 
 
 def test_a_split_is_chosen_and_a_preview_takes_no_weights(hub, qwen_tune, tmp_path):

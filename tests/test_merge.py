@@ -10,6 +10,7 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file, save_file
 
+from qwen_tune.disk import sha256
 from qwen_tune.errors import MergeError
 from qwen_tune.merging.merge import merge
 from qwen_tune.merging.verification import verify_merged
@@ -33,12 +34,13 @@ def adapter(trained, tmp_path):
 def test_a_bare_adapter_is_merged_beside_itself_and_verified_on_prompts(adapter):
     target = merge(adapter)
     assert target == adapter.with_name("adapter-merged")
-    comparison = verify_merged(adapter, target)
+    comparison = verify_merged([adapter], target)
     assert comparison.passed
     assert json.loads((target / "merge.json").read_text())["verification"]["passed"] is True
 
 
 def test_a_tied_base_that_stores_its_head_as_well(adapter):
+    forget_the_weights_it_was_trained_on(adapter)
     weights = adapter.parent / "base" / "model.safetensors"
     tensors = load_file(weights)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -68,9 +70,19 @@ def test_a_model_that_answers_otherwise_is_marked(adapter, tmp_path):
     tensors = load_file(target / "model.safetensors")
     tensors["model.norm.weight"] *= 1.5
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MergeError, match=r"model\.safetensors: this is not the file that was written"):
+        verify_merged([adapter], target)
+    facts = json.loads((target / "merge.json").read_text())
+    facts["files"]["model.safetensors"] = sha256(target / "model.safetensors")
+    (target / "merge.json").write_text(json.dumps(facts))
     with pytest.raises(MergeError, match="does not answer like base and adapter"):
-        verify_merged(adapter, target)
+        verify_merged([adapter], target)
     assert json.loads((target / "merge.json").read_text())["verification"]["passed"] is False
+
+
+def forget_the_weights_it_was_trained_on(adapter):
+    weights = adapter / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, metadata={"format": "pt"})
 
 
 def break_config(adapter):
@@ -111,10 +123,10 @@ def only_pickle(adapter):
     [
         (break_config, "cannot be read as JSON"),
         (forget_base, "it names no base"),
-        (truncate_weights, "does not fit the base"),
-        (truncate_base, "does not fit the base"),
+        (truncate_weights, "not a safetensors file"),
+        (truncate_base, "cut off or damaged"),
         (zero, "the merge changed nothing"),
-        (rename_keys, "of the adapter's tensors fit nothing in the base"),
+        (rename_keys, "does not fit the base .*which the base does not have"),
         (only_pickle, "pickles are not loaded"),
     ],
 )

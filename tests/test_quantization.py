@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qwen_tune.errors import MergeError, ModelError
 from qwen_tune.merging.merge import merge
-from qwen_tune.merging.verification import compare_merged
-from qwen_tune.model.adapter_dir import AdapterDir, load_with_adapter
+from qwen_tune.merging.verification import compare_merged, verify_merged
+from qwen_tune.model.adapter_dir import AdapterDir, load_with_adapters
 from qwen_tune.model.chat import ChatModel
 from qwen_tune.train import train
 
@@ -58,13 +58,13 @@ def test_the_merged_model_is_whole_and_answers_like_the_one_that_was_trained(qua
     assert "quantization_config" not in json.loads((merged / "config.json").read_text())
     record = json.loads((merged / "merge.json").read_text())
     assert record["base"]["weights"] == "dequantized"
-    comparison = compare_merged(run, merged)
+    comparison = compare_merged([run], merged)
     assert comparison.passed, comparison
     # It is the dequantized base that changed by the adapter, not the original one.
     original = merge(run, output=tmp_path / "original", base="original")
     assert json.loads((original / "merge.json").read_text())["base"]["weights"] == "original"
     ids = torch.randint(0, 500, (1, 50), generator=torch.Generator().manual_seed(0))
-    trained = load_with_adapter(AdapterDir.open(run), torch.float32, quantized=True).eval()
+    trained = load_with_adapters([AdapterDir.open(run)], torch.float32, quantized=True).eval()
     with torch.no_grad():
         wanted = trained(input_ids=ids, use_cache=False).logits
         near, far = (
@@ -72,6 +72,27 @@ def test_the_merged_model_is_whole_and_answers_like_the_one_that_was_trained(qua
             for path in (merged, original)
         )
     assert near < far
+
+
+def test_the_merged_tensors_are_those_of_peft_on_the_dequantized_base(quantized, tmp_path):
+    _, run = quantized
+    merged = load_file(merge(run, output=tmp_path / "merged") / "model.safetensors")
+    expected = load_with_adapters([AdapterDir.open(run)], "auto").merge_and_unload().state_dict()
+    assert merged.keys() == expected.keys() - {"lm_head.weight"}  # tied
+    for name, tensor in merged.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_verifying_tells_what_the_choice_of_the_base_costs(quantized, tmp_path, monkeypatch):
+    _, run = quantized
+    monkeypatch.chdir(run.parent)  # the recipe names its rows from here
+    for base, merged in ((None, tmp_path / "merged"), ("original", tmp_path / "original")):
+        merge(run, output=merged, base=base)
+        comparison = verify_merged([run], merged, base)
+        assert json.loads((merged / "merge.json").read_text())["verification"]["losses"] == comparison.losses
+        trained, near, far = comparison.losses.values()
+        assert abs(near - trained) < abs(far - trained)
+        assert f"merged into the original base {far:.4f}" in str(comparison)
 
 
 def test_a_chat_uses_the_base_as_it_was_trained(quantized):

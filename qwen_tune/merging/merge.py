@@ -1,24 +1,33 @@
-"""Base and adapter into a full model, with proof that the merge changed what it should and nothing else."""
+"""Base and adapter into a full model, tensor by tensor, with proof that what should have changed did, and no more."""
 
 from __future__ import annotations
 
 import json
-import re
-import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qwen_tune.cache import key_of
 from qwen_tune.disk import sha256
 from qwen_tune.errors import MergeError, Problem
-from qwen_tune.model.adapter_dir import AdapterDir, load_with_adapter, recorded_facts
-from qwen_tune.model.adapter_writer import write_generation_config
-from qwen_tune.model.base import BaseCheckpoint, TensorSpan
-from qwen_tune.runs.directory import RunDir, temporary_beside, write_atomically
+from qwen_tune.merging.base_weights import BaseWeights
+from qwen_tune.merging.companions import write_companions
+from qwen_tune.merging.output_dir import check_room, check_target, choose_target, partial_directory
+from qwen_tune.merging.planning import plan_merge
+from qwen_tune.merging.shards import PROGRESS, Shard, ShardFacts, ShardWriter, index_of, shards
+from qwen_tune.merging.steps import HEAD, MergePlan, embedding_of
+from qwen_tune.model.adapter_dir import ADAPTER_FILE, AdapterDir, base_fingerprint, check_start
+from qwen_tune.model.base import BaseCheckpoint
+from qwen_tune.model.tensor_files import TensorSpan, read_spans, same_bytes
+from qwen_tune.runs.directory import RunDir, write_atomically
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+LAYOUT = 1
+"""Raised whenever the same adapter and base would give other files: what an older version began is begun anew."""
+
+MERGED_TYPES = ("BF16", "F16", "F32", "F64")
 
 
 def merge_run(run: RunDir) -> Path:
@@ -26,204 +35,206 @@ def merge_run(run: RunDir) -> Path:
     return merge(run.path, output=run.merged, overwrite=True)
 
 
-def merge(path: Path, *, output: Path | None = None, base: str | None = None, overwrite: bool = False) -> Path:
-    """Merges an adapter into its base as PEFT does, in the type of the base's weights.
+def merge(
+    *paths: Path,
+    output: Path | None = None,
+    base: str | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int | None = None,
+) -> Path:
+    """Merges adapters into their base as PEFT does, in the type of the base's weights, a few rows at a time.
+
+    What is written stands under another name until it is whole; a merge that was killed goes on behind its last whole
+    file when it is called again.
 
     Args:
-        path: A run directory or an adapter directory.
+        paths: Run directories, adapter directories or Hub ids of adapters, in the order in which they are merged.
         output: Where the model goes; `merged` in the run directory when None.
         base: See `AdapterDir.open`.
         overwrite: Whether a model that is there may be replaced.
+        max_shard_bytes: Largest weight file; None for the base's own division.
 
     Returns:
         The model's directory, complete: weights, configuration, tokenizer, chat template and merge.json.
 
     Raises:
         MergeError: Adapter and base do not fit, or the output is in use.
+        NoRoomError: The disk is too small.
+        ModelError: The base is not to be had, or not whole.
     """
-    adapter = AdapterDir.open(path, base)
-    if output is None and adapter.path.parent.name == "checkpoints":
-        raise MergeError(Problem(str(path), "a checkpoint is no place for a model", "say where it goes with --output"))
-    target = output or (adapter.run / "merged" if adapter.run else path.with_name(f"{path.resolve().name}-merged"))
-    _check_target(target, adapter, overwrite)
-    _check_base(adapter)
-    temporary = temporary_beside(target)
-    temporary.mkdir(parents=True)
-    try:
-        consumed = _write_model(adapter, temporary)
-        facts = _prove(adapter, temporary, consumed)
-        write_atomically(temporary / "merge.json", json.dumps(facts, indent=2) + "\n")
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    adapters = [AdapterDir.open(path, base) for path in paths]
+    target = choose_target(paths[0], adapters[0], output)
+    check_target(target, adapters, overwrite)
+    job = _Job.of(adapters, max_shard_bytes)
+    with partial_directory(target) as part:
+        facts = job.write(part)
+        write_atomically(part / "merge.json", json.dumps(facts, indent=2) + "\n")
     return target
 
 
-def _check_target(target: Path, adapter: AdapterDir, overwrite: bool) -> None:
-    """Makes sure that writing the output, or replacing what is there, can cost nobody anything.
+@dataclass(frozen=True)
+class _Job:
+    """One merge: what it is made from, worked out before anything is written."""
 
-    Raises:
-        MergeError: The output lies in or around the base or the adapter, or is there and may not be replaced.
-    """
-    resolved = target.resolve()
-    for name, path in (("base", adapter.base.path.resolve()), ("adapter", adapter.path.resolve())):
-        if resolved == path or resolved in path.parents or path in resolved.parents:
-            what = f"the output would lie in or around the {name}"
-            raise MergeError(Problem(str(target), what, "give another --output"))
-    if not target.exists():
-        return
-    if not (target / "merge.json").exists():
-        raise MergeError(
-            Problem(str(target), "something is there that is no merged model of ours", "give another --output")
-        )
-    if not overwrite:
-        raise MergeError(
-            Problem(str(target), "the output is there already", "give another --output, or replace it with --overwrite")
-        )
+    adapters: Sequence[AdapterDir]
+    hashes: Sequence[str]
+    fingerprint: str
+    tensors: Mapping[str, TensorSpan]
+    plan: MergePlan
+    shards: Sequence[Shard]
 
-
-def _write_model(adapter: AdapterDir, target: Path) -> int:
-    """Writes the merged model.
-
-    Returns:
-        How many of the adapter's tensors found a place.
-    """
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-    from transformers import AutoTokenizer
-
-    model = load_with_adapter(adapter, "auto")
-    with safe_open(adapter.path / "adapter_model.safetensors", framework="pt") as file:
-        stored = set(file.keys())
-    # Embeddings are no part of it; "auto" would ask the Hub whether the vocabulary has grown.
-    placed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if stored != placed:
-        lost = sorted(stored ^ placed)
-        raise MergeError(
-            Problem(str(adapter.path), f"{len(lost)} of the adapter's tensors fit nothing in the base ({lost[0]}, …)")
-        )
-    merged = model.merge_and_unload()
-    # What a tokenizer and a server read comes from the adapter; sampling settings would refuse to be saved when they
-    # contradict each other in the base's file, so the file is written by us.
-    merged.generation_config = type(merged.generation_config)()
-    merged.save_pretrained(target)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        adapter.path if (adapter.path / "tokenizer_config.json").exists() else adapter.base.path
-    )
-    tokenizer.save_pretrained(target)
-    write_generation_config(target, adapter.base, tokenizer)
-    _complete_config(target / "config.json", tokenizer)
-    return len(placed)
-
-
-def _complete_config(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Ends texts where turns end, and adds the keys under which transformers 4 looks.
-
-    Without the latter it takes 10,000 for rope_theta, saying nothing.
-    """
-    config = json.loads(path.read_text(encoding="utf-8"))
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        config.setdefault("rope_theta", rope["rope_theta"])
-    if "dtype" in config:
-        config.setdefault("torch_dtype", config["dtype"])
-    config["eos_token_id"] = tokenizer.eos_token_id
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _check_base(adapter: AdapterDir) -> None:
-    """Compares the base with the one that the run recorded.
-
-    PEFT takes any base whose shapes fit, and the result is a model that nobody trained.
-    """
-    trained_on = recorded_facts(adapter.path).get("base", {}).get("weights_fingerprint")
-    if trained_on and trained_on != adapter.base.weights_fingerprint():
-        raise MergeError(
-            Problem(
-                adapter.base.id,
-                "these are not the weights that the adapter was trained on (their fingerprints differ)",
-                "give the right base with --base",
-            )
+    @classmethod
+    def of(cls, adapters: Sequence[AdapterDir], max_shard_bytes: int | None) -> _Job:
+        first = adapters[0]
+        fingerprint = first.base.weights_fingerprint()
+        for adapter in adapters:
+            check_start(adapter)
+            _check_base(adapter, first, fingerprint)
+        tensors = _base_tensors(first.base)
+        stored = [(adapter, read_spans(adapter.path / ADAPTER_FILE)) for adapter in adapters]
+        plan = plan_merge(stored, tensors, is_tied=bool(first.base.config.get("tie_word_embeddings")))
+        _check_types(first.base, plan, tensors)
+        hashes = [sha256(adapter.path / ADAPTER_FILE) for adapter in adapters]
+        return cls(
+            adapters, hashes, fingerprint, tensors, plan, shards(_merged_tensors(tensors, plan), max_shard_bytes)
         )
 
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        return self.adapters[0].quantization if self.adapters[0].dequantized else None
 
-def _prove(adapter: AdapterDir, target: Path, consumed: int) -> dict[str, Any]:
-    """Compares the files that were written with the base's: names, shapes, numbers, and which tensors changed.
+    @property
+    def key(self) -> str:
+        """What identifies the files: of two jobs with one key, one goes on where the other stopped."""
+        base = self.adapters[0].base
+        return key_of(
+            {
+                "layout": LAYOUT,
+                "base": [self.fingerprint, *(str(file) for file in base.weight_files())],
+                "adapters": [[hash_, dict(one.config)] for hash_, one in zip(self.hashes, self.adapters, strict=True)],
+                "quantization": self.quantization,
+                "shards": [[shard.name, *(name for name, _ in shard.tensors)] for shard in self.shards],
+            }
+        )
 
-    Raises:
-        MergeError: A tensor is missing, has another shape, is not a number, or changed without an adapter; or none did.
-    """
-    import torch
-    from safetensors import safe_open
+    def write(self, part: Path) -> dict[str, Any]:
+        """Writes all files but merge.json; returns what that says."""
+        length = sum(shard.length for shard in self.shards)
+        with _progress(length) as count:
+            writer = ShardWriter(part, self.key, self.plan, BaseWeights(self.tensors, self.quantization), count)
+            done = writer.find_done(self.shards)
+            count(done)
+            check_room(part, length - done)
+            written = writer.write(self.shards)
+        if len(self.shards) > 1:
+            (part / "model.safetensors.index.json").write_text(index_of(self.shards), encoding="utf-8")
+        write_companions(part, self.adapters[0], untied=self.plan.untied)
+        return self._prove(part, written, writer.base.rewritten)
 
-    merged = BaseCheckpoint(id=str(target), revision=None, path=target, is_local=True)
-    ours, theirs = merged.tensors(), _without_tied_copy(adapter.base)
-    if {name: span.shape for name, span in ours.items()} != {name: span.shape for name, span in theirs.items()}:
-        different = sorted(ours.keys() ^ theirs.keys()) or ["a shape"]
-        raise MergeError(Problem(adapter.base.id, f"the merged tensors are not the base's ({different[0]}, …)"))
-    planned = _planned_changes(adapter, ours)
-    changed: set[str] = set()
-    with ExitStack() as stack:
-        files = {
-            path: stack.enter_context(safe_open(path, framework="pt"))
-            for path in {span.file for span in (*ours.values(), *theirs.values())}
+    def _prove(self, part: Path, written: Mapping[str, ShardFacts], rewritten: frozenset[str]) -> dict[str, Any]:
+        """What merge.json says, and the last look: at names and shapes in the files, and at what has changed.
+
+        Raises:
+            MergeError: A tensor is missing, has another shape, or none has changed.
+        """
+        first = self.adapters[0]
+        expected = {name: (span.dtype, span.shape) for shard in self.shards for name, span in shard.tensors}
+        spans = {name: span for shard in self.shards for name, span in read_spans(part / shard.name).items()}
+        if {name: (span.dtype, span.shape) for name, span in spans.items()} != expected:
+            raise MergeError(Problem(first.base.id, "the merged tensors are not the base's", "merge again"))
+        changed = {name for facts in written.values() for name in facts.changed}
+        planned = self.plan.steps.keys() | rewritten
+        if not changed & self.plan.steps.keys():
+            what = "the merge changed nothing: the adapter's matrices are zero"
+            raise MergeError(Problem(str(first.path), what, "train it first"))
+        hashes = {name: facts.sha256 for name, facts in written.items()}
+        hashes |= {file.name: sha256(file) for file in part.iterdir() if file.name not in (*hashes, PROGRESS)}
+        return {
+            "base": {
+                "id": first.base.id,
+                "revision": first.base.revision,
+                "weights": "dequantized" if first.dequantized else "original",
+                "weights_fingerprint": self.fingerprint,
+            },
+            "adapters": [{"sha256": hash_} for hash_ in self.hashes],
+            "adapter_tensors": self.plan.consumed,
+            "tensors": len(spans),
+            "bytes": sum(shard.length for shard in self.shards),
+            "changed": len(changed),
+            "planned": len(planned),
+            "unchanged_with_adapter": sorted(planned - changed),
+            "untied": self.plan.untied,
+            "untied_bytes": spans[HEAD].length if self.plan.untied else 0,
+            "files": dict(sorted(hashes.items())),
         }
-        for name, span in ours.items():
-            tensor, before = files[span.file].get_tensor(name), files[theirs[name].file].get_tensor(name)
-            if not bool(torch.isfinite(tensor).all()):
-                raise MergeError(Problem(name, "the merged tensor holds values that are no numbers"))
-            if tensor.dtype != before.dtype or not torch.equal(tensor, before):
-                changed.add(name)
-    if changed - planned:
-        raise MergeError(Problem(sorted(changed - planned)[0], "the merge changed a tensor that has no adapter"))
-    if not changed:
-        raise MergeError(
-            Problem(str(adapter.path), "the merge changed nothing: the adapter's matrices are zero", "train it first")
-        )
-    return {
-        "base": {
-            "id": adapter.base.id,
-            "revision": adapter.base.revision,
-            "weights": "dequantized" if adapter.dequantized else "original",
-        },
-        "adapter_tensors": consumed,
-        "tensors": len(ours),
-        "changed": len(changed),
-        "planned": len(planned),
-        "unchanged_with_adapter": sorted(planned - changed),
-        "files": {file.name: sha256(file) for file in sorted(target.iterdir()) if file.is_file()},
-    }
 
 
-def _planned_changes(adapter: AdapterDir, tensors: Mapping[str, TensorSpan]) -> set[str]:
-    """The names of the model's tensors that this merge may change."""
-    from safetensors import safe_open
-
-    with safe_open(adapter.path / "adapter_model.safetensors", framework="pt") as file:
-        keys = [key.removeprefix("base_model.model.") for key in file.keys()]  # noqa: SIM118
-    planned = set()
-    for key in keys:
-        module, *part = re.split(r"\.(?:lora_|token_adapter\.)", key)
-        # Biases and modules that are saved whole go by their own names.
-        planned.add(f"{module}.weight" if part else key.replace(".base_layer.", "."))
-    if adapter.dequantized:
-        planned |= {name for name in tensors if re.search(r"\.layers\.\d+\..*_proj\.weight$", name)}
-    return planned
+def _merged_tensors(tensors: Mapping[str, TensorSpan], plan: MergePlan) -> dict[str, TensorSpan]:
+    """The merged model's tensors, each with where the base has what it begins as."""
+    merged: dict[str, TensorSpan] = {}
+    embedding = embedding_of(tensors)
+    for name, span in tensors.items():
+        merged[name] = span
+        if plan.untied and name == embedding:
+            merged[HEAD] = span
+    return merged
 
 
-def _without_tied_copy(base: BaseCheckpoint) -> dict[str, TensorSpan]:
+def _base_tensors(base: BaseCheckpoint) -> dict[str, TensorSpan]:
     """The base's tensors, less an output matrix that is only a copy of the tied embeddings.
 
     Some checkpoints store both; Transformers ties them and writes one.
     """
-    from safetensors import safe_open
-
     tensors = base.tensors()
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if not base.config.get("tie_word_embeddings") or head not in tensors or embedding not in tensors:
-        return tensors
-    with safe_open(tensors[head].file, framework="pt") as one, safe_open(tensors[embedding].file, "pt") as other:
-        is_copy = one.get_tensor(head).equal(other.get_tensor(embedding))
-    return {name: span for name, span in tensors.items() if name != head or not is_copy}
+    embedding = embedding_of(tensors)
+    is_tied = base.config.get("tie_word_embeddings") and HEAD in tensors and embedding
+    if is_tied and embedding and same_bytes(tensors[HEAD], tensors[embedding]):
+        del tensors[HEAD]
+    return tensors
+
+
+def _check_base(adapter: AdapterDir, first: AdapterDir, fingerprint: str) -> None:
+    """Compares the base with the one that the adapter was trained on, where that was recorded.
+
+    PEFT takes any base whose shapes fit, and the result is a model that nobody trained.
+    """
+    trained_on = base_fingerprint(adapter.path)
+    if trained_on and trained_on != fingerprint:
+        raise MergeError(
+            Problem(
+                first.base.id,
+                f"these are not the weights that the adapter was trained on ({adapter.path}; the fingerprints differ)",
+                "give the right base with --base",
+            )
+        )
+    if adapter.dequantized != first.dequantized:
+        what = "one adapter was trained on a quantized base and another was not"
+        raise MergeError(Problem(str(adapter.path), what, "merge both into --base original"))
+
+
+def _check_types(base: BaseCheckpoint, plan: MergePlan, tensors: Mapping[str, TensorSpan]) -> None:
+    if stored := base.config.get("quantization_config"):
+        method = stored.get("quant_method", "unknown") if isinstance(stored, Mapping) else stored
+        what = f"its weights are quantized ({method}), so nothing can be added to them"
+        raise MergeError(Problem(base.id, what, "give the checkpoint that it was made from with --base"))
+    for name in plan.steps:
+        span = tensors.get(name)
+        if span and span.dtype not in MERGED_TYPES:
+            what = f"{name} is stored as {span.dtype}; expected one of {', '.join(MERGED_TYPES)}"
+            raise MergeError(Problem(base.id, what, "give a base in 16 or 32 bits with --base"))
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """A bar with bytes a second on a terminal; nothing anywhere else."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(file=sys.stderr)
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("merging", total=total)
+        yield lambda count: progress.advance(task, count)

@@ -1,32 +1,39 @@
-"""Whether a merged model answers like base and adapter: their logits, on the rows of the run."""
+"""Whether a merged model is what was written, and answers like base and adapter: on the rows of the run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_tune.errors import DataError, MergeError, Problem, RecipeError
-from qwen_tune.model.adapter_dir import AdapterDir, load_with_adapter
+from qwen_tune.disk import sha256
+from qwen_tune.errors import MergeError, Problem
+from qwen_tune.model.adapter_dir import AdapterDir, load_with_adapters
+from qwen_tune.model.base import BaseCheckpoint
+from qwen_tune.model.tensor_files import TensorSpan
 from qwen_tune.runs.directory import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from qwen_tune.chatml.template import ChatTemplate
+    from qwen_tune.chatml.template import TokenizedExample
 
 SAMPLES = 8
 TOKENS_A_SAMPLE = 256
-PLAIN_PROMPTS = ("Hello!", "Write a function that adds two numbers.", "What is the capital of France?")
+LOSS_SAMPLES = 32
+LOSS_TOKENS = 1024
+SPARE_BYTES = 2 << 30  # for libraries, logits and activations
 
 # The largest |logit - logit'| over the largest |logit|. In float32 only the order of sums differs; a merge stored in 16
 # bits rounds every weight it touches, to 8 (bfloat16) or 11 (float16) significant bits. Measured on a model of 0.5B
 # parameters in bfloat16: 7e-3.
 TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
+COMPUTED_BYTES = 4  # of a weight: both are computed in float32
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Comparison:
     """Base + adapter against the merged model, both computed in float32.
 
     `relative_difference` is the largest difference of two logits over the largest logit; `same_choice` the share of
-    positions at which both prefer the same next token.
+    positions at which both prefer the same next token. `losses` (nats a token) are there where the run was quantized.
     """
 
     samples: int
@@ -43,10 +50,12 @@ class Comparison:
     relative_difference: float
     tolerance: float
     same_choice: float
+    losses: dict[str, float] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
         """For merge.json."""
-        return {**asdict(self), "passed": self.passed}
+        facts = {**asdict(self), "passed": self.passed}
+        return facts if self.losses else {name: value for name, value in facts.items() if name != "losses"}
 
     @property
     def passed(self) -> bool:
@@ -54,20 +63,26 @@ class Comparison:
         return self.relative_difference <= self.tolerance
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"verified on {self.tokens:,} tokens of {self.samples} samples: the same next token at "
             f"{self.same_choice:.1%} of the positions, logits within {self.relative_difference:.1e} of the largest "
             f"(at most {self.tolerance:.0e} for weights stored in {self.stored_dtype})"
         )
+        if self.losses:
+            parts = ", ".join(f"{name.replace('_', ' ')} {loss:.4f}" for name, loss in self.losses.items())
+            text += f"\nloss on rows of the run (nats a token): {parts}"
+        return text
 
 
-def verify_merged(run_or_adapter: Path, merged: Path, base: str | None = None) -> Comparison:
-    """Compares, and adds the result to the model's merge.json; see `compare_merged`.
+def verify_merged(paths: Sequence[Path], merged: Path, base: str | None = None) -> Comparison:
+    """Reads every file again, compares, and adds the result to the model's merge.json; see `compare_merged`.
 
     Raises:
-        MergeError: They differ by more than the rounding of the stored type explains; merge.json says so as well.
+        MergeError: A file is not what was written, this machine is too small to compare, or the models differ by more
+            than the rounding of the stored type explains; merge.json says so as well.
     """
-    comparison = compare_merged(run_or_adapter, merged, base)
+    check_files(merged)
+    comparison = compare_merged(paths, merged, base)
     record = merged / "merge.json"
     facts = json.loads(record.read_text(encoding="utf-8"))
     write_atomically(record, json.dumps({**facts, "verification": comparison.facts()}, indent=2) + "\n")
@@ -83,24 +98,42 @@ def verify_merged(run_or_adapter: Path, merged: Path, base: str | None = None) -
     return comparison
 
 
-def compare_merged(run_or_adapter: Path, merged: Path, base: str | None = None) -> Comparison:
+def check_files(merged: Path) -> None:
+    """Raises MergeError where a file of a merged model is not the one that its merge.json knows."""
+    known = json.loads((merged / "merge.json").read_text(encoding="utf-8"))["files"]
+    for name, digest in known.items():
+        if not (merged / name).exists() or sha256(merged / name) != digest:
+            raise MergeError(Problem(str(merged / name), "this is not the file that was written", "merge again"))
+
+
+def compare_merged(paths: Sequence[Path], merged: Path, base: str | None = None) -> Comparison:
     """Loads both models one after the other and compares their logits.
 
     Args:
-        run_or_adapter: The run, whose held-out rows are used (or training rows, or else a few plain prompts).
+        paths: The run, whose held-out rows are used (or training rows, or else a few plain prompts), or adapters in
+            the order in which they were merged.
         merged: The merged model's directory.
         base: Another base than the one that the adapter names.
 
     Raises:
-        MergeError: Base and adapter cannot be loaded, or the merged model is stored in a type that has no tolerance.
+        MergeError: Base and adapter cannot be loaded, there is too little memory, or the merged model is stored in a
+            type that has no tolerance.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    adapter = AdapterDir.open(run_or_adapter, base)
+    from qwen_tune.chatml.template import ChatTemplate
+    from qwen_tune.merging.held_out import mean_loss, plain_prompts, rows_of_the_run
+
+    adapters = [AdapterDir.open(path, base) for path in paths]
     stored = _stored_dtype(merged)
-    batches = _token_ids(adapter, merged)
-    expected = list(_logits(load_with_adapter(adapter, torch.float32), batches))
+    _check_memory(merged)
+    template = ChatTemplate(AutoTokenizer.from_pretrained(merged))
+    run = adapters[0].run
+    rows = rows_of_the_run(run, template, LOSS_SAMPLES) if run else []
+    samples = [row.input_ids for row in rows[:SAMPLES]] or plain_prompts(template)
+    batches = [torch.tensor([ids[:TOKENS_A_SAMPLE]]) for ids in samples]
+    expected = list(_logits(load_with_adapters(adapters, torch.float32), batches))
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, trust_remote_code=False)
     largest = difference = 0.0
     same = 0
@@ -108,6 +141,11 @@ def compare_merged(run_or_adapter: Path, merged: Path, base: str | None = None) 
         largest = max(largest, float(one.abs().max()))
         difference = max(difference, float((one - other).abs().max()))
         same += int((one.argmax(-1) == other.argmax(-1)).sum())
+    losses = {}
+    if rows and adapters[0].quantization and len(adapters) == 1:
+        here = mean_loss(model, rows, LOSS_TOKENS)
+        del model  # there may not be room for two
+        losses = _losses(adapters[0], here, rows)
     tokens = sum(ids.shape[1] for ids in batches)
     return Comparison(
         samples=len(batches),
@@ -116,7 +154,22 @@ def compare_merged(run_or_adapter: Path, merged: Path, base: str | None = None) 
         relative_difference=difference / largest,
         tolerance=TOLERANCE[stored],
         same_choice=same / tokens,
+        losses=losses,
     )
+
+
+def _losses(adapter: AdapterDir, here: float, rows: list[TokenizedExample]) -> dict[str, float]:
+    """What the choice of the base costs: the loss as it was trained, merged as it was, and merged the other way."""
+    from qwen_tune.merging.held_out import mean_loss
+
+    other = replace(adapter, dequantized=not adapter.dequantized)
+    there = mean_loss(load_with_adapters([other], "auto").merge_and_unload().float(), rows, LOSS_TOKENS)
+    losses = {adapter.dequantized: here, other.dequantized: there}
+    return {
+        "base_and_adapter": mean_loss(load_with_adapters([adapter], "auto", quantized=True), rows, LOSS_TOKENS),
+        "merged_into_the_dequantized_base": losses[True],
+        "merged_into_the_original_base": losses[False],
+    }
 
 
 def _logits(model: PreTrainedModel, batches: list[Tensor]) -> Iterator[Tensor]:
@@ -128,12 +181,23 @@ def _logits(model: PreTrainedModel, batches: list[Tensor]) -> Iterator[Tensor]:
             yield model(input_ids=ids, use_cache=False).logits[0].float()
 
 
-def _stored_dtype(merged: Path) -> str:
-    """The coarsest of the types that the weights are stored in."""
-    from qwen_tune.model.base import BaseCheckpoint
+def _check_memory(merged: Path) -> None:
+    """Raises MergeError where a model in float32 does not fit into the memory that is free."""
+    import psutil
 
-    spans = BaseCheckpoint(id=str(merged), revision=None, path=merged, is_local=True).tensors().values()
-    stored = {span.dtype for span in spans}
+    needed = COMPUTED_BYTES * sum(math.prod(span.shape) for span in _spans(merged)) + SPARE_BYTES
+    free = psutil.virtual_memory().available
+    if needed > free:
+        what = (
+            f"the model is merged, but comparing it with base + adapter takes {needed / 1e9:.0f} GB of memory, and "
+            f"{free / 1e9:.0f} GB are free"
+        )
+        raise MergeError(Problem(str(merged), what, "run `qwen-tune merge --verify --overwrite` on a larger machine"))
+
+
+def _stored_dtype(merged: Path) -> str:
+    """The coarsest of the types that the weights are stored in; counters and masks are no weights."""
+    stored = {span.dtype for span in _spans(merged) if not span.dtype.startswith(("I", "U", "BOOL"))}
     if unknown := sorted(stored - DTYPE_NAMES.keys()):
         raise MergeError(
             Problem(
@@ -145,31 +209,6 @@ def _stored_dtype(merged: Path) -> str:
     return max((DTYPE_NAMES[dtype] for dtype in stored), key=TOLERANCE.__getitem__)
 
 
-def _token_ids(adapter: AdapterDir, merged: Path) -> list[Tensor]:
-    import torch
-    from transformers import AutoTokenizer
-
-    from qwen_tune.chatml.template import ChatTemplate
-
-    tokenizer = AutoTokenizer.from_pretrained(merged)
-    template = ChatTemplate(tokenizer)
-    rows = _rows_of_the_run(adapter.run, template) if adapter.run else []
-    if not rows:
-        chats = [[{"role": "user", "content": prompt}] for prompt in PLAIN_PROMPTS]
-        texts = [template.render(chat, add_generation_prompt=True) for chat in chats]
-        rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    return [torch.tensor([row[:TOKENS_A_SAMPLE]]) for row in rows]
-
-
-def _rows_of_the_run(run: Path, template: ChatTemplate) -> list[list[int]]:
-    """Held-out samples, or training samples; none where the rows are not to be had any more."""
-    from qwen_tune.prepared.preparation import prepare_data
-    from qwen_tune.recipe.files import load_recipe
-
-    try:
-        recipe = load_recipe(run / "recipe.yaml")
-        data = prepare_data(recipe.data, template, seed=recipe.train.seed)
-    except (DataError, RecipeError):
-        return []
-    chosen = data.evaluation.examples if len(data.evaluation.examples) else data.train.examples
-    return [example.input_ids for example in chosen[:SAMPLES]]
+def _spans(merged: Path) -> list[TensorSpan]:
+    model = BaseCheckpoint(id=str(merged), revision=None, path=merged, is_local=True)
+    return list(model.tensors().values())

@@ -19,7 +19,10 @@ from safetensors.torch import load_file, save_file
 from qwen_tune.chatml.template import END_OF_TURN
 from qwen_tune.errors import Problem, RunError
 from qwen_tune.model.adapter_config import is_converted
+from qwen_tune.model.adapter_dir import ADAPTER_FILE
 from qwen_tune.model.base import BaseCheckpoint
+from qwen_tune.model.generation_settings import write_generation_settings
+from qwen_tune.model.tensor_files import FINGERPRINT_KEY
 from qwen_tune.model.untuned import END_OF_TEXT
 from qwen_tune.recipe.schema import LoraSpec, Recipe
 from qwen_tune.runs.directory import RunDir, temporary_beside
@@ -63,10 +66,13 @@ class AdapterWriter:
         """The same as plain LoRA, whatever the start of the adapter was."""
         model.save_pretrained(directory, save_embedding_layers=False)
         self._complete(directory)
+        tensors = load_file(directory / ADAPTER_FILE)
         if self.start is not None:
             tensors = _without_start(_tensors(model), self.start)
-            save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
             _change_json(directory / "adapter_config.json", _twice_the_rank(self.recipe.lora))
+        # The file itself says what it belongs to: an adapter is copied and published without its run.
+        metadata = {"format": "pt", FINGERPRINT_KEY: self.base.weights_fingerprint()}
+        save_file(tensors, directory / ADAPTER_FILE, metadata=metadata)
         # Loading it does not begin with another start, such as a decomposition of the base, only to overwrite it.
         _change_json(directory / "adapter_config.json", {"init_lora_weights": True})
         self._write_card(directory)
@@ -79,7 +85,7 @@ class AdapterWriter:
         """
         from peft import set_peft_model_state_dict
 
-        tensors = load_file(directory / "adapter_model.safetensors")
+        tensors = load_file(directory / ADAPTER_FILE)
         if tensors.keys() != _tensors(model).keys():
             what = "its tensors are not those of the recipe's adapter"
             raise RunError(Problem(str(directory), what, "begin another run with run.dir="))
@@ -95,7 +101,8 @@ class AdapterWriter:
             },
         )
         self.tokenizer.save_pretrained(directory)
-        write_generation_config(directory, self.base, self.tokenizer)
+        ends = self.tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])
+        write_generation_settings(directory, self.base.path, ends, self.tokenizer.pad_token_id)
         self._write_card(directory)
 
     def _write_card(self, directory: Path) -> None:
@@ -112,21 +119,6 @@ def save_adapter(model: PeftModel, writer: AdapterWriter, run: RunDir) -> None:
     temporary.replace(target)
     # A model that was merged from an earlier adapter of this run is none of this one.
     shutil.rmtree(run.merged, ignore_errors=True)
-
-
-def write_generation_config(directory: Path, base: BaseCheckpoint, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes generation_config.json: the base's settings, with every token that ends an answer.
-
-    Both the end of a turn and the end of text stop generation, whatever the base's file says.
-    """
-    path = base.path / "generation_config.json"
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    ends = tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])
-    given = settings.get("eos_token_id") or []
-    others = [token for token in ([given] if isinstance(given, int) else given) if token not in ends]
-    settings["eos_token_id"] = [token for token in [*ends, *others] if token is not None]
-    settings["pad_token_id"] = tokenizer.pad_token_id
-    (directory / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _tensors(model: PeftModel) -> dict[str, Tensor]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
+import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_tune.errors import ModelError, Problem, first_line
+from qwen_tune.model.tensor_files import TensorSpan, read_spans
 
 if TYPE_CHECKING:
     from qwen_tune.recipe.schema import ModelSpec
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3")
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt")
 WEIGHT_FILES = ("*.safetensors",)
+INDEX_FILE = "model.safetensors.index.json"
 
 FINGERPRINT_BLOCKS = 64
 FINGERPRINT_BLOCK_BYTES = 4096
@@ -55,7 +58,7 @@ class BaseCheckpoint:
         Raises:
             ModelError: There are none, the index names a file that is not there, or one outside the directory.
         """
-        index = self.path / "model.safetensors.index.json"
+        index = self.path / INDEX_FILE
         if not index.exists():
             single = self.path / "model.safetensors"
             if single.exists():
@@ -63,7 +66,7 @@ class BaseCheckpoint:
             raise ModelError(
                 Problem(str(self.path), "no model.safetensors there; expected weights in safetensors files")
             )
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        names = sorted(set(self._weight_map().values()))
         for name in names:
             if Path(name).name != name:
                 raise ModelError(Problem(str(index), f"it names {name!r}, which is not a file beside it"))
@@ -71,9 +74,28 @@ class BaseCheckpoint:
                 raise ModelError(Problem(str(index), f"it names {name}, which is not there", "download it again"))
         return [self.path / name for name in names]
 
+    def _weight_map(self) -> Mapping[str, str]:
+        """The file of each tensor, as the index has it; nothing where there is no index."""
+        index = self.path / INDEX_FILE
+        if not index.exists():
+            return {}
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+            raise ModelError(Problem(str(index), "it has no weight_map of tensors to files", "download it again"))
+        return files
+
     def tensors(self) -> dict[str, TensorSpan]:
-        """Every tensor's place, from the files' headers alone."""
-        return {name: span for file in self.weight_files() for name, span in _read_header(file).items()}
+        """Every tensor's place, from the files' headers alone.
+
+        Raises:
+            ModelError: A file is not whole, or does not hold what the index says.
+        """
+        spans = {name: span for file in self.weight_files() for name, span in read_spans(file).items()}
+        for name, file in self._weight_map().items():
+            if name not in spans or spans[name].file.name != file:
+                what = f"it says that {name} lies in {file}, which is not so"
+                raise ModelError(Problem(str(self.path / INDEX_FILE), what, "download the checkpoint again"))
+        return spans
 
     def config_sha256(self) -> str:
         """sha256 of config.json as it lies there."""
@@ -86,39 +108,30 @@ class BaseCheckpoint:
         differs in nearly every block.
         """
         digest = hashlib.sha256()
-        for name, span in sorted(self.tensors().items()):
-            digest.update(f"{name} {span.dtype} {span.shape}\n".encode())
-            with span.file.open("rb") as file:
+        with ExitStack() as stack:
+            files = {file: stack.enter_context(file.open("rb", buffering=0)) for file in self.weight_files()}
+            for name, span in sorted(self.tensors().items()):
+                digest.update(f"{name} {span.dtype} {span.shape}\n".encode())
+                file = files[span.file].fileno()
                 blocks = min(FINGERPRINT_BLOCKS, -(-span.length // FINGERPRINT_BLOCK_BYTES))
+                size = min(FINGERPRINT_BLOCK_BYTES, span.length)
                 for block in range(blocks):
-                    file.seek(span.start + block * span.length // blocks)
-                    digest.update(file.read(min(FINGERPRINT_BLOCK_BYTES, span.length)))
+                    digest.update(os.pread(file, size, span.start + block * span.length // blocks))
         return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class TensorSpan:
-    """Where a tensor's bytes lie: `length` bytes from `start` of `file`."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    length: int
-
-
 def resolve_base(model: ModelSpec, *, weights: bool = True, max_length_tokens: int | None = None) -> BaseCheckpoint:
-    """Finds the base checkpoint, downloading it from the Hub when it is not local.
+    """Finds the base checkpoint of a recipe; see `find_base`.
 
     Args:
-        model: The recipe's model section. The base is local if it starts with . / ~ or the directory exists.
+        model: The recipe's model section.
         weights: False to do without the weights (a preview needs the tokenizer alone).
         max_length_tokens: The longest sample, which must fit into the checkpoint's context.
 
     Raises:
         ModelError: It is not there, not complete, or of a kind that is not trained yet.
     """
-    base = _local_base(model) or _hub_base(model, weights=weights)
+    base = find_base(model.base, model.revision, weights=weights)
     if base.model_type not in SUPPORTED_MODEL_TYPES:
         raise ModelError(
             Problem(
@@ -141,63 +154,52 @@ def resolve_base(model: ModelSpec, *, weights: bool = True, max_length_tokens: i
     return base
 
 
-def _local_base(model: ModelSpec) -> BaseCheckpoint | None:
-    path = Path(model.base).expanduser()
-    if not model.base.startswith((".", "/", "~")) and not path.is_dir():
+def find_base(id: str, revision: str | None = None, *, weights: bool = True) -> BaseCheckpoint:
+    """Finds a checkpoint of any kind, downloading it from the Hub when it is not local.
+
+    Args:
+        id: A directory, or a Hub id. It is a directory if it starts with . / ~ or is there.
+        revision: Branch, tag or commit of a Hub id.
+        weights: False to leave the weights on the Hub.
+
+    Raises:
+        ModelError: It is not there, or has no config.json.
+    """
+    return _local_base(id, revision) or _hub_base(id, revision, weights=weights)
+
+
+def _local_base(id: str, revision: str | None) -> BaseCheckpoint | None:
+    path = Path(id).expanduser()
+    if not id.startswith((".", "/", "~")) and not path.is_dir():
         return None
     if not path.is_dir():
-        raise ModelError(
-            Problem(model.base, "the base checkpoint is not there; expected a directory", "check model.base")
-        )
+        raise ModelError(Problem(id, "the base checkpoint is not there; expected a directory", "check model.base"))
     if not (path / "config.json").exists():
-        raise ModelError(Problem(model.base, "the directory holds no config.json; expected a Transformers checkpoint"))
-    if model.revision is not None:
-        raise ModelError(Problem(model.base, "model.revision is for Hub ids; this is a directory", "remove revision"))
-    return BaseCheckpoint(id=model.base, revision=None, path=path.resolve(), is_local=True)
+        raise ModelError(Problem(id, "the directory holds no config.json; expected a Transformers checkpoint"))
+    if revision is not None:
+        raise ModelError(Problem(id, "model.revision is for Hub ids; this is a directory", "remove revision"))
+    return BaseCheckpoint(id=id, revision=None, path=path.resolve(), is_local=True)
 
 
-def _hub_base(model: ModelSpec, *, weights: bool) -> BaseCheckpoint:
+def _hub_base(id: str, revision: str | None, *, weights: bool) -> BaseCheckpoint:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = [*TOKENIZER_FILES, *(WEIGHT_FILES if weights else ())]
     try:
-        path = Path(snapshot_download(model.base, revision=model.revision, allow_patterns=patterns))
+        path = Path(snapshot_download(id, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             Problem(
-                model.base,
+                id,
                 f"neither a directory nor a model that the Hub gives us ({first_line(error)})",
                 "check model.base; for a gated model accept its terms and run `hf auth login`; without a network give "
                 "a directory",
             )
         ) from error
     if not (path / "config.json").exists():
-        raise ModelError(Problem(model.base, "the repository holds no config.json; expected a Transformers checkpoint"))
-    return BaseCheckpoint(id=model.base, revision=path.name, path=path, is_local=False)
-
-
-def _read_header(file: Path) -> dict[str, TensorSpan]:
-    """The safetensors header: 8 bytes of length, then JSON with dtype, shape and offsets behind the header."""
-    with file.open("rb") as stream:
-        try:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > 100_000_000:
-                raise ValueError("the header is too long")
-            header = json.loads(stream.read(length))
-            return {
-                name: TensorSpan(
-                    file,
-                    entry["dtype"],
-                    tuple(entry["shape"]),
-                    8 + length + entry["data_offsets"][0],
-                    entry["data_offsets"][1] - entry["data_offsets"][0],
-                )
-                for name, entry in header.items()
-                if name != "__metadata__"
-            }
-        except (struct.error, ValueError, KeyError, TypeError) as error:
-            raise ModelError(Problem(str(file), f"not a safetensors file ({error})", "download it again")) from None
+        raise ModelError(Problem(id, "the repository holds no config.json; expected a Transformers checkpoint"))
+    return BaseCheckpoint(id=id, revision=path.name, path=path, is_local=False)
 
 
 def read_json(path: Path) -> Mapping[str, Any]:

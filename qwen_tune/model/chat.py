@@ -31,14 +31,14 @@ class ChatModel:
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-        from qwen_tune.model.adapter_dir import AdapterDir, load_with_adapter, what_to_take_instead
+        from qwen_tune.model.adapter_dir import AdapterDir, load_with_adapters, what_to_take_instead
         from qwen_tune.model.loading import automatic_dtype, own_device
 
         dtype = automatic_dtype()
         is_adapter = (path / "adapter").is_dir() or (path / "adapter_config.json").exists()
         if is_adapter:
             adapter = AdapterDir.open(path)
-            folder, model = adapter.path, load_with_adapter(adapter, dtype, quantized=True)
+            folder, model = adapter.path, load_with_adapters([adapter], dtype, quantized=True)
             if not (folder / "tokenizer_config.json").exists():
                 folder = adapter.base.path
         elif (path / "config.json").exists():

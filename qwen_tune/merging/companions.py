@@ -1,0 +1,100 @@
+"""Everything beside the weights that a merged model needs: configuration, ends of answers, tokenizer, processors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_tune.chatml.template import END_OF_TURN
+from qwen_tune.model.adapter_dir import AdapterDir
+from qwen_tune.model.base import read_json
+from qwen_tune.model.generation_settings import write_generation_settings
+from qwen_tune.model.untuned import END_OF_TEXT
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# What speaks of weights or of an adapter, and what is written anew.
+_NOT_COPIED = ("config.json", "generation_config.json", "adapter_config.json", "merge.json", "trainer_state.json")
+_COPIED = ("*.json", "*.jinja", "*.txt", "LICENSE*", "NOTICE*")
+
+
+def write_companions(target: Path, adapter: AdapterDir, *, untied: bool) -> None:
+    """Writes all files but the weights.
+
+    The tokenizer, its chat template and what ends an answer come from the adapter where it has them, else from the
+    base, like everything else that the base keeps beside its weights.
+    """
+    base = adapter.base
+    from_adapter = (adapter.path / "tokenizer_config.json").exists()
+    for pattern in _COPIED:
+        for file in sorted(base.path.glob(pattern)):
+            if file.name in _NOT_COPIED or file.name.endswith(".safetensors.index.json") or not file.is_file():
+                continue
+            if not (from_adapter and file.name in TOKENIZER_FILES):
+                shutil.copyfile(file, target / file.name)
+    if from_adapter:
+        for name in TOKENIZER_FILES:
+            if (adapter.path / name).is_file():
+                shutil.copyfile(adapter.path / name, target / name)
+    ends = _Ends(target)
+    written = adapter.path / "generation_config.json"
+    if written.exists():
+        shutil.copyfile(written, target / written.name)
+    else:
+        write_generation_settings(target, base.path, ends.all, ends.padding)
+    _write(target / "config.json", _config(base.config, end=ends.of_turn, untied=untied))
+
+
+def _config(base: Mapping[str, Any], *, end: int | None, untied: bool) -> dict[str, Any]:
+    """config.json: the base's, ending texts where turns end, with the keys under which Transformers 4 and 5 look.
+
+    Without the former's keys it takes 10,000 for rope_theta, saying nothing.
+    """
+    config = dict(base)
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+    for name, other in (("dtype", "torch_dtype"), ("torch_dtype", "dtype")):
+        if name in config:
+            config.setdefault(other, config[name])
+    if end is not None:
+        config["eos_token_id"] = end
+    if untied:
+        config["tie_word_embeddings"] = False
+    config.pop("_name_or_path", None)  # a path of the machine that wrote it
+    return config
+
+
+class _Ends:
+    """The ids of the tokens that end an answer, from a tokenizer's files."""
+
+    def __init__(self, folder: Path) -> None:
+        settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+        ids: dict[str, int] = {}
+        for id_, token in (settings.get("added_tokens_decoder") or {}).items():
+            ids[token["content"]] = int(id_)
+        if END_OF_TURN not in ids and (folder / "tokenizer.json").exists():
+            for token in read_json(folder / "tokenizer.json").get("added_tokens", []):
+                ids[token["content"]] = int(token["id"])
+        self.all = [ids[token] for token in (END_OF_TURN, END_OF_TEXT) if token in ids]
+        self.of_turn = ids.get(_text(settings.get("eos_token")))
+        self.padding = ids.get(_text(settings.get("pad_token")))
+
+
+def _text(token: Any) -> str:
+    return str(token.get("content")) if isinstance(token, Mapping) else str(token)
+
+
+def _write(path: Path, settings: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
