@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3Mo
 from qwen_tune.merging.merge import merge
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+REAL = Path(os.environ.get("QWEN_TUNE_REAL_BASE", "not-there"))  # a real checkpoint's directory, for those who have one
 
 SIZES = {
     "vocab_size": 320,
@@ -143,6 +146,14 @@ def test_a_merge_is_that_of_peft(tmp_path, case, dtype):
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert loaded.config.tie_word_embeddings == MODELS[kind].tie_word_embeddings
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs a real checkpoint: QWEN_TUNE_REAL_BASE names its directory")
+@pytest.mark.parametrize("case", ["lora", "rslora", "dora", "patterns", "rank one", "bias of targets", "bias of B"])
+def test_a_merge_into_a_real_checkpoint_is_that_of_peft(tmp_path, case):
+    adapter = make_adapter(tmp_path / "adapter", REAL, CASES[case][1])
+    merged = merge(adapter, output=tmp_path / "merged")
+    assert_same(weights(merged), by_peft(tmp_path / "peft", REAL, [adapter]))
 
 
 def test_experts_in_one_tensor_are_merged_like_experts_in_tensors_of_their_own(tmp_path):

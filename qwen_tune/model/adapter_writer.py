@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -22,7 +23,7 @@ from qwen_tune.model.adapter_config import is_converted
 from qwen_tune.model.adapter_dir import ADAPTER_FILE
 from qwen_tune.model.base import BaseCheckpoint
 from qwen_tune.model.generation_settings import write_generation_settings
-from qwen_tune.model.tensor_files import FINGERPRINT_KEY
+from qwen_tune.model.tensor_files import FINGERPRINT_KEY, set_metadata
 from qwen_tune.model.untuned import END_OF_TEXT
 from qwen_tune.recipe.schema import LoraSpec, Recipe
 from qwen_tune.runs.directory import RunDir, temporary_beside
@@ -66,13 +67,10 @@ class AdapterWriter:
         """The same as plain LoRA, whatever the start of the adapter was."""
         model.save_pretrained(directory, save_embedding_layers=False)
         self._complete(directory)
-        tensors = load_file(directory / ADAPTER_FILE)
         if self.start is not None:
-            tensors = _without_start(_tensors(model), self.start)
+            save_file(_without_start(_tensors(model), self.start), directory / ADAPTER_FILE)
+            self._say_what_it_belongs_to(directory)
             _change_json(directory / "adapter_config.json", _twice_the_rank(self.recipe.lora))
-        # The file itself says what it belongs to: an adapter is copied and published without its run.
-        metadata = {"format": "pt", FINGERPRINT_KEY: self.base.weights_fingerprint()}
-        save_file(tensors, directory / ADAPTER_FILE, metadata=metadata)
         # Loading it does not begin with another start, such as a decomposition of the base, only to overwrite it.
         _change_json(directory / "adapter_config.json", {"init_lora_weights": True})
         self._write_card(directory)
@@ -100,10 +98,19 @@ class AdapterWriter:
                 "revision": self.base.revision,
             },
         )
+        self._say_what_it_belongs_to(directory)
         self.tokenizer.save_pretrained(directory)
         ends = self.tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])
         write_generation_settings(directory, self.base.path, ends, self.tokenizer.pad_token_id)
         self._write_card(directory)
+
+    def _say_what_it_belongs_to(self, directory: Path) -> None:
+        """Puts the base's fingerprint into the file itself: an adapter is copied and published without its run."""
+        set_metadata(directory / ADAPTER_FILE, {"format": "pt", FINGERPRINT_KEY: self._fingerprint})
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self.base.weights_fingerprint()
 
     def _write_card(self, directory: Path) -> None:
         shape = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))

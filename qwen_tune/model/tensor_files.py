@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -125,6 +126,21 @@ def header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mappin
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors' bytes begin at a multiple of 8
     return _LENGTH.pack(len(text)) + text
+
+
+def set_metadata(file: Path, metadata: Mapping[str, str]) -> None:
+    """Writes a file anew with other metadata, in their order.
+
+    The library's own writer puts them in another order each time, and files of the same content would differ.
+    """
+    begin = _read_header(file)[1]
+    head = header(((name, span.dtype, span.shape) for name, span in read_spans(file).items()), metadata)
+    part = file.with_name(f"{file.name}.part")
+    with file.open("rb") as source, part.open("wb") as target:
+        target.write(head)
+        source.seek(begin)
+        shutil.copyfileobj(source, target)
+    part.replace(file)
 
 
 def _read_header(file: Path) -> tuple[dict[str, Any], int, int]:
