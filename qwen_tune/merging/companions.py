@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen_tune.chatml.template import END_OF_TURN
+from qwen_tune.errors import ModelError, Problem
 from qwen_tune.model.adapter_dir import AdapterDir
 from qwen_tune.model.base import read_json
 from qwen_tune.model.generation_settings import write_generation_settings
@@ -85,11 +87,21 @@ class _Ends:
         for id_, token in (settings.get("added_tokens_decoder") or {}).items():
             ids[token["content"]] = int(id_)
         if END_OF_TURN not in ids and (folder / "tokenizer.json").exists():
-            for token in read_json(folder / "tokenizer.json").get("added_tokens", []):
+            for token in _added_tokens(folder / "tokenizer.json"):
                 ids[token["content"]] = int(token["id"])
         self.all = [ids[token] for token in (END_OF_TURN, END_OF_TEXT) if token in ids]
         self.of_turn = ids.get(_text(settings.get("eos_token")))
         self.padding = ids.get(_text(settings.get("pad_token")))
+
+
+def _added_tokens(path: Path) -> list[dict[str, Any]]:
+    """The added tokens of a tokenizer.json. All of it, as objects, would take more memory than the merge."""
+    text = path.read_text(encoding="utf-8")
+    found = re.search(r'"added_tokens"\s*:\s*', text)
+    try:
+        return json.JSONDecoder().raw_decode(text, found.end())[0] if found else []
+    except ValueError:
+        raise ModelError(Problem(str(path), "cannot be read as JSON", "download it again")) from None
 
 
 def _text(token: Any) -> str:
