@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from qwen_tune.disk import sha256
 from qwen_tune.errors import MergeError
 from qwen_tune.merging.merge import merge
-from qwen_tune.merging.verification import verify_merged
+from qwen_tune.merging.verification import compare_merged, verify_merged
 
 # PEFT 0.21 reads an alias that Transformers 5.23 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -78,6 +78,14 @@ def test_a_model_that_answers_otherwise_is_marked(adapter, tmp_path):
     with pytest.raises(MergeError, match="does not answer like base and adapter"):
         verify_merged([adapter], target)
     assert json.loads((target / "merge.json").read_text())["verification"]["passed"] is False
+
+
+def test_answers_that_are_no_numbers_are_no_answers(adapter, tmp_path):
+    target = merge(adapter, output=tmp_path / "model")
+    tensors = load_file(target / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    assert not compare_merged([adapter], target).passed
 
 
 def forget_the_weights_it_was_trained_on(adapter):

@@ -127,6 +127,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "moe",
         {"target_modules": ATTENTION, "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
     ),
+    "all linear layers of experts": ("moe", {"target_modules": "all-linear"}),
+    "a parameter that is no expert's": (
+        "moe",
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]},
+    ),
+    "a block that is saved whole": ("qwen2", {"target_modules": ALL, "modules_to_save": ["layers.1.mlp"]}),
     "one of the experts' parameters": ("moe", {"target_modules": [], "target_parameters": ["experts.down_proj"]}),
 }
 
@@ -244,6 +250,34 @@ def test_a_tied_base_stays_tied_where_the_adapter_ties_its_ends(tmp_path):
     merged = merge(adapter, output=tmp_path / "merged")
     assert_same(weights(merged), by_peft(tmp_path / "peft", base, [adapter]))
     assert json.loads((merged / "merge.json").read_text())["untied"] is False
+
+
+def test_a_tied_base_stays_tied_where_its_embeddings_were_only_saved(tmp_path):
+    base = make_base(tmp_path / "base", "qwen2-tied", torch.bfloat16)
+    adapter = make_adapter(tmp_path / "adapter", base, {"target_modules": ATTENTION})
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter)
+    tuned.save_pretrained(adapter, save_embedding_layers=True)
+    assert any("embed_tokens" in name for name in load_file(adapter / "adapter_model.safetensors"))
+    merged = merge(adapter, output=tmp_path / "merged")
+    assert_same(weights(merged), by_peft(tmp_path / "peft", base, [adapter]))
+    assert json.loads((merged / "merge.json").read_text())["untied"] is False
+
+
+@pytest.mark.parametrize("parted", [False, True])
+def test_matrices_that_are_tied_keep_the_tie_only_while_they_are_equal(tmp_path, parted):
+    base = make_base(tmp_path / "base", "qwen2-tied", torch.float32)
+    settings = {"target_modules": [*ATTENTION, "embed_tokens"], "ensure_weight_tying": True}
+    adapter = make_adapter(tmp_path / "adapter", base, settings)
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    embedding = "base_model.model.model.embed_tokens.lora_embedding_"
+    for end, other in (("A", "B"), ("B", "A")):
+        tensors[f"base_model.model.lm_head.lora_{end}.weight"] = tensors[embedding + other].T.contiguous()
+    if parted:
+        tensors["base_model.model.lm_head.lora_B.weight"][0, 0] += 0.5
+    save_file(tensors, file, metadata={"format": "pt"})
+    merged = merge(adapter, output=tmp_path / "merged")
+    assert json.loads((merged / "merge.json").read_text())["untied"] is parted
 
 
 def test_other_divisions_into_files_hold_the_same_tensors(tmp_path):

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen_tune.errors import QwenTuneError
 from qwen_tune.merging.merge import merge
+from qwen_tune.merging.output_dir import partial_directory
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -210,8 +211,8 @@ def test_no_room_is_told_and_what_is_whole_is_kept(tmp_path):
     assert "there is no room for model-00008-of-00008.safetensors" in result.stderr
     assert "it goes on behind the last whole file" in result.stderr
     assert not (tmp_path / "model").exists()
-    kept = sorted(file.name for file in (tmp_path / ".model.merging").iterdir())
-    assert kept == ["merging.json", *(f"model-0000{n}-of-00008.safetensors" for n in range(1, 8))]
+    kept = sorted(file.name for file in (tmp_path / ".model.merging").glob("*.safetensors*"))
+    assert kept == [f"model-0000{n}-of-00008.safetensors" for n in range(1, 8)] + ["model.safetensors.index.json"]
     merge(adapter, output=tmp_path / "model")
     assert not (tmp_path / ".model.merging").exists()
 
@@ -357,7 +358,32 @@ def base_in_bytes(base, adapter):
     rewrite(base / "model.safetensors", change)
 
 
+def with_a_head_of_fewer_tokens(base, adapter):
+    def change(tensors):
+        tensors["base_model.model.lm_head.weight"] = torch.ones(VOCABULARY - 16, HIDDEN)
+
+    rewrite(adapter / "adapter_model.safetensors", change)
+
+
+def with_a_pattern_list(base, adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": [4]}))
+
+
+def with_targets_of_no_names(base, adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_modules": 7}))
+
+
+def broken_companion(base, adapter):
+    (base / "generation_config.json").write_text("{")
+
+
 DAMAGES = [
+    (with_a_head_of_fewer_tokens, "does not fit the base .*lm_head"),
+    (with_a_pattern_list, "rank_pattern in adapter_config.json is no mapping"),
+    (with_targets_of_no_names, "target_modules in adapter_config.json is no list of names"),
+    (broken_companion, r"generation_config\.json: cannot be read as JSON"),
     (without_a_module, r"no matrices for model\.layers\.3\.self_attn\.q_proj\.weight, which adapter_config"),
     (without_a_matrix, "expected a matrix A and a matrix B"),
     (with_a_module_more, r"layers\.99\.self_attn\.q_proj\.lora_A, which the base does not have"),
@@ -384,6 +410,52 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_left(pair, tmp_path, da
     with pytest.raises(QwenTuneError, match=message):
         merge(pair[1], output=tmp_path / "model")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_adapters_of_different_bases_are_not_merged_into_one(tmp_path):
+    """Neither says more of its base than a name."""
+    adapters = []
+    for name in ("one", "other"):
+        base = write_base(tmp_path / name / "base")
+        if name == "other":
+            rewrite(base / "model.safetensors", lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].mul_(2))
+        adapters.append(write_adapter(tmp_path / name / "adapter", base))
+    with pytest.raises(QwenTuneError, match="it names another base than"):
+        merge(*adapters, output=tmp_path / "model")
+
+
+def test_an_adapter_is_found_from_within_its_folder(pair, monkeypatch):
+    monkeypatch.chdir(pair[1])
+    assert merge(Path()) == pair[1].with_name("adapter-merged")
+
+
+def test_what_somebody_puts_there_meanwhile_is_not_lost(tmp_path):
+    target = tmp_path / "model"
+
+    def write() -> None:
+        with partial_directory(target, overwrite=False) as part:
+            (part / "model.safetensors").write_text("hours of work")
+            (part / "merging.json").write_text("{}")
+            target.mkdir()
+            (target / "thesis.txt").write_text("years")
+
+    with pytest.raises(QwenTuneError, match="no merged model of ours"):
+        write()
+    assert (target / "thesis.txt").read_text() == "years"
+    assert (tmp_path / ".model.merging" / "model.safetensors").read_text() == "hours of work"
+
+
+def test_a_link_is_followed(pair, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    assert merge(pair[1], output=tmp_path / "link") == tmp_path / "disk"
+    assert (tmp_path / "link" / "merge.json").exists()
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_mounted_disk_is_no_place_to_rename_to(pair, small_disk):
+    with pytest.raises(QwenTuneError, match=r"a disk is mounted there.* --output .*/disk/model"):
+        merge(pair[1], output=small_disk)
 
 
 def test_other_weights_of_the_same_shapes_are_refused(tmp_path, qwen_tune, trained):

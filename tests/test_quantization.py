@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_workspace
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qwen_tune.errors import MergeError, ModelError
@@ -81,6 +82,15 @@ def test_the_merged_tensors_are_those_of_peft_on_the_dequantized_base(quantized,
     assert merged.keys() == expected.keys() - {"lm_head.weight"}  # tied
     for name, tensor in merged.items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_an_adapter_that_changes_nothing_is_found_out_here_too(quantized, tmp_path):
+    _, run = quantized
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(MergeError, match="the merge changed nothing"):
+        merge(tmp_path / "run", output=tmp_path / "merged")
 
 
 def test_verifying_tells_what_the_choice_of_the_base_costs(quantized, tmp_path, monkeypatch):

@@ -6,14 +6,15 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from qwen_tune.errors import MergeError, Problem
-from qwen_tune.merging.steps import BiasShift, ExpertLowRank, LowRank, Replacement, Step, TokenRows
+from qwen_tune.machine import usable_cores
+from qwen_tune.merging.steps import LEAST_ROWS, BiasShift, ExpertLowRank, LowRank, Replacement, Step, TokenRows
 from qwen_tune.model.tensor_files import TensorSpan, read_into
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -48,6 +49,9 @@ class Source:
         self._name, self._span, self._unpacked = name, span, unpacked
         self._steps = [_in_memory(step) for step in steps]
         self._has_changed = False
+        # A thread of ours has a core to itself. But products of few rows differ in their last bits with the number of
+        # torch's threads, and PEFT's are those of a whole process.
+        self._threads = 1 if span.shape and span.shape[0] >= LEAST_ROWS else usable_cores()
 
     @torch.inference_mode()
     def merge(self, rows: Rows, data: memoryview) -> bool:
@@ -59,14 +63,16 @@ class Source:
         Raises:
             MergeError: There are values in them that are no numbers.
         """
-        torch.set_num_threads(1)  # of this thread: it has a core to itself
+        torch.set_num_threads(self._threads)
         if not data:
             return False
         shape = (rows[1] - rows[0], *self._span.shape[1:]) if self._span.shape else ()
         weight = torch.frombuffer(data, dtype=DTYPES[self._span.dtype]).view(shape)
-        original = None if self._has_changed else weight.clone()
+        # What 4 or 8 bits left of the base is no work of the adapter's.
+        seen = weight.clone() if not self._steps else None
         if self._unpacked is not None:
             weight.copy_(self._unpacked[rows[0] : rows[1]])
+        original = seen if seen is not None else None if self._has_changed else weight.clone()
         result = apply(self._steps, weight, rows)
         if result.data_ptr() != weight.data_ptr():
             weight.copy_(result)
@@ -129,10 +135,10 @@ def _in_memory(step: Step) -> Applied:
     if isinstance(step, LowRank):
         a, b = read_tensor(step.a).float(), read_tensor(step.b).float()
         magnitude = read_tensor(step.magnitude).float() if step.magnitude else None
-        kind = _EmbeddingProduct if step.is_embedding else _Product
+        kind = _EmbeddingProduct if step.is_embedding else _RoundedProduct if step.rounds_first else _Product
         return kind(a, b, step.scaling, magnitude)
     if isinstance(step, ExpertLowRank):
-        return _ExpertProduct(read_tensor(step.a).float(), read_tensor(step.b).float(), step)
+        return _ExpertProduct(_of_all_experts(step.a), _of_all_experts(step.b), step)
     if isinstance(step, TokenRows):
         return _Tokens(step)
     if isinstance(step, BiasShift):
@@ -180,6 +186,20 @@ class _Product:
             weight -= delta.to(weight.dtype)
             return weight
         return (weight / self.factor(base + delta, rows) - delta).to(weight.dtype)
+
+
+@dataclass
+class _RoundedProduct(_Product):
+    """A product that PEFT rounds to the weight's type before it adds it."""
+
+    def merge(self, weight: Tensor, rows: Rows, base: Tensor) -> Tensor:
+        return weight.add_(self.delta(rows, weight.dtype).to(weight.dtype))
+
+
+@lru_cache(maxsize=4)
+def _of_all_experts(span: TensorSpan) -> Tensor:
+    """The matrix of all experts of a layer: where each has a tensor of its own, it is wanted hundreds of times."""
+    return read_tensor(span).float()
 
 
 @dataclass

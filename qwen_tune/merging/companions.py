@@ -38,7 +38,7 @@ def write_companions(target: Path, adapter: AdapterDir, *, untied: bool) -> None
     base, like everything else that the base keeps beside its weights.
     """
     base = adapter.base
-    from_adapter = (adapter.path / "tokenizer_config.json").exists()
+    from_adapter = any((adapter.path / name).exists() for name in ("tokenizer.json", "vocab.json"))
     for pattern in _COPIED:
         for file in sorted(base.path.glob(pattern)):
             if file.name in _NOT_COPIED or file.name.endswith(".safetensors.index.json") or not file.is_file():
@@ -84,8 +84,9 @@ class _Ends:
     def __init__(self, folder: Path) -> None:
         settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
         ids: dict[str, int] = {}
-        for id_, token in (settings.get("added_tokens_decoder") or {}).items():
-            ids[token["content"]] = int(id_)
+        added = settings.get("added_tokens_decoder")
+        for id_, token in added.items() if isinstance(added, dict) else ():
+            ids[_text(token)] = int(id_)
         if END_OF_TURN not in ids and (folder / "tokenizer.json").exists():
             for token in _added_tokens(folder / "tokenizer.json"):
                 ids[token["content"]] = int(token["id"])

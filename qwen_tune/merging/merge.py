@@ -15,12 +15,12 @@ from qwen_tune.disk import sha256
 from qwen_tune.errors import MergeError, Problem
 from qwen_tune.merging.base_weights import BaseWeights
 from qwen_tune.merging.companions import write_companions
-from qwen_tune.merging.output_dir import check_room, check_target, choose_target, partial_directory
+from qwen_tune.merging.output_dir import check_free, check_place, check_room, choose_target, partial_directory
 from qwen_tune.merging.planning import plan_merge
 from qwen_tune.merging.shards import PROGRESS, Shard, ShardFacts, ShardWriter, index_of, shards
 from qwen_tune.merging.steps import HEAD, MergePlan, embedding_of
 from qwen_tune.model.adapter_dir import ADAPTER_FILE, AdapterDir, base_fingerprint, check_start
-from qwen_tune.model.base import BaseCheckpoint
+from qwen_tune.model.base import INDEX_FILE, BaseCheckpoint
 from qwen_tune.model.tensor_files import TensorSpan, read_spans, same_bytes
 from qwen_tune.runs.directory import RunDir, write_atomically
 
@@ -64,9 +64,10 @@ def merge(
     """
     adapters = [AdapterDir.open(path, base) for path in paths]
     target = choose_target(paths[0], adapters[0], output)
-    check_target(target, adapters, overwrite)
+    check_place(target, adapters)
+    check_free(target, overwrite)
     job = _Job.of(adapters, max_shard_bytes)
-    with partial_directory(target) as part:
+    with partial_directory(target, overwrite) as part:
         facts = job.write(part)
         write_atomically(part / "merge.json", json.dumps(facts, indent=2) + "\n")
     return target
@@ -125,10 +126,11 @@ class _Job:
             done = writer.find_done(self.shards)
             count(done)
             check_room(part, length - done)
+            # First what is small: a fault in it shows at once.
+            write_companions(part, self.adapters[0], untied=self.plan.untied)
+            if len(self.shards) > 1:
+                (part / INDEX_FILE).write_text(index_of(self.shards), encoding="utf-8")
             written = writer.write(self.shards)
-        if len(self.shards) > 1:
-            (part / "model.safetensors.index.json").write_text(index_of(self.shards), encoding="utf-8")
-        write_companions(part, self.adapters[0], untied=self.plan.untied)
         return self._prove(part, written, writer.base.rewritten)
 
     def _prove(self, part: Path, written: Mapping[str, ShardFacts], rewritten: frozenset[str]) -> dict[str, Any]:
@@ -207,9 +209,12 @@ def _check_base(adapter: AdapterDir, first: AdapterDir, fingerprint: str) -> Non
                 "give the right base with --base",
             )
         )
-    if adapter.dequantized != first.dequantized:
-        what = "one adapter was trained on a quantized base and another was not"
-        raise MergeError(Problem(str(adapter.path), what, "merge both into --base original"))
+    if adapter.base.path != first.base.path and adapter.base.weights_fingerprint() != fingerprint:
+        what = f"it names another base than {first.path} does: {adapter.base.id}, and not {first.base.id}"
+        raise MergeError(Problem(str(adapter.path), what, "merge adapters of one base, or name it with --base"))
+    if adapter.dequantized != first.dequantized or (adapter.dequantized and adapter.quantization != first.quantization):
+        what = "the adapters were not trained on a base that was quantized in one way"
+        raise MergeError(Problem(str(adapter.path), what, "merge all into --base original"))
 
 
 def _check_types(base: BaseCheckpoint, plan: MergePlan, tensors: Mapping[str, TensorSpan]) -> None:

@@ -26,27 +26,37 @@ def choose_target(path: Path, adapter: AdapterDir, output: Path | None) -> Path:
         MergeError: The adapter is a checkpoint, which has no place of its own.
     """
     if output is not None:
-        return output
+        return output.resolve()  # what a link names is written, not the link
     if adapter.path.parent.name == "checkpoints":
         raise MergeError(Problem(str(path), "a checkpoint is no place for a model", "say where it goes with --output"))
     if adapter.run:
         return adapter.run / "merged"
-    place = path if path.exists() else Path(path.name)  # it came from the Hub: here
-    return place.with_name(f"{place.resolve().name}-merged")
+    place = (path if path.exists() else Path(path.name)).resolve()  # what came from the Hub goes here
+    return place.with_name(f"{place.name}-merged")
 
 
-def check_target(target: Path, adapters: Sequence[AdapterDir], overwrite: bool) -> None:
-    """Makes sure that writing the output, or replacing what is there, can cost nobody anything.
+def check_place(target: Path, adapters: Sequence[AdapterDir]) -> None:
+    """Makes sure that the output is a place where a directory can come to stand.
 
     Raises:
-        MergeError: The output lies in or around the base or the adapter, or is there and may not be replaced.
+        MergeError: It lies in or around the base or the adapter, or is a disk of its own.
     """
-    resolved = target.resolve()
     places = [("base", adapters[0].base.path.resolve()), *(("adapter", adapter.path.resolve()) for adapter in adapters)]
     for name, path in places:
-        if resolved == path or resolved in path.parents or path in resolved.parents:
+        if target == path or target in path.parents or path in target.parents:
             what = f"the output would lie in or around the {name}"
             raise MergeError(Problem(str(target), what, "give another --output"))
+    if os.path.ismount(target):
+        what = "a disk is mounted there, and the finished model is renamed into its place"
+        raise MergeError(Problem(str(target), what, f"give a directory in it: --output {target / 'model'}"))
+
+
+def check_free(target: Path, overwrite: bool) -> None:
+    """Makes sure that nobody loses what is at the output's place.
+
+    Raises:
+        MergeError: Something is there that may not be replaced.
+    """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not (target / "merge.json").exists():
@@ -68,7 +78,7 @@ def check_room(part: Path, needed: int) -> None:
 
 
 @contextmanager
-def partial_directory(target: Path) -> Iterator[Path]:
+def partial_directory(target: Path, overwrite: bool) -> Iterator[Path]:
     """The directory in which a model is made, held for this process.
 
     It is renamed to the target's name at the end of the block. Where that is not reached, it is kept if weights in it
@@ -88,14 +98,14 @@ def partial_directory(target: Path) -> Iterator[Path]:
     try:
         try:
             fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise MergeError(Problem(str(target), "another merge is writing it", "wait for it")) from None
+        except OSError:
+            pass  # a file system without locks
         try:
             yield part
             for file in part.iterdir():
                 flush(file)
-            (part / PROGRESS).unlink(missing_ok=True)
-            _put_in_place(part, target)
         except NoRoomError:
             raise
         except MergeError:
@@ -106,6 +116,9 @@ def partial_directory(target: Path) -> Iterator[Path]:
                 raise
             fix = "free some space and run the command again: it goes on behind the last whole file"
             raise NoRoomError(Problem(str(part.parent), "there is no room for the model", fix)) from error
+        else:
+            check_free(target, overwrite)  # again: it may have taken hours, and what is whole stays if it is not
+            _put_in_place(part, target)
         finally:
             _tidy(part)
     finally:
@@ -126,6 +139,12 @@ def _put_in_place(part: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.replace(old)
-    part.replace(target)
+    try:
+        part.replace(target)
+    except OSError:
+        if old.exists():
+            old.replace(target)
+        raise
     flush(target.parent)
+    (target / PROGRESS).unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)

@@ -20,7 +20,7 @@ from qwen_tune.merging.steps import (
     embedding_of,
 )
 from qwen_tune.model.adapter_dir import AdapterDir
-from qwen_tune.model.tensor_files import TensorSpan, same_bytes
+from qwen_tune.model.tensor_files import TensorSpan, is_transposed, same_bytes
 
 PREFIX = "base_model.model."
 # The parameters of a module of experts, in the order in which PEFT wraps them: the first is the innermost.
@@ -59,11 +59,11 @@ def plan_merge(
     untied = False
     embedding = embedding_of(tensors)
     if is_tied and embedding and HEAD not in tensors:
-        shared = all(adapter.config.get("ensure_weight_tying") for adapter, _ in adapters)
+        keeps = all(adapter.config.get("ensure_weight_tying") for adapter, _ in adapters)
         steps, head = planned.get(embedding, []), planned.pop(HEAD, [])
         # Rows of tokens are trained for both at once; so is all else where the adapter says that it keeps the tie.
-        is_shared = shared or (bool(steps) and not head and all(isinstance(step, TokenRows) for step in steps))
-        if is_shared or steps == head:
+        one_end = not (steps and head) and (keeps or (all(isinstance(step, TokenRows) for step in steps) and not head))
+        if one_end or (len(steps) == len(head) and all(map(_same_for_both_ends, steps, head))):
             planned[embedding] = steps or head
         else:
             untied = True
@@ -129,13 +129,12 @@ class _Planner:
             raise self._problem(what, "save the adapter again: it is not whole")
 
     def _whole(self, key: str, name: str, span: TensorSpan) -> None:
-        # PEFT saves a targeted embedding's own weights beside the matrices: mostly they are the base's.
-        if ".base_layer." in key and name in self.tensors and same_bytes(span, self.tensors[name]):
-            return
         target = self._target(name, key)
-        if target != HEAD and self.tensors[target].shape != span.shape:
+        if self.tensors[target].shape != span.shape:
             raise self._misfit(key, f"{_by(span.shape)}; the base's {target} is {_by(self.tensors[target].shape)}")
-        self._add(name, Replacement(span))
+        # PEFT saves embeddings beside matrices for them, or when asked to: mostly they are the base's.
+        if not same_bytes(span, self.tensors[target]):
+            self._add(name, Replacement(span))
 
     def _module(self, module: str, parts: Mapping[str, TensorSpan]) -> None:
         if values := parts.get("token_adapter.trainable_tokens_delta"):
@@ -151,7 +150,8 @@ class _Planner:
             self._experts(module, a, b)
             return
         rank = a.shape[0]
-        scaling = self.settings.scaling(module, rank)
+        is_parameter = self.settings.targets_parameter(f"{module}.weight")
+        scaling = self.settings.scaling(f"{module}.weight" if is_parameter else module, rank)
         is_embedding = "lora_embedding_A" in parts
         rows, columns = (a.shape[1], b.shape[0]) if is_embedding else (b.shape[0], a.shape[1])
         target = self._target(f"{module}.weight", f"{module}.lora_A")
@@ -162,14 +162,21 @@ class _Planner:
         if self.settings.use_dora != (magnitude is not None):
             what = f"{module} has {'a' if magnitude else 'no'} magnitude (DoRA), and adapter_config.json says otherwise"
             raise self._problem(what, "save the adapter again: it is not whole")
-        self._add(f"{module}.weight", LowRank(a, b, scaling, magnitude, is_embedding))
+        if magnitude and magnitude.shape != ((columns,) if is_embedding else (rows,)):
+            raise self._misfit(f"{module}.lora_magnitude_vector", f"of {_by(magnitude.shape)}")
+        step = LowRank(a, b, scaling, magnitude, is_embedding, rounds_first=is_parameter)
+        self._add(f"{module}.weight", step)
         if bias := parts.get("lora_B.bias"):
-            self._target(f"{module}.bias", f"{module}.lora_B.bias")
+            shifted = self._target(f"{module}.bias", f"{module}.lora_B.bias")
+            if self.tensors[shifted].shape != bias.shape:
+                raise self._misfit(f"{module}.lora_B.bias", f"of {_by(bias.shape)}")
             self._add(f"{module}.bias", BiasShift(bias, scaling))
 
     def _token_rows(self, module: str, values: TensorSpan) -> None:
         given = self.settings.tokens(module, values.shape[0])
         target = self._target(f"{module}.weight", module)
+        if values.shape[1:] != self.tensors[target].shape[1:]:
+            raise self._misfit(f"{module}'s trained token rows", f"of {_by(values.shape)}")
         if len(set(given)) < len(given) or not all(0 <= token < self.tensors[target].shape[0] for token in given):
             raise self._problem(f"{module}: the trained tokens are not tokens of the base", "give the right base")
         self._add(f"{module}.weight", TokenRows(tuple(given), values))
@@ -239,6 +246,21 @@ class _Planner:
 
     def _problem(self, what: str, fix: str) -> MergeError:
         return MergeError(Problem(str(self.adapter.path), what, fix))
+
+
+def _same_for_both_ends(embedding: Step, head: Step) -> bool:
+    """Whether two steps do the same to an embedding and to an output matrix tied to it.
+
+    What ties them in training may come apart: PEFT's float32 matrices on a bfloat16 base do.
+    """
+    if isinstance(embedding, LowRank) and isinstance(head, LowRank) and embedding.is_embedding:
+        plain = embedding.magnitude is None and head.magnitude is None and embedding.scaling == head.scaling
+        return plain and is_transposed(embedding.b, head.a) and is_transposed(embedding.a, head.b)
+    if isinstance(embedding, Replacement) and isinstance(head, Replacement):
+        return same_bytes(embedding.values, head.values)
+    if isinstance(embedding, TokenRows) and isinstance(head, TokenRows):
+        return embedding.indices == head.indices and same_bytes(embedding.values, head.values)
+    return False
 
 
 def _check_order(adapter: AdapterDir, name: str, before: list[Step], step: Step) -> None:

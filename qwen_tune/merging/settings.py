@@ -42,6 +42,15 @@ class AdapterSettings:
             if adapter.config.get(name):
                 what = f"adapter_config.json sets {name}, so its matrices are more than a product of two"
                 raise self._problem(what, "serve the adapter beside its base, or merge it with PEFT")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(adapter.config.get(name) or {}, Mapping):
+                raise self._problem(f"{name} in adapter_config.json is no mapping", _NOT_WHOLE)
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+            given = adapter.config.get(name) or []
+            if not isinstance(given, str) and not (
+                isinstance(given, list) and all(isinstance(entry, str) for entry in given)
+            ):
+                raise self._problem(f"{name} in adapter_config.json is no list of names", _NOT_WHOLE)
         self.use_dora = bool(adapter.config.get("use_dora"))
         self.target_parameters = tuple(adapter.config.get("target_parameters") or ())
 
@@ -73,6 +82,10 @@ class AdapterSettings:
             raise self._problem(what, _NOT_WHOLE)
         return given
 
+    def targets_parameter(self, name: str) -> bool:
+        """Whether a parameter was targeted by its own name, rather than its module."""
+        return any(_ends_in(name, target) for target in self.target_parameters)
+
     def is_target(self, name: str) -> bool:
         """Whether a tensor of a layer is meant to have matrices, as PEFT decides it.
 
@@ -80,30 +93,34 @@ class AdapterSettings:
         """
         config = self._config
         if config.get("layers_to_transform") is not None or not name.endswith(".weight"):
-            return any(_ends_in(name, parameter) for parameter in self.target_parameters)
+            return self.targets_parameter(name)
         module = name.removesuffix(".weight")
-        if self._matches("exclude_modules", module):
+        # What is saved whole is never targeted.
+        saved = self._config.get("modules_to_save") or ()
+        is_saved = any(self._is(rf"(^|.*\.){name}($|\..*)", module) for name in saved)
+        if is_saved or self._matches("exclude_modules", module):
             return False
         return self._matches("target_modules", module)
 
     def _matches(self, setting: str, module: str) -> bool:
         given = self._config.get(setting) or ()
         if isinstance(given, str):
-            try:
-                return re.fullmatch(given, module) is not None
-            except re.error:
-                raise self._problem(f"{setting} is no regular expression: {given!r}", _NOT_WHOLE) from None
+            return self._is(rf"(?:{given})\Z", module)
         return any(_ends_in(module, name) for name in given)
 
     def _patterned(self, setting: str, module: str, default: Any) -> Any:
         """The entry whose key, a regular expression, matches the end of a module's name, as PEFT looks for it."""
         for key, value in (self._config.get(setting) or {}).items():
-            try:
-                if re.match(rf"(.*\.)?({key})$", module):
-                    return value
-            except re.error:
-                raise self._problem(f"{setting} has {key!r}, which is no regular expression", _NOT_WHOLE) from None
+            if self._is(rf"(.*\.)?({key})$", module):
+                return value
         return default
+
+    def _is(self, pattern: str, module: str) -> bool:
+        try:
+            return re.match(pattern, module) is not None
+        except re.error:
+            what = f"adapter_config.json has {pattern!r}, which is no regular expression"
+            raise self._problem(what, _NOT_WHOLE) from None
 
     def _problem(self, what: str, fix: str) -> MergeError:
         return MergeError(Problem(str(self._path), what, fix))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import sys
 import threading
 from collections import deque
@@ -120,6 +121,8 @@ class ShardWriter:
             known = facts.get(path.name)
             if known and path.stat().st_size == known.bytes and sha256(path) == known.sha256:
                 self.done[path.name] = known
+            elif path.is_dir():
+                shutil.rmtree(path)
             else:
                 path.unlink()
         self._note()

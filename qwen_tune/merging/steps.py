@@ -29,6 +29,8 @@ class LowRank:
     scaling: float
     magnitude: TensorSpan | None = None
     is_embedding: bool = False
+    rounds_first: bool = False
+    """Whether the product is rounded to the tensor's type before it is added, as PEFT does for target_parameters."""
 
 
 @dataclass(frozen=True)

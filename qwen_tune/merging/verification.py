@@ -135,11 +135,10 @@ def compare_merged(paths: Sequence[Path], merged: Path, base: str | None = None)
     batches = [torch.tensor([ids[:TOKENS_A_SAMPLE]]) for ids in samples]
     expected = list(_logits(load_with_adapters(adapters, torch.float32), batches))
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, trust_remote_code=False)
-    largest = difference = 0.0
-    same = 0
+    largest, difference, same = torch.tensor(0.0), torch.tensor(0.0), 0
     for one, other in zip(expected, _logits(model, batches), strict=True):
-        largest = max(largest, float(one.abs().max()))
-        difference = max(difference, float((one - other).abs().max()))
+        largest = torch.maximum(largest, one.abs().max())  # unlike Python's max, it keeps NaN
+        difference = torch.maximum(difference, (one - other).abs().max())
         same += int((one.argmax(-1) == other.argmax(-1)).sum())
     losses = {}
     if rows and adapters[0].quantization and len(adapters) == 1:
@@ -151,7 +150,7 @@ def compare_merged(paths: Sequence[Path], merged: Path, base: str | None = None)
         samples=len(batches),
         tokens=tokens,
         stored_dtype=stored,
-        relative_difference=difference / largest,
+        relative_difference=float(difference / largest),
         tolerance=TOLERANCE[stored],
         same_choice=same / tokens,
         losses=losses,

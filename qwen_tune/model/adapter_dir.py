@@ -94,7 +94,8 @@ def _folder_of(path: Path) -> Path:
         MergeError: The Hub gives us no such adapter.
     """
     if path.exists() or not _HUB_ID.fullmatch(str(path)):
-        return path / "adapter" if (path / "adapter").is_dir() else path
+        folder = path.resolve()  # its run is found by the folders around it
+        return folder / "adapter" if (folder / "adapter").is_dir() else folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -177,7 +178,7 @@ def base_fingerprint(folder: Path) -> str | None:
 def check_start(adapter: AdapterDir) -> None:
     """Raises MergeError where the adapter's start took a part of the base, which is not in the base any more."""
     start = adapter.config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(CHANGED_BASES):
+    if isinstance(start, str) and start.lower().startswith(CHANGED_BASES):
         raise MergeError(
             Problem(
                 str(adapter.path),

@@ -24,6 +24,7 @@ TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt")
 WEIGHT_FILES = ("*.safetensors",)
 INDEX_FILE = "model.safetensors.index.json"
 
+_OTHER_BASE = "check model.base in the recipe, or give another one with --base"
 FINGERPRINT_BLOCKS = 64
 FINGERPRINT_BLOCK_BYTES = 4096
 
@@ -173,7 +174,7 @@ def _local_base(id: str, revision: str | None) -> BaseCheckpoint | None:
     if not id.startswith((".", "/", "~")) and not path.is_dir():
         return None
     if not path.is_dir():
-        raise ModelError(Problem(id, "the base checkpoint is not there; expected a directory", "check model.base"))
+        raise ModelError(Problem(id, "the base checkpoint is not there; expected a directory", _OTHER_BASE))
     if not (path / "config.json").exists():
         raise ModelError(Problem(id, "the directory holds no config.json; expected a Transformers checkpoint"))
     if revision is not None:
@@ -193,7 +194,7 @@ def _hub_base(id: str, revision: str | None, *, weights: bool) -> BaseCheckpoint
             Problem(
                 id,
                 f"neither a directory nor a model that the Hub gives us ({first_line(error)})",
-                "check model.base; for a gated model accept its terms and run `hf auth login`; without a network give "
+                f"{_OTHER_BASE}; for a gated model accept its terms and run `hf auth login`; without a network give "
                 "a directory",
             )
         ) from error

@@ -116,11 +116,24 @@ def same_bytes(one: TensorSpan, other: TensorSpan) -> bool:
     return True
 
 
+def is_transposed(one: TensorSpan, other: TensorSpan) -> bool:
+    """Whether a matrix holds the numbers of another, rows for columns."""
+    import numpy as np
+
+    if one.dtype != other.dtype or one.shape != other.shape[::-1]:
+        return False
+    kind = f"u{ITEM_BYTES[one.dtype]}"
+    first, second = (np.frombuffer(read_bytes(span, 0, span.length), kind).reshape(span.shape) for span in (one, other))
+    return bool(np.array_equal(first, second.T))
+
+
 def header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """The header of a file that holds tensors (name, type, shape) in this order, its length included."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, dtype, shape in tensors:
+        if dtype not in ITEM_BYTES:
+            raise ModelError(Problem(name, f"it is stored as {dtype}, which is not known", "give another base"))
         start, end = end, end + ITEM_BYTES[dtype] * math.prod(shape)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
