@@ -188,7 +188,7 @@ class ShardWriter:
             found = written.get(name)
             if found is None or (found.dtype, found.shape) != (span.dtype, span.shape):
                 raise _not_as_planned(name, "is missing, or of another shape")
-            if name in changed:
+            if name in changed or name in self.base.rewritten:
                 continue
             size = min(span.length, LOOKED_AT_BYTES)
             for start in {0, (span.length - size) // 2, span.length - size}:
