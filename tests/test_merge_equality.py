@@ -174,6 +174,14 @@ def test_experts_in_one_tensor_are_merged_like_experts_in_tensors_of_their_own(t
     assert_same(weights(merged), fuse(by_peft(tmp_path / "peft", apart, [adapter])))
 
 
+def test_another_adapter_at_the_same_place_is_read_anew(tmp_path):
+    base = make_base(tmp_path / "base", "moe", torch.bfloat16)
+    for seed in (1, 2):
+        adapter = make_adapter(tmp_path / "adapter", base, CASES["experts"][1], seed)
+        merged = merge(adapter, output=tmp_path / f"merged{seed}")
+        assert_same(weights(merged), by_peft(tmp_path / f"peft{seed}", base, [adapter]))
+
+
 def fuse(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Experts as Transformers 5 holds them in memory."""
     result = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}

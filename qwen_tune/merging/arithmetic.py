@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Protocol, TypeAlias
 
 import torch
@@ -43,11 +43,19 @@ class Source:
         span: Where it begins as the base's.
         steps: What is done to it.
         unpacked: What is taken in place of the base's own, see `BaseWeights`.
+        read_experts: Reads a matrix of all experts of a layer.
     """
 
-    def __init__(self, name: str, span: TensorSpan, steps: Sequence[Step], unpacked: Tensor | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        span: TensorSpan,
+        steps: Sequence[Step],
+        unpacked: Tensor | None,
+        read_experts: Callable[[TensorSpan], Tensor],
+    ) -> None:
         self._name, self._span, self._unpacked = name, span, unpacked
-        self._steps = [_in_memory(step) for step in steps]
+        self._steps = [_in_memory(step, read_experts) for step in steps]
         self._has_changed = False
         # A thread of ours has a core to itself. But products of few rows differ in their last bits with the number of
         # torch's threads, and PEFT's are those of a whole process.
@@ -130,7 +138,7 @@ def _scratch(rows: int, columns: int) -> Tensor:
 _of_thread = threading.local()
 
 
-def _in_memory(step: Step) -> Applied:
+def _in_memory(step: Step, read_experts: Callable[[TensorSpan], Tensor]) -> Applied:
     """A step made ready."""
     if isinstance(step, LowRank):
         a, b = read_tensor(step.a).float(), read_tensor(step.b).float()
@@ -138,7 +146,7 @@ def _in_memory(step: Step) -> Applied:
         kind = _EmbeddingProduct if step.is_embedding else _RoundedProduct if step.rounds_first else _Product
         return kind(a, b, step.scaling, magnitude)
     if isinstance(step, ExpertLowRank):
-        return _ExpertProduct(_of_all_experts(step.a), _of_all_experts(step.b), step)
+        return _ExpertProduct(read_experts(step.a), read_experts(step.b), step)
     if isinstance(step, TokenRows):
         return _Tokens(step)
     if isinstance(step, BiasShift):
@@ -194,12 +202,6 @@ class _RoundedProduct(_Product):
 
     def merge(self, weight: Tensor, rows: Rows, base: Tensor) -> Tensor:
         return weight.add_(self.delta(rows, weight.dtype).to(weight.dtype))
-
-
-@lru_cache(maxsize=4)
-def _of_all_experts(span: TensorSpan) -> Tensor:
-    """The matrix of all experts of a layer: where each has a tensor of its own, it is wanted hundreds of times."""
-    return read_tensor(span).float()
 
 
 @dataclass

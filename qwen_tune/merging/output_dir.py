@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
@@ -10,13 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from qwen_tune.disk import flush
+from qwen_tune.disk import NO_ROOM, flush
 from qwen_tune.errors import MergeError, NoRoomError, Problem, first_line
 from qwen_tune.merging.shards import PROGRESS
 from qwen_tune.model.adapter_dir import AdapterDir
 
 SPARE_BYTES = 64 << 20  # for all that is no weight
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def choose_target(path: Path, adapter: AdapterDir, output: Path | None) -> Path:
@@ -112,7 +110,7 @@ def partial_directory(target: Path, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(part)  # nothing in it can be used
             raise
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if error.errno not in NO_ROOM:
                 raise
             fix = "free some space and run the command again: it goes on behind the last whole file"
             raise NoRoomError(Problem(str(part.parent), "there is no room for the model", fix)) from error

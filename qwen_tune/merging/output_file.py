@@ -46,7 +46,7 @@ class OutputFile:
             self._free.put(mmap.mmap(-1, BUFFER_BYTES))  # lies at the start of a page
         self._buffer = self._free.get()
         self._filled = 0
-        self._problem: OSError | None = None
+        self._problem: Exception | None = None
         self._thread = threading.Thread(target=self._write_all, name="writes the model", daemon=True)
         try:
             _reserve(self._file, length)
@@ -98,7 +98,7 @@ class OutputFile:
             if self._problem is None:
                 try:
                     self._write(memoryview(buffer)[:size])
-                except OSError as error:
+                except Exception as error:  # whoever appends would wait for a buffer for ever; it is raised there
                     self._problem = error
             self._free.put(buffer)
 

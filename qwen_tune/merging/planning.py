@@ -146,7 +146,7 @@ class _Planner:
         if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
             what = f"{module} has {' and '.join(sorted(parts))}; expected a matrix A and a matrix B"
             raise self._problem(what, "save the adapter again: it is not whole")
-        if self._is_parameter(module):
+        if self._holds_experts(module):
             self._experts(module, a, b)
             return
         rank = a.shape[0]
@@ -181,18 +181,13 @@ class _Planner:
             raise self._problem(f"{module}: the trained tokens are not tokens of the base", "give the right base")
         self._add(f"{module}.weight", TokenRows(tuple(given), values))
 
-    def _is_parameter(self, module: str) -> bool:
+    def _holds_experts(self, module: str) -> bool:
         return bool(self.settings.target_parameters) and module.replace(".base_layer", "").endswith("experts")
 
     def _experts(self, module: str, a: TensorSpan, b: TensorSpan) -> None:
         depth = module.count(".base_layer")
         module = module.replace(".base_layer", "")
-        targets = self.settings.target_parameters
-        named = [
-            parameter
-            for parameter in EXPERT_PARAMETERS
-            if any(f"{module}.{parameter}" == name or f"{module}.{parameter}".endswith(f".{name}") for name in targets)
-        ]
+        named = [part for part in EXPERT_PARAMETERS if self.settings.targets_parameter(f"{module}.{part}")]
         if depth >= len(named):
             raise self._misfit(f"{module}.lora_A", "which belongs to none of target_parameters")
         parameter = named[-1 - depth]

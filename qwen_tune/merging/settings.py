@@ -47,9 +47,8 @@ class AdapterSettings:
                 raise self._problem(f"{name} in adapter_config.json is no mapping", _NOT_WHOLE)
         for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
             given = adapter.config.get(name) or []
-            if not isinstance(given, str) and not (
-                isinstance(given, list) and all(isinstance(entry, str) for entry in given)
-            ):
+            is_pattern = isinstance(given, str) and name in ("target_modules", "exclude_modules")
+            if not is_pattern and not (isinstance(given, list) and all(isinstance(entry, str) for entry in given)):
                 raise self._problem(f"{name} in adapter_config.json is no list of names", _NOT_WHOLE)
         self.use_dora = bool(adapter.config.get("use_dora"))
         self.target_parameters = tuple(adapter.config.get("target_parameters") or ())

@@ -6,7 +6,6 @@ on the disk, and was looked at there; it is noted in `PROGRESS` then, and a merg
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import sys
@@ -16,11 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from qwen_tune.disk import flush, sha256
+from qwen_tune.disk import NO_ROOM, flush, sha256
 from qwen_tune.errors import MergeError, NoRoomError, Problem
 from qwen_tune.machine import bring_in, usable_cores
 from qwen_tune.merging.base_weights import BaseWeights
@@ -30,6 +29,8 @@ from qwen_tune.model.tensor_files import TensorSpan, header, read_bytes, read_in
 from qwen_tune.runs.directory import write_atomically
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qwen_tune.merging.arithmetic import Source
 
 PROGRESS = "merging.json"
@@ -106,6 +107,10 @@ class ShardWriter:
     count: Count = lambda _: None
     done: dict[str, ShardFacts] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # Where each expert has a tensor of its own, the matrices of all of a layer are wanted hundreds of times.
+        self._read_experts = lru_cache(maxsize=4)(_read_float)
+
     def find_done(self, wanted: Sequence[Shard]) -> int:
         """Finds files of the same merge that are whole, and removes all others; returns their tensors' bytes."""
         try:
@@ -154,7 +159,7 @@ class ShardWriter:
                     self.count(len(data))
                 digest = file.finish()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in NO_ROOM:
                 raise
             what = f"there is no room for {shard.name} ({shard.length / 1e9:.1f} GB)"
             fix = "free some space and run the command again: it goes on behind the last whole file"
@@ -169,7 +174,7 @@ class ShardWriter:
         for name, span in shard.tensors:
             steps = self.plan.steps.get(name, ())
             if steps or name in self.base.rewritten:
-                tensor = _Tensor(name, span, steps, self.base)
+                tensor = _Tensor(name, span, steps, self.base, self._read_experts)
                 for first, last in blocks(span.shape, steps):
                     size = (last - first) * span.row_bytes
                     yield _Piece(name, span, first * span.row_bytes, size, partial(tensor.change, (first, last)))
@@ -214,8 +219,15 @@ class _Piece:
 class _Tensor:
     """A tensor that changes. Its matrices are read when its first rows are wanted, and live as long as its pieces."""
 
-    def __init__(self, name: str, span: TensorSpan, steps: Sequence[Step], base: BaseWeights) -> None:
-        self._name, self._span, self._steps, self._base = name, span, steps, base
+    def __init__(
+        self,
+        name: str,
+        span: TensorSpan,
+        steps: Sequence[Step],
+        base: BaseWeights,
+        read_experts: Callable[[TensorSpan], Tensor],
+    ) -> None:
+        self._name, self._span, self._steps, self._base, self._read_experts = name, span, steps, base, read_experts
         self._source: Source | None = None
         self._lock = threading.Lock()
 
@@ -224,8 +236,15 @@ class _Tensor:
 
         with self._lock:
             if self._source is None:
-                self._source = Source(self._name, self._span, self._steps, self._base.unpacked(self._name, self._span))
+                unpacked = self._base.unpacked(self._name, self._span)
+                self._source = Source(self._name, self._span, self._steps, unpacked, self._read_experts)
         return self._source.merge(rows, data)
+
+
+def _read_float(span: TensorSpan) -> Tensor:
+    from qwen_tune.merging.arithmetic import read_tensor
+
+    return read_tensor(span).float()
 
 
 class _Workers:
