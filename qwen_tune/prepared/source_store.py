@@ -321,6 +321,6 @@ def _hub_content(source: SourceSpec) -> tuple[SourceSpec, list[list[str]]]:
         table = datasets.load_dataset(
             source.path, name=source.subset, split=source.split or "train", revision=source.revision
         )
-    except Exception:  # likewise
+    except Exception:  # of every kind; here too, reading it says what is wrong
         return source, [name]
     return source, [[*name, str(table._fingerprint)]]
