@@ -109,6 +109,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "rank one": ("qwen2", {"target_modules": ALL, "r": 1}),
     "high rank": ("qwen3", {"target_modules": ALL, "r": 96}),
+    "a rank that products sum in parts": ("qwen3", {"target_modules": ALL, "r": 320, "lora_alpha": 320}),
     "bias": ("qwen2", {"target_modules": ATTENTION, "bias": "all"}),
     "bias of targets": ("qwen2", {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only"}),
     "bias of B": ("qwen2", {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),

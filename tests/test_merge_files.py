@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from qwen_tune.errors import QwenTuneError
 from qwen_tune.merging.merge import merge
 from qwen_tune.merging.output_dir import partial_directory
+from qwen_tune.model.tensor_files import header
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -120,6 +121,21 @@ from qwen_tune.merging.merge import merge
 import torch  # so that the next moments are the writing
 merge(Path(sys.argv[1]), output=Path(sys.argv[2]))
 """
+
+
+def test_tensors_may_begin_at_any_byte(pair, tmp_path):
+    base, adapter = pair
+    expected = weights(merge(adapter, output=tmp_path / "even"))
+    tensors = {"model.three_bytes": torch.tensor([1, 2, 3], dtype=torch.uint8), **weights(base)}
+    kinds = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
+    head = header(((name, kinds[one.dtype], tuple(one.shape)) for name, one in tensors.items()), {"format": "pt"})
+    data = [one.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for one in tensors.values()]
+    (base / "model.safetensors").write_bytes(head + b"".join(data))
+    merged = weights(merge(adapter, output=tmp_path / "odd"))
+    assert torch.equal(merged.pop("model.three_bytes"), tensors["model.three_bytes"])
+    assert merged.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(merged[name], tensor), name
 
 
 def test_a_kill_costs_the_file_that_was_written_and_no_other(tmp_path):

@@ -14,14 +14,29 @@ import mmap
 import os
 import queue
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-BUFFER_BYTES = 4 << 20
-BUFFERS = 3  # one is filled, one is written, one waits
+PART_BYTES = 8 << 20
+"""Of a part, as a rule: enough for a disk to be fast."""
 
 _DIRECT = getattr(os, "O_DIRECT", 0)  # Linux
 _ALIGNMENT = 4096  # bytes, enough for any disk
+
+
+@dataclass(frozen=True)
+class Part:
+    """The next bytes of a file, to be filled in: `data`, in memory that a disk takes as it is."""
+
+    buffer: mmap.mmap
+    begin: int
+    """Bytes in front: the end of the part before, where that filled no page of the disk."""
+    end: int
+
+    @property
+    def data(self) -> memoryview:
+        return memoryview(self.buffer)[self.begin : self.end]
 
 
 class OutputFile:
@@ -40,12 +55,11 @@ class OutputFile:
                 raise
             self._file = os.open(path, flags, 0o666)
         self._digest = hashlib.sha256()
+        self._taken = 0
+        self._tail = b""  # of what was appended: less than a page of the disk
         self._free: queue.Queue[mmap.mmap] = queue.Queue()
-        self._full: queue.Queue[tuple[mmap.mmap, int] | None] = queue.Queue()
-        for _ in range(BUFFERS):
-            self._free.put(mmap.mmap(-1, BUFFER_BYTES))  # lies at the start of a page
-        self._buffer = self._free.get()
-        self._filled = 0
+        # A slow disk stops whoever appends, or the whole model would wait in memory.
+        self._full: queue.Queue[memoryview | None] = queue.Queue(maxsize=1)
         self._problem: Exception | None = None
         self._thread = threading.Thread(target=self._write_all, name="writes the model", daemon=True)
         try:
@@ -64,21 +78,32 @@ class OutputFile:
             self._thread.join()
         os.close(self._file)
 
-    def append(self, data: memoryview | bytes) -> None:
-        """Adds bytes to the end."""
-        self._digest.update(data)
-        view = memoryview(data)
-        while view:
-            if self._filled == BUFFER_BYTES:
-                self._pass_on()
-            size = min(len(view), BUFFER_BYTES - self._filled)
-            self._buffer[self._filled : self._filled + size] = view[:size]
-            self._filled += size
-            view = view[size:]
+    def take(self, size: int) -> Part:
+        """Room for the next bytes; several parts may be filled at a time, each is appended in its turn."""
+        begin = self._taken % _ALIGNMENT
+        self._taken += size
+        try:
+            buffer = self._free.get_nowait()
+        except queue.Empty:
+            buffer = None
+        if buffer is None or len(buffer) < begin + size:
+            buffer = mmap.mmap(-1, max(begin + size, PART_BYTES + _ALIGNMENT))  # lies at the start of a page
+        return Part(buffer, begin, begin + size)
+
+    def append(self, part: Part) -> None:
+        """Adds a part that is filled to the end. Its memory is another's then."""
+        if self._problem is not None:
+            raise self._problem
+        self._digest.update(part.data)
+        filled = memoryview(part.buffer)[: part.end]
+        filled[: part.begin] = self._tail
+        whole = part.end - part.end % _ALIGNMENT
+        self._tail = bytes(filled[whole:])
+        self._full.put(filled[:whole])
 
     def finish(self) -> str:
         """Waits until everything is on the disk; returns the sha256 as hexadecimal digits."""
-        self._pass_on()
+        self._full.put(memoryview(self._tail))
         self._full.put(None)
         self._thread.join()
         if self._problem is not None:
@@ -86,21 +111,15 @@ class OutputFile:
         os.fsync(self._file)
         return self._digest.hexdigest()
 
-    def _pass_on(self) -> None:
-        if self._problem is not None:
-            raise self._problem
-        self._full.put((self._buffer, self._filled))
-        self._buffer, self._filled = self._free.get(), 0
-
     def _write_all(self) -> None:
-        while entry := self._full.get():
-            buffer, size = entry
+        while (data := self._full.get()) is not None:
             if self._problem is None:
                 try:
-                    self._write(memoryview(buffer)[:size])
-                except Exception as error:  # whoever appends would wait for a buffer for ever; it is raised there
+                    self._write(data)
+                except Exception as error:  # whoever appends would wait for ever; it is raised there
                     self._problem = error
-            self._free.put(buffer)
+            if isinstance(data.obj, mmap.mmap):
+                self._free.put(data.obj)
 
     def _write(self, data: memoryview) -> None:
         while data:
