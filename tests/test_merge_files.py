@@ -391,6 +391,10 @@ def with_targets_of_no_names(base, adapter):
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_modules": 7}))
 
 
+def broken_tokenizer(base, adapter):
+    (adapter / "tokenizer.json").write_text('{"version": "1.0", "added_tokens": [')
+
+
 def broken_companion(base, adapter):
     (base / "generation_config.json").write_text("{")
 
@@ -399,6 +403,7 @@ DAMAGES = [
     (with_a_head_of_fewer_tokens, "does not fit the base .*lm_head"),
     (with_a_pattern_list, "rank_pattern in adapter_config.json is no mapping"),
     (with_targets_of_no_names, "target_modules in adapter_config.json is no list of names"),
+    (broken_tokenizer, "tokenizer.json: the file is cut off, or no JSON"),
     (broken_companion, r"generation_config\.json: cannot be read as JSON"),
     (without_a_module, r"no matrices for model\.layers\.3\.self_attn\.q_proj\.weight, which adapter_config"),
     (without_a_matrix, "expected a matrix A and a matrix B"),

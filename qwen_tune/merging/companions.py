@@ -44,11 +44,11 @@ def write_companions(target: Path, adapter: AdapterDir, *, untied: bool) -> None
             if file.name in _NOT_COPIED or file.name.endswith(".safetensors.index.json") or not file.is_file():
                 continue
             if not (from_adapter and file.name in TOKENIZER_FILES):
-                shutil.copyfile(file, target / file.name)
+                _copy(file, target)
     if from_adapter:
         for name in TOKENIZER_FILES:
             if (adapter.path / name).is_file():
-                shutil.copyfile(adapter.path / name, target / name)
+                _copy(adapter.path / name, target)
     ends = _Ends(target)
     written = adapter.path / "generation_config.json"
     if written.exists():
@@ -56,6 +56,19 @@ def write_companions(target: Path, adapter: AdapterDir, *, untied: bool) -> None
     else:
         write_generation_settings(target, base.path, ends.all, ends.padding)
     _write(target / "config.json", _config(base.config, end=ends.of_turn, untied=untied))
+
+
+def _copy(file: Path, target: Path) -> None:
+    """Copies a file. Of JSON the ends are looked at, which a file that is cut off does not have.
+
+    Raises:
+        ModelError: It is cut off.
+    """
+    shutil.copyfile(file, target / file.name)
+    if file.suffix == ".json":
+        text = file.read_bytes().strip()
+        if (text[:1], text[-1:]) not in ((b"{", b"}"), (b"[", b"]")):
+            raise ModelError(Problem(str(file), "the file is cut off, or no JSON", "download or save it again"))
 
 
 def _config(base: Mapping[str, Any], *, end: int | None, untied: bool) -> dict[str, Any]:
