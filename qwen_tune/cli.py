@@ -85,6 +85,31 @@ def build_parser() -> argparse.ArgumentParser:
     merged.add_argument("--verify", action="store_true", help="compare the model's logits with base + adapter")
     merged.add_argument("--overwrite", action="store_true", help="replace the merged model that is there")
 
+    pushed = command("push", "Upload an adapter or a merged model with a card: private unless asked otherwise.")
+    pushed.add_argument("path", metavar="RUN", type=Path, help="a run, an adapter directory or a merged model")
+    pushed.add_argument("repo_id", metavar="REPO_ID", help="the repository, as owner/name; made if it is not there")
+    pushed.add_argument(
+        "--what",
+        action="append",
+        choices=["adapter", "merged", "export"],
+        help="which part of a run (default: the adapter); given twice, both, each in a folder of its name",
+    )
+    seen = pushed.add_mutually_exclusive_group()
+    seen.add_argument("--private", action="store_true", help="the default, also said aloud")
+    seen.add_argument("--public", action="store_true", help="for everyone to see")
+    target = pushed.add_mutually_exclusive_group()
+    target.add_argument("--revision", metavar="BRANCH", help="the branch to push to (default: main)")
+    target.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    pushed.add_argument("--to", choices=["hub", "modelscope"], default="hub", help="where to (default: hub)")
+    pushed.add_argument("--base-id", metavar="ID", help="what the base is called there, where it was a local directory")
+    pushed.add_argument("--license", metavar="ID", help="licence, such as apache-2.0 (default: the base's)")
+    pushed.add_argument(
+        "--language", metavar="CODE", action="append", default=[], help="language for the card; repeatable"
+    )
+    pushed.add_argument(
+        "--dry-run", action="store_true", help="check everything, list what would be sent, send nothing"
+    )
+
     asked = command("chat", "Ask a run, an adapter or a model.")
     asked.add_argument("path", metavar="RUN", type=Path, help="a run, adapter or model directory")
     asked.add_argument("prompt", metavar="PROMPT", nargs="?", help="one question; without it a conversation begins")
@@ -200,6 +225,24 @@ def merge(options: argparse.Namespace) -> None:
         from qwen_tune.merging.verification import verify_merged
 
         print(verify_merged(options.paths, target, options.base))
+
+
+def push(options: argparse.Namespace) -> None:
+    """`qwen-tune push`."""
+    from qwen_tune.publishing.push import Options
+    from qwen_tune.publishing.push import push as push_parts
+
+    how = Options(
+        private=False if options.public else True if options.private else None,
+        revision=options.revision,
+        create_pr=options.create_pr,
+        base_id=options.base_id,
+        license=options.license,
+        languages=tuple(options.language),
+    )
+    repositories = {options.repo_id: options.what or [None]}
+    for line in push_parts(options.path, repositories, how, to=options.to, dry_run=options.dry_run):
+        print(line)
 
 
 def chat(options: argparse.Namespace) -> None:

@@ -6,7 +6,8 @@ QwenTuneError                  the message is all that the user sees; the proces
 ├── ModelError                 the base checkpoint, its tokenizer, its template, or what this machine can run of it
 ├── RunError                   the run directory: in use, unfinished, of another recipe
 ├── TrainingError              the run itself: a loss that is not a number
-└── MergeError                 an adapter and a base that do not make a model
+├── MergeError                 an adapter and a base that do not make a model
+└── PublishError               what cannot be pushed, or a hub that does not take it
 
 Anything else that is raised is a bug of ours and keeps its traceback.
 """
@@ -91,6 +92,10 @@ class MergeError(QwenTuneError):
 
 class NoRoomError(MergeError):
     """A disk is full: what was written stays, and the command can go on behind it."""
+
+
+class PublishError(QwenTuneError):
+    """Something may not leave this machine, or the other side does not take it."""
 
 
 def visible(text: str) -> str:

@@ -51,6 +51,11 @@ def train(
         check_world(recipe.train.num_processes)
     for warning in check_trackers(recipe.tracking) if is_main_process() else ():
         say(f"warning: {warning}")
+    if recipe.hub and is_main_process() and not dry_run:
+        from qwen_tune.publishing.push import check_push
+
+        for warning in check_push(recipe.hub):
+            say(f"warning: {warning}")
     run, text = RunDir(recipe.run_dir), to_yaml(recipe)
     # Another machine's processes may not see the directory; those that do have to come to the same plan.
     sees_run = is_main_process() or run.run_json.exists()
@@ -125,6 +130,10 @@ def train(
         gc.collect()
         merge_run(run)
     summary.show_end(run)
+    if recipe.hub:
+        from qwen_tune.publishing.push import push_after_training
+
+        push_after_training(run.path, recipe.hub)
 
 
 if __name__ == "__main__":

@@ -61,14 +61,17 @@ WAITING: dict[str, Any] = {
     "train.resume": "runs/job/checkpoints/step-3",
     "tracking.report_to": ["wandb"],
     "export.formats": ["ollama"],
-    "hub": {"repo_id": "me/job"},
+    "hub.push": ["export"],
 }
 
 
 def with_waiting(key: str, value: Any) -> tuple[dict[str, Any], str]:
     part, brackets, name = key.partition("[].")
     if not brackets:
-        return with_value(key, value), key
+        whole = with_value(key, value)
+        if key.startswith("hub."):
+            whole["hub"]["repo_id"] = "me/job"
+        return whole, key
     whole = mapping()
     whole["data"][part.removeprefix("data.")] = [{"path": "other.jsonl"}, {"path": "rows.jsonl", name: value}]
     return whole, f"{part}[1].{name}"
@@ -106,6 +109,25 @@ def test_everything_that_waits_has_an_example() -> None:
 )
 def test_what_works_already_is_accepted(section: str, value: Any) -> None:
     assert findings(recipe(**{section: value})) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "path"),
+    [
+        ({"model": {"base": "./tiny"}, "hub": {"repo_id": "me/job"}}, ("hub", "base_id")),
+        ({"hub": {"repo_id": "me/job", "push": ["merged"]}}, ("hub", "push")),
+        ({"hub": {"repo_id": "me/job", "repo_ids": {"merged": "me/full"}}}, ("hub", "repo_ids", "merged")),
+    ],
+)
+def test_what_can_never_be_pushed_is_told_before_training(sections: dict[str, Any], path: tuple[str, ...]) -> None:
+    (finding,) = rules(**sections)
+    assert finding.path == path
+    assert finding.fix
+
+
+def test_pushes_that_work_are_accepted() -> None:
+    hub = {"repo_id": "me/job", "push": ["adapter", "merged"], "repo_ids": {"merged": "me/full"}, "base_id": "a/b"}
+    assert findings(recipe(model={"base": "./tiny"}, export={"merge": True}, hub=hub)) == []
 
 
 def test_base_is_no_url() -> None:

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qwen_tune.recipe.errors import load_trainer_args, to_shown
@@ -55,7 +56,7 @@ NOT_YET: tuple[NotYet, ...] = (
     NotYet("train.neftune_noise_alpha", _other_than(None), _LATER.format("null")),
     NotYet("train.max_hours", _other_than(None), "leave it out, or limit the run with train.max_steps"),
     NotYet("export.formats", bool, _LATER.format("[]")),
-    NotYet("hub", _other_than(None), "leave the section out"),
+    NotYet("hub.push", lambda value: "export" in value, "write adapter, merged or both"),
 )
 
 
@@ -81,6 +82,7 @@ def findings(recipe: Recipe) -> list[Finding]:
         _batch,
         _steps,
         _trainer_args,
+        _hub,
     )
     concluded = [finding for rule in rules for finding in rule(recipe)]
     return waiting + [finding for finding in concluded if refused.isdisjoint((finding.path, *finding.sources))]
@@ -99,6 +101,8 @@ def _values(section: Any, keys: list[str], path: KeyPath) -> Iterator[tuple[KeyP
     if not keys:
         yield path, section
         return
+    if section is None:
+        return
     name = keys[0].removesuffix("[]")
     value = getattr(section, name)
     if keys[0] == name:
@@ -113,6 +117,22 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
     if "://" in base:
         fix = "write the Hub id alone, such as Qwen/Qwen3-0.6B, or the path of a folder"
         yield Finding(("model", "base"), "got a URL; must be a Hub id or a folder", fix)
+
+
+def _hub(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.hub is None:
+        return
+    base = recipe.model.base
+    if recipe.hub.base_id is None and (base.startswith((".", "/", "~")) or Path(base).is_dir()):
+        what = f"is missing, and model.base is a folder, {to_shown(base)}, which nobody else has"
+        yield Finding(("hub", "base_id"), what, "add `base_id: owner/name`, the base's Hub id", (("model", "base"),))
+    if "merged" in recipe.hub.push and not recipe.export.merge:
+        what = "got merged, and export.merge is false, so that there will be no merged model"
+        yield Finding(("hub", "push"), what, "write `export: {merge: true}`", (("export", "merge"),))
+    for part in recipe.hub.repo_ids:
+        if part not in recipe.hub.push:
+            what = f"got a repository for {part}, which hub.push does not name"
+            yield Finding(("hub", "repo_ids", part), what, f"add {part} to hub.push", (("hub", "push"),))
 
 
 def _sources(recipe: Recipe) -> Iterator[Finding]:

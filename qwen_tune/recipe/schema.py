@@ -41,6 +41,7 @@ TEXT_PATTERN = r"\S"
 
 SafeName = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=100)]
 Text = Annotated[str, StringConstraints(pattern=TEXT_PATTERN)]
+RepoId = Annotated[str, StringConstraints(pattern=REPO_ID_PATTERN)]
 
 
 def _without_nulls(value: Any) -> Any:
@@ -407,17 +408,29 @@ class ExportSpec(Section):
 class HubSpec(Section):
     """What is pushed, and where to."""
 
-    repo_id: Annotated[str, StringConstraints(pattern=REPO_ID_PATTERN)]
+    repo_id: RepoId
     """Repository, as `owner/name`."""
 
     private: bool = True
     """Whether a repository that is made anew is private."""
 
     push: Annotated[list[Literal["adapter", "merged", "export"]], Field(min_length=1)] = Field(default=["adapter"])
-    """What is pushed."""
+    """What is pushed. Of several in one repository each lies in a folder of its name."""
+
+    repo_ids: dict[Literal["adapter", "merged", "export"], RepoId] = Field(default_factory=dict)
+    """Repositories of their own for some parts: `{merged: owner/name}`."""
 
     revision: Text | None = None
     """Branch to push to. Default: `main`."""
+
+    base_id: RepoId | None = None
+    """Hub id of the base, where `model.base` is a folder."""
+
+    license: Text | None = None
+    """Licence of what is pushed, as the Hub spells it. Default: the base's."""
+
+    languages: list[Text] = Field(default_factory=list)
+    """Languages for the card: `[en, zh]`. Default: the base's."""
 
 
 class Recipe(Section):

@@ -1,0 +1,1 @@
+"""A run as others get it: checked, described and uploaded."""

@@ -1,0 +1,260 @@
+"""The Hugging Face Hub, through its own client."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from qwen_tune.errors import Problem, PublishError, first_line
+from qwen_tune.publishing.remote import Account, Repository, stale_weights
+from qwen_tune.publishing.retry import retrying
+from qwen_tune.recipe.secret_values import Secrets
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+T = TypeVar("T")
+
+LONGEST_WAIT_S = 300
+"""For an answer. The client itself waits for ever."""
+
+_WRITERS = ("admin", "write", "contributor")
+_BUSY = (408, 425, 429, 500, 502, 503, 504)
+_GO_ON = "run the same command again: it goes on with what is not there yet"
+_LOG_IN = (
+    "make a token that can write at https://huggingface.co/settings/tokens, then run `hf auth login` or set HF_TOKEN"
+)
+
+
+class HuggingFace:
+    """See `Remote`."""
+
+    title = "the Hub"
+
+    def __init__(self) -> None:
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the client is imported
+        from huggingface_hub import HfApi, get_token, set_client_factory
+        from huggingface_hub.utils import disable_progress_bars, logging
+
+        logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+
+        def client() -> Any:
+            made = default_client()
+            made.timeout = LONGEST_WAIT_S
+            return made
+
+        default_client = _default_client_factory()
+        set_client_factory(client)
+        self._api: HfApi = HfApi()
+        self._token: str | None = get_token()
+        self._secrets = Secrets()
+        self._secrets.add(self._token)
+
+    @property
+    def token(self) -> str | None:
+        """See `Remote`."""
+        return self._token
+
+    def account(self) -> Account:
+        """See `Remote`."""
+        if self._token is None:
+            raise PublishError(Problem("the Hub", "there is no token on this machine", _LOG_IN))
+        answer = self._call("the Hub", self._api.whoami)
+        name = str(answer["name"])
+        token = answer.get("auth", {}).get("accessToken", {})
+        role = token.get("role")
+        organizations = answer.get("orgs", [])
+        owners = {name} | {org["name"] for org in organizations if org.get("roleInOrg", "write") in _WRITERS}
+        if role == "read":
+            what = f"the token of {name} can only read"
+            raise PublishError(Problem("the Hub", what, f"{_LOG_IN} (HF_TOKEN goes before a saved login)"))
+        if role == "fineGrained":
+            owners = _may_write(token.get("fineGrained", {}), name, owners)
+            if not owners:
+                raise PublishError(Problem("the Hub", f"the token of {name} may write to no repository", _LOG_IN))
+        return Account(name, frozenset(owners))
+
+    def find(self, repo_id: str) -> Repository | None:
+        """See `Remote`."""
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        try:
+            info = self._retried(lambda: self._api.model_info(repo_id))
+        except RepositoryNotFoundError:
+            return None
+        except Exception as error:
+            raise self._told(repo_id, error) from None
+        return Repository(str(info.id), bool(info.private), f"{self._api.endpoint}/{info.id}")
+
+    def create(self, repo_id: str, *, private: bool) -> Repository:
+        """See `Remote`."""
+        self._call(repo_id, lambda: self._api.create_repo(repo_id, private=private, exist_ok=True))
+        made = self.find(repo_id)
+        if made is None or made.private != private:
+            what = f"it was to be made {'private' if private else 'public'}, and is not"
+            raise PublishError(Problem(repo_id, what, "make it on the website, and push again"))
+        return made
+
+    def read_card(self, repo_id: str, revision: str | None = None) -> str | None:
+        """See `Remote`."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+        # Not the cache: where the Hub does not answer, that would give an older card for the newest.
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                path = self._retried(lambda: hf_hub_download(repo_id, "README.md", revision=revision, local_dir=folder))
+                return Path(path).read_text(encoding="utf-8")
+            except RevisionNotFoundError:
+                return self.read_card(repo_id) if revision else None
+            except RepositoryNotFoundError:
+                return None
+            except EntryNotFoundError as error:
+                if isinstance(error, FileNotFoundError):  # no answer, rather than none of that name
+                    raise self._told(repo_id, error) from None
+                return None
+            except Exception as error:
+                raise self._told(repo_id, error) from None
+
+    def upload(self, repository: Repository, folder: Path, *, revision: str | None, create_pr: bool, title: str) -> str:
+        """See `Remote`."""
+        id = repository.id
+        number = self._draft(id, title) if create_pr else None
+        target = f"refs/pr/{number}" if number else revision
+        if revision and not revision.startswith("refs/") and revision != "main":
+            self._call(id, lambda: self._api.create_branch(id, branch=revision, exist_ok=True))
+        there = self._call(id, lambda: self._api.list_repo_files(id, revision=target))
+        ours = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+        stale = stale_weights(id, ours, set(there))
+        self._call(
+            id,
+            lambda: self._api.upload_folder(
+                repo_id=id, folder_path=folder, revision=target, commit_message=title, delete_patterns=stale or None
+            ),
+        )
+        if number:
+            self._call(id, lambda: self._api.change_discussion_status(id, number, "open"))
+            return f"{repository.url}/discussions/{number}"
+        return repository.url if target in (None, "main") else f"{repository.url}/tree/{target}"
+
+    def tag(self, repository: Repository, name: str, revision: str | None) -> None:
+        """See `Remote`. A tag that is there stays where it is: at the commit that first held this run."""
+        self._call(
+            repository.id, lambda: self._api.create_tag(repository.id, tag=name, revision=revision, exist_ok=True)
+        )
+
+    def _draft(self, repo_id: str, title: str) -> int:
+        """A pull request to push to: the one that a push before this one began, or a new one."""
+        found = self._call(
+            repo_id,
+            lambda: [
+                one.num
+                for one in self._api.get_repo_discussions(repo_id, discussion_type="pull_request")
+                if one.title == title and one.status == "draft"
+            ],
+        )
+        if found:
+            return int(found[0])
+        return int(self._call(repo_id, lambda: self._api.create_pull_request(repo_id, title)).num)
+
+    def _call(self, where: str, call: Callable[[], T]) -> T:
+        """A call with its second tries; what it raises in the end is told in our words."""
+        try:
+            return self._retried(call)
+        except Exception as error:  # of the client, of the HTTP library below it, of the transfer library beside it
+            raise self._told(where, error) from None
+
+    def _retried(self, call: Callable[[], T]) -> T:
+        return retrying(call, _wait_of, title="the Hub")
+
+    def _told(self, where: str, error: BaseException) -> PublishError:
+        what, fix = _explained(error)
+        return PublishError(Problem(where, self._secrets.redact(what), fix))
+
+
+def _default_client_factory() -> Callable[[], Any]:
+    """How the client makes its HTTP session, with the headers and hooks that it wants."""
+    from huggingface_hub.utils import _http
+
+    factory: Callable[[], Any] = _http.default_client_factory
+    return factory
+
+
+def _may_write(permissions: Mapping[str, Any], name: str, owners: set[str]) -> set[str]:
+    """The owners and single repositories that a fine-grained token may write to."""
+    allowed: set[str] = set()
+    for scope in permissions.get("scoped", []):
+        entity = scope.get("entity", {})
+        if "repo.write" in scope.get("permissions", []):
+            allowed.add(str(entity.get("name")))
+    return {entity for entity in allowed if entity in owners or "/" in entity}
+
+
+def _status(error: BaseException) -> int | None:
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None)
+
+
+def _wait_of(error: Any) -> float | None:
+    """Seconds after which the same request may go well, 0 where nobody says; None where it will not."""
+    from huggingface_hub.errors import HTTPError
+
+    error = _cause(error)
+    status = _status(error)
+    if status in _BUSY:
+        after = error.response.headers.get("Retry-After", "")
+        return float(after) if after.isdecimal() else 0.0
+    return 0.0 if isinstance(error, HTTPError) and status is None else None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong below: the client wraps failed uploads and downloads in errors that say less."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    is_wrapped = isinstance(error, LocalEntryNotFoundError) or type(error) is RuntimeError
+    return error.__cause__ if is_wrapped and error.__cause__ is not None else error
+
+
+def _explained(error: BaseException) -> tuple[str, str]:
+    """What happened, and what the user can do."""
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    error = _cause(error)
+    status = _status(error)
+    said = first_line(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        return "the Hub's client is told to stay offline (HF_HUB_OFFLINE)", "unset it"
+    if isinstance(error, LocalTokenNotFoundError):
+        return "there is no token on this machine", _LOG_IN
+    if isinstance(error, ValueError) and "metadata" in said:
+        return f"the Hub does not take the card's front matter ({said})", "check --license, --language and --base-id"
+    if isinstance(error, HFValidationError):
+        return f"this is no name of a repository ({said})", "give owner/name"
+    if status == 401 and not isinstance(error, RepositoryNotFoundError):
+        return "the Hub does not accept the token", f"{_LOG_IN} (HF_TOKEN goes before a saved login)"
+    if status == 403:
+        return f"the token may not do this ({said})", _LOG_IN
+    if isinstance(error, RevisionNotFoundError):
+        return "there is no such branch", "check --revision"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository, or the token may not see it", "check the name and the token's permissions"
+    if status in (409, 412):
+        return f"somebody else is changing it ({said})", _GO_ON
+    if status in _BUSY:
+        return f"the Hub is busy or has a fault ({status})", f"wait a little, then {_GO_ON}"
+    if isinstance(error, HTTPError) and status is None:
+        return f"the connection to the Hub failed ({said})", _GO_ON
+    return said, _GO_ON

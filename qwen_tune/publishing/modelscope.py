@@ -1,0 +1,402 @@
+"""ModelScope, through its own client (`modelscope`, most of which is in the package `modelscope_hub`)."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+from qwen_tune.errors import Problem, PublishError, first_line
+from qwen_tune.publishing.remote import Account, Repository, stale_weights
+from qwen_tune.publishing.retry import retrying, say
+
+T = TypeVar("T")
+
+TITLE = "ModelScope"
+TOKEN_VARIABLE = "MODELSCOPE_API_TOKEN"
+DEFAULT_BRANCH = "master"
+LOG_IN = f"run `modelscope login`, or set {TOKEN_VARIABLE} to a token from https://modelscope.cn/my/myaccesstoken"
+PRIVATE = 1
+"""The number of private repositories in ModelScope's API; 3 is internal and 5 public."""
+
+# What it, and urllib3 below it, log before they wait.
+_TRIES_AGAIN = re.compile(r"^Retrying (?!\()|^Incremented Retry|retry(ing)? in |honoring Retry-After")
+_LONGEST_REASON = 200
+
+
+class ModelScope:
+    """A `Remote`. It needs a token for everything; where it comes from is `_token`'s to tell."""
+
+    title = TITLE
+
+    def __init__(self) -> None:
+        try:
+            import modelscope_hub  # noqa: F401
+        except ImportError:
+            raise PublishError(
+                Problem(TITLE, "its client is not installed", "pip install 'qwen-tune[modelscope]'")
+            ) from None
+
+    @property
+    def token(self) -> str | None:
+        """See `Remote`."""
+        try:
+            return self._token
+        except PublishError:  # `account` tells why
+            return None
+
+    def account(self) -> Account:
+        """Who the token belongs to.
+
+        Neither ModelScope's API nor its client tells the organizations that an account may write for.
+        """
+        name = self._ask("read whose token it is", self._hub.whoami).username
+        if not name:
+            raise PublishError(Problem(TITLE, "does not say whose token it is", LOG_IN))
+        return Account(name, None)
+
+    def find(self, repo_id: str) -> Repository | None:
+        """The repository, if there is one that the account may see."""
+        from modelscope_hub import NotExistError
+
+        def look() -> Any:
+            try:
+                return self._hub.get_repo(repo_id, "model")
+            except NotExistError:
+                return None
+
+        found = self._ask(f"look for {repo_id}", look)
+        if found is None:
+            return None
+        if not isinstance(found.visibility, int):
+            raise PublishError(
+                Problem(TITLE, f"does not say whether {repo_id} is private", f"look at {self._url(repo_id)}")
+            )
+        # Only one of its two interfaces puts owner and name into the id.
+        name = found.id if "/" in str(found.id) else f"{found.owner}/{found.name}"
+        return Repository(name, found.visibility == PRIVATE, self._url(name))
+
+    def create(self, repo_id: str, *, private: bool) -> Repository:
+        """Makes a repository and looks at what was made: one that is more open than asked is refused."""
+        from modelscope_hub.errors import AlreadyExistsError
+
+        tries = 0
+
+        def make() -> None:
+            nonlocal tries
+            tries += 1
+            try:
+                # Without a license its client claims Apache-2.0. The card says the real one.
+                visibility = "private" if private else "public"
+                self._hub.create_repo(repo_id, "model", visibility=visibility, license="Other")
+            except AlreadyExistsError:
+                if tries == 1:
+                    raise
+                # An earlier try arrived; only its answer did not.
+
+        self._ask(f"make {repo_id}", lambda: self._retried(make))
+        made = self.find(repo_id)
+        if made is None:
+            raise PublishError(Problem(TITLE, f"made {repo_id} but does not show it", "run the same command again"))
+        if made.private != private:
+            asked, got = ("private", "not private") if private else ("public", "private")
+            raise PublishError(
+                Problem(
+                    TITLE,
+                    f"was asked for {repo_id} as a {asked} repository, and it is {got}; nothing was uploaded",
+                    f"set its visibility at {made.url}, or delete it and run the same command again",
+                )
+            )
+        return made
+
+    def read_card(self, repo_id: str, revision: str | None = None) -> str | None:
+        """README.md of any model; None where there is none."""
+        from modelscope_hub import NotExistError
+
+        def read() -> str | None:
+            # Its `download_file` shows progress in any case, keeps locks in its cache and has a copy there.
+            legacy = self._hub.legacy
+            try:
+                answer = legacy.download_stream(repo_id, "model", "README.md", revision=revision or DEFAULT_BRANCH)
+            except NotExistError:
+                return None
+            return str(answer.content.decode("utf-8", errors="replace"))
+
+        return self._ask(f"read the card of {repo_id}", lambda: self._retried(read))
+
+    def upload(self, repository: Repository, folder: Path, *, revision: str | None, create_pr: bool, title: str) -> str:
+        """Sends a folder's files (links are followed); what is there already is not sent again.
+
+        Returns:
+            Where to look at it.
+        """
+        if create_pr:
+            raise PublishError(
+                Problem(TITLE, "takes no pull requests from its client", "push without a pull request, to a branch")
+            )
+        branch = revision or DEFAULT_BRANCH
+        self._check_branch(repository, branch)
+        there, ours = self._files(repository.id, branch), _files_of(folder)
+        stale = stale_weights(repository.id, set(ours), set(there))
+        changed = {name: file for name, file in ours.items() if not _is_same(file, there.get(name))}
+        if changed:
+            self._send(repository.id, changed, branch, title)
+        if stale:
+            self._ask(
+                f"take old weights out of {repository.id}",
+                lambda: self._hub.delete_files(
+                    repository.id, "model", stale, commit_message="Remove weights of an earlier push", revision=branch
+                ),
+            )
+        return repository.url
+
+    def tag(self, repository: Repository, name: str, revision: str | None) -> None:
+        """Gives what was uploaded a name that lasts. A tag that is there stays where it is."""
+        from modelscope_hub.errors import AlreadyExistsError
+
+        def make() -> None:
+            with suppress(AlreadyExistsError):  # made by a try whose answer got lost
+                self._hub.create_repo_tag(repository.id, "model", name, revision=revision)
+
+        if name not in self._revisions(repository.id):
+            self._ask(f"give {repository.id} the tag {name}", lambda: self._retried(make))
+
+    def _check_branch(self, repository: Repository, branch: str) -> None:
+        """Its client makes no branches, and a commit to one that is not there fails only after the files are sent."""
+        if branch == DEFAULT_BRANCH:
+            return
+        if branch not in self._revisions(repository.id):
+            raise PublishError(
+                Problem(
+                    f"{TITLE}: {repository.id}",
+                    f"has no branch {branch}, and ModelScope's client cannot make one",
+                    f"make the branch at {repository.url}, or push to {DEFAULT_BRANCH}",
+                )
+            )
+
+    def _revisions(self, repo_id: str) -> set[str]:
+        """Its branches and tags."""
+        listed = self._ask(f"list the branches of {repo_id}", lambda: self._hub.list_repo_revisions(repo_id, "model"))
+        return {str(each.get("Revision")) for each in listed}
+
+    def _files(self, repo_id: str, branch: str) -> dict[str, tuple[int, str | None]]:
+        """Size and sha256 of what is in the repository, by path."""
+        from modelscope_hub import NotExistError
+
+        def list_files() -> Any:
+            try:
+                return self._hub.list_repo_files(repo_id, "model", revision=branch)
+            except NotExistError:
+                return []  # a branch without a commit
+
+        listed = self._ask(f"list the files of {repo_id}", list_files)
+        return {file.path: (file.size, file.sha256) for file in listed if not file.is_dir}
+
+    def _send(self, repo_id: str, files: dict[str, Path], branch: str, title: str) -> None:
+        hub = self._open()
+
+        def refuse(*arguments: Any, **options: Any) -> None:
+            from modelscope_hub import NotSupportedError
+
+            raise NotSupportedError("repositories are made by create()")
+
+        # Its upload begins with making the repository, a public one, and passes over any error of that
+        # (modelscope_hub 0.5.1, `HubApi._create_repo_exist_ok`).
+        hub.create_repo = refuse
+        with TemporaryDirectory(prefix="qwen-tune-") as scratch:
+            # A folder of links to what is sent: its client passes over linked folders, and leaves notes in the folder
+            # it is given unless they have another place.
+            staging = Path(scratch, "files")
+            for name, file in files.items():
+                link = staging / name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file.resolve())
+
+            def send() -> None:
+                with redirect_stdout(io.StringIO()):  # its report
+                    hub.upload_folder(
+                        repo_id,
+                        "model",
+                        staging,
+                        commit_message=title,
+                        revision=branch,
+                        tracker_path=Path(scratch, "tracker.json"),
+                        disable_tqdm=not sys.stderr.isatty(),
+                    )
+
+            self._ask(f"upload to {repo_id}", send)
+
+    @cached_property
+    def _hub(self) -> Any:
+        return self._open()
+
+    def _open(self) -> Any:
+        """Its client. A new one for each instance, as the client keeps the environment of its first use."""
+        from modelscope_hub import HubApi, HubConfig
+
+        return HubApi(HubConfig(token=self._token))
+
+    @cached_property
+    def _token(self) -> str:
+        """From the environment, or what `modelscope login` has left."""
+        from modelscope_hub import HubConfig
+
+        token = os.environ.get(TOKEN_VARIABLE, "").strip()
+        if not token:
+            try:
+                token = (HubConfig(token="").load_token() or "").strip()
+            except Exception as error:  # a pickle: what a damaged one raises can be anything
+                what = f"the saved login cannot be read ({type(error).__name__})"
+                raise PublishError(Problem(TITLE, what, LOG_IN)) from None
+        if not token:
+            raise PublishError(Problem(TITLE, "there is no token", LOG_IN))
+        if not re.fullmatch(r"[!-~]+", token):  # what cannot be in a header is quoted by the error about it
+            raise PublishError(Problem(TITLE, "the token has characters in it that no token has", LOG_IN))
+        return token
+
+    def _url(self, repo_id: str) -> str:
+        return f"{self._hub.legacy.endpoint}/models/{repo_id}"
+
+    def _ask(self, doing: str, call: Callable[[], T]) -> T:
+        """What its client answers; whatever it raises is a PublishError without the token in it."""
+        from modelscope_hub import HubError
+        from requests import RequestException
+
+        with _listening(self._say) as told:
+            try:
+                return call()
+            # An answer that is no JSON is a ValueError, and of batches that fail it makes a RuntimeError.
+            except (HubError, RequestException, OSError, ValueError, RuntimeError) as error:
+                raise self._refusal(doing, _cause(error, told)) from None
+
+    def _retried(self, call: Callable[[], T]) -> T:
+        """For what its client does not try again by itself: a POST, a stream."""
+        return retrying(call, _wait_of, title=TITLE, say=self._say)
+
+    def _refusal(self, doing: str, error: BaseException) -> PublishError:
+        what, fix = _meaning(error)
+        status = getattr(error, "status_code", None)
+        said = first_line(Exception(getattr(error, "message", None) or str(error) or type(error).__name__))
+        said = self._clean(said)[:_LONGEST_REASON]
+        said = f"HTTP {status}: {said}" if status else said
+        return PublishError(Problem(TITLE, f"cannot {doing}; {what} ({said})", fix))
+
+    def _say(self, line: str) -> None:
+        say(self._clean(line))
+
+    def _clean(self, text: str) -> str:
+        return text.replace(self._token, "***")
+
+
+def _wait_of(error: Exception) -> float | None:
+    from modelscope_hub import HubError
+    from requests import exceptions
+
+    if isinstance(error, (exceptions.ConnectionError, exceptions.Timeout, exceptions.ChunkedEncodingError)):
+        return 0.0
+    if not (isinstance(error, HubError) and error.retryable):
+        return None
+    return float(getattr(error, "retry_after", None) or 0)
+
+
+def _meaning(error: BaseException) -> tuple[str, str]:
+    """What an error of its client says about the request, and what to do about it."""
+    from modelscope_hub import errors
+    from requests import exceptions
+
+    later = "run the same command later; what has arrived is not sent again"
+    cut = (errors.NetworkError, exceptions.ConnectionError, exceptions.Timeout, exceptions.ChunkedEncodingError)
+    meanings: list[tuple[type[BaseException], str, str]] = [
+        (errors.AuthenticationError, "the token is not accepted", LOG_IN),
+        (errors.QuotaExceededError, "the account has no room left", "make room, or ask ModelScope for more"),
+        (
+            errors.PermissionDeniedError,
+            "the token may not do that",
+            "use a token that may write, and an owner that the account may write for",
+        ),
+        (errors.NotExistError, "it is not there, or the account may not see it", "check the name and the account"),
+        (
+            errors.AlreadyExistsError,
+            "there is one already, or somebody else is changing it",
+            "take another name, or run the same command again",
+        ),
+        (errors.RateLimitError, "there were too many requests", later),
+        *((kind, "there is no connection", f"check the network, and {later}") for kind in cut),
+        (errors.ServerError, "it does not answer", later),
+    ]
+    for kind, what, fix in meanings:
+        if isinstance(error, kind):
+            return what, fix
+    return "its client gives up", later
+
+
+def _cause(error: BaseException, told: list[BaseException]) -> BaseException:
+    """The error that an error comes from: of an upload its client raises only how many files failed."""
+    answers = [each for each in [*told, error] if getattr(each, "status_code", None)]
+    if getattr(error, "status_code", None) or type(error).__name__ not in ("StorageError", "RuntimeError"):
+        return error
+    return (answers or told or [error])[-1]
+
+
+def _is_same(file: Path, there: tuple[int, str | None] | None) -> bool:
+    if there is None or file.stat().st_size != there[0]:
+        return False
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest() == there[1]
+
+
+def _files_of(folder: Path) -> dict[str, Path]:
+    """A folder's files by their path in the repository, also those behind links."""
+    found = {}
+    for parent, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            file = Path(parent, name)
+            if not file.is_file():
+                raise PublishError(Problem(str(file), "is a link to nothing, or no file", "take it out of the folder"))
+            found[file.relative_to(folder).as_posix()] = file
+    return dict(sorted(found.items()))
+
+
+@contextmanager
+def _listening(say: Callable[[str], None]) -> Iterator[list[BaseException]]:
+    """Keeps its client's log off the terminal, but for one line whenever it waits and tries again.
+
+    Yields:
+        The errors in the log.
+    """
+    errors: list[BaseException] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            arguments = record.args if isinstance(record.args, tuple) else ()
+            raised = [each for each in arguments if isinstance(each, BaseException)]
+            if record.levelno >= logging.WARNING:
+                errors.extend(raised)
+            if _TRIES_AGAIN.search(record.getMessage()):
+                reason = f" ({first_line(raised[-1])})" if raised else ""
+                say(f"{TITLE} does not answer{reason}; trying again")
+
+    loggers = [logging.getLogger(name) for name in ("modelscope_hub", "urllib3")]
+    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    ear = Ear()
+    for logger in loggers:
+        logger.handlers, logger.propagate = [ear], False
+        logger.setLevel(logging.DEBUG)
+    try:
+        yield errors
+    finally:
+        for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)

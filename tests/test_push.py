@@ -1,0 +1,482 @@
+"""Pushing a run with the Hub's own client, to a server on this machine that goes wrong in every way a Hub can."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, TINY, environment, make_workspace
+from fork_server import fork_server
+from hub_write_server import ServedHub, serve_hub
+
+TOKEN = "hf_" + "CanaryTokenOfTheTests" + "0123456789"
+LICENSED = "---\nlicense: apache-2.0\nlanguage: [en]\n---\n# Tiny\n"
+
+Push = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    shutil.copytree(TINY, folder)
+    (folder / "README.md").write_text(LICENSED)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(base):
+    with serve_hub(token=TOKEN) as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(served, base):
+    """The server with nothing on it but the base."""
+    served.clear()
+    served.add_folder("qwen/tiny", base)
+    yield served
+    assert TOKEN.encode() not in served.bodies
+
+
+@pytest.fixture(scope="module")
+def commands(served, tmp_path_factory):
+    """The client reads its environment when it is imported, and that takes most of a push's time here."""
+    folder = tmp_path_factory.mktemp("client")
+    modules = ("huggingface_hub.hf_api", "matplotlib.figure", "qwen_tune.publishing.push")
+    with fork_server(modules, client(served, folder)) as server:
+        yield server
+
+
+@pytest.fixture
+def push(hub, commands, tmp_path) -> Push:
+    def run(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        result = commands("push", *arguments, cwd=tmp_path, **changes)
+        assert TOKEN not in result.stdout + result.stderr
+        assert "Traceback" not in result.stderr, result.stderr
+        return result
+
+    return run
+
+
+def client(hub: ServedHub, folder: Path, **changes: str) -> dict[str, str]:
+    return environment(
+        **{
+            "HF_ENDPOINT": hub.address,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(folder / "hf"),
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def run(trained, tmp_path_factory) -> Path:
+    """The bundled recipe's run, in a place of its own."""
+    folder = tmp_path_factory.mktemp("runs") / "quickstart"
+    shutil.copytree(trained[0], folder)
+    return folder
+
+
+@pytest.fixture
+def own_run(run, tmp_path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(run, tmp_path / "own"))
+
+
+BASE = ("--base-id", "qwen/tiny")
+
+
+def sent(hub: ServedHub) -> list[str]:
+    return [path for kind in ("regular", "lfs") for path in hub.received(kind)]
+
+
+def writes(hub: ServedHub) -> list[str]:
+    return [path for method, path, _ in hub.requests if method in ("POST", "PUT", "DELETE")]
+
+
+def front_matter(card: bytes) -> dict[str, Any]:
+    return yaml.safe_load(card.decode().split("---\n")[1])
+
+
+LOAD = """
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+torch.manual_seed(0)
+ids = torch.randint(0, 300, (2, 24))
+with torch.inference_mode():
+    for name, kind, options in json.loads(sys.argv[1]):
+        if kind == "adapter":
+            model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("qwen/tiny"), name, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, **options)
+        logits = model(ids).logits
+        has_template = AutoTokenizer.from_pretrained(name, **options).chat_template is not None
+        print(json.dumps([logits.double().sum().item(), logits.flatten()[::997].tolist(), has_template]))
+"""
+
+
+def test_what_was_pushed_answers_as_what_was_trained(hub, push, run, tmp_path):
+    first = push(run, "me/lighthouse", *BASE)
+    assert first.returncode == 0, first.stderr
+    assert f"pushed adapter of quickstart: {hub.address}/me/lighthouse (private)" in first.stdout
+    second = push(run, "me/both", "--what", "adapter", "--what", "merged", *BASE)
+    assert second.returncode == 0, second.stderr
+    third = push(run, "me/full", "--what", "merged", "--public", *BASE)
+    assert third.returncode == 0, third.stderr
+    private = {name: hub.repository(f"me/{name}").private for name in ("lighthouse", "both", "full")}
+    assert private == {"lighthouse": True, "both": True, "full": False}
+
+    # Nothing of this machine is in anything that was sent, and nothing that is no part of the model.
+    for name in private:
+        for path, data in hub.repository(f"me/{name}").files().items():
+            assert str(run.parent).encode() not in data, path
+            assert str(Path.home()).encode() + b"/" not in data, path
+    files = hub.repository("me/lighthouse").files()
+    assert files.keys() == {
+        *(".gitattributes", "README.md", "recipe.yaml", "loss.png", "adapter_config.json"),
+        *("adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"),
+        "chat_template.jinja",
+    }
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "qwen/tiny"
+    facts = json.loads((run / "run.json").read_text())
+    assert f"refs/tags/quickstart-{facts['fingerprint'][:12]}" in hub.repository("me/lighthouse").refs
+
+    # As others get it: with an empty cache, from the server alone.
+    elsewhere = {**client(hub, tmp_path), "HF_HOME": str(tmp_path / "elsewhere")}
+    wanted: list[Any] = [["me/lighthouse", "adapter", {}], ["me/full", "merged", {}]]
+    wanted += [["me/both", kind, {"subfolder": kind}] for kind in ("adapter", "merged")]
+    wanted += [[str(run / "adapter"), "adapter", {}], [str(run / "merged"), "merged", {}]]
+    loaded = subprocess.run(
+        [sys.executable, "-c", LOAD, json.dumps(wanted)], env=elsewhere, capture_output=True, text=True, timeout=300
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    answers = [json.loads(line) for line in loaded.stdout.splitlines() if line.startswith("[")]
+    assert answers[0] == answers[2] == answers[4]
+    assert answers[1] == answers[3] == answers[5]
+    # The recipe on the card trains again, given rows.
+    (tmp_path / "quickstart.jsonl").write_bytes((ROOT / "data" / "quickstart.jsonl").read_bytes())
+    (tmp_path / "recipe.yaml").write_bytes(files["recipe.yaml"])
+    from qwen_tune.recipe.files import load_recipe
+
+    assert load_recipe(tmp_path / "recipe.yaml").model.base == "qwen/tiny"
+
+
+@pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
+def test_what_is_there_is_not_sent_again(base, run, tmp_path, xet):
+    with serve_hub(token=TOKEN, lfs=not xet) as hub:
+        hub.add_folder("qwen/tiny", base)
+        command = [
+            str(Path(sys.executable).with_name("qwen-tune")),
+            "push",
+            str(run),
+            "me/x",
+            "--what",
+            "merged",
+            *BASE,
+        ]
+        env = client(hub, tmp_path, HF_HUB_DISABLE_XET="0" if xet else "1")
+        for expected in (True, False):
+            hub.forget()
+            result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+            assert result.returncode == 0, result.stderr
+            assert bool(sent(hub)) == expected, sent(hub)
+        head = hub.repository("me/x").refs["refs/heads/main"]
+        assert len(hub.repository("me/x").commits[head].files) > 5
+
+
+def test_a_client_that_is_told_to_stay_offline_says_so(hub, run, tmp_path, qwen_tune):
+    offline = client(hub, tmp_path, HF_HUB_OFFLINE="1")
+    result = qwen_tune("push", str(run), "me/x", *BASE, cwd=tmp_path, **offline)
+    assert result.returncode == 2
+    assert "the Hub's client is told to stay offline (HF_HUB_OFFLINE). Fix: unset it" in result.stderr
+
+
+def test_a_dry_run_says_all_and_writes_nothing(hub, push, own_run):
+    (own_run / "adapter" / "training_args.bin").write_text("hub_token=secret")
+    (own_run / "adapter" / "notes.docx").write_text("mine")
+    result = push(own_run, "me/x", "--dry-run", *BASE)
+    assert result.returncode == 0, result.stderr
+    assert "the Hub: me/x (private, will be made), as me" in result.stdout
+    assert re.search(r"MB|kB", result.stdout)
+    for name in ("adapter_model.safetensors", "README.md", "recipe.yaml", "loss.png"):
+        assert name in result.stdout
+    assert "training_args.bin: it holds settings of the trainer, tokens among them" in result.stdout
+    assert "notes.docx: not known as a part of a model" in result.stdout
+    assert writes(hub) == []
+
+
+def test_a_public_repository_is_no_place_for_what_is_not_said_to_be_public(hub, push, run, base):
+    hub.add_folder("me/open", base)
+    before = hub.repository("me/open").refs["refs/heads/main"]
+    result = push(run, "me/open", *BASE)
+    assert result.returncode == 2
+    assert "me/open: this repository is public, and what is pushed would be, too" in result.stderr
+    assert hub.repository("me/open").refs["refs/heads/main"] == before
+    assert push(run, "me/open", "--public", "--what", "merged", *BASE).returncode == 0
+
+
+def test_the_owners_words_are_kept(hub, push, run):
+    assert push(run, "me/x", *BASE).returncode == 0
+    repository = hub.repository("me/x")
+    card = repository.files()["README.md"].decode()
+    matter = front_matter(card.encode())
+    assert (matter["base_model"], matter["base_model_relation"]) == ("qwen/tiny", "adapter")
+    assert (matter["license"], matter["language"]) == ("apache-2.0", ["en"])
+    assert {"qwen", "lora", "chatml"} <= set(matter["tags"])
+    for section in ("How to use it", "Training", "Data", "Results", "Compute", "Limits", "Recipe"):
+        assert f"## {section}\n" in card
+    assert "![Loss over steps](loss.png)" in card
+    put(hub, "me/x", "README.md", card.replace("is kept -->\n", "is kept -->\n## About\n\nMy words.\n"))
+    assert push(run, "me/x", *BASE).returncode == 0
+    renewed = repository.files()["README.md"].decode()
+    assert "## About\n\nMy words." in renewed
+    # A card that others wrote is not lost either.
+    put(hub, "me/x", "README.md", "---\nlicense: mit\n---\n\n# By hand\n\nLong work.\n")
+    assert push(run, "me/x", *BASE).returncode == 0
+    assert "# By hand\n\nLong work.\n" in repository.files()["README.md"].decode()
+
+
+def put(hub: ServedHub, id: str, name: str, text: str) -> None:
+    from hub_store import Blob
+
+    repository = hub.repository(id)
+    repository.commit("refs/heads/main", "by hand", {**repository.at("main").files, name: Blob(text.encode())}, "me")
+
+
+def test_a_branch_and_a_pull_request(hub, push, run):
+    assert push(run, "me/x", *BASE).returncode == 0
+    assert push(run, "me/x", "--revision", "v2", *BASE).returncode == 0
+    assert "adapter_model.safetensors" in hub.repository("me/x").files("v2")
+    # A pull request that could not be finished is gone on with.
+    put(hub, "me/x", "adapter_config.json", "{}")
+    hub.fail("POST .*/commit/", status=403, times=1)
+    assert push(run, "me/x", "--create-pr", *BASE).returncode == 2
+    done = push(run, "me/x", "--create-pr", *BASE)
+    assert done.returncode == 0, done.stderr
+    (request,) = hub.repository("me/x").pull_requests
+    assert f"{hub.address}/me/x/discussions/{request.num}" in done.stdout
+    assert request.status == "open"
+    assert hub.repository("me/x").files()["adapter_config.json"] == b"{}"
+    assert b"qwen/tiny" in hub.repository("me/x").files(request.ref)["adapter_config.json"]
+
+
+def test_a_renamed_repository_is_found(hub, push, run):
+    assert push(run, "me/old", *BASE).returncode == 0
+    hub.rename("me/old", "me/new")
+    hub.forget()
+    result = push(run, "me/old", *BASE)
+    assert result.returncode == 0, result.stderr
+    assert f"{hub.address}/me/new" in result.stdout
+    assert ("models", "me/old") not in hub.repositories
+
+
+@pytest.mark.parametrize(
+    ("pattern", "status", "headers", "goes_on"),
+    [
+        ("POST .*/commit/", 429, {"Retry-After": "1"}, True),
+        ("POST .*/commit/", 500, {}, True),
+        ("GET /api/whoami", 503, {"Retry-After": "0"}, True),
+        ("POST .*/objects/batch", 502, {}, True),
+        ("POST /api/repos/create", 409, {}, False),
+        ("POST .*/commit/", 403, {}, False),
+        ("POST .*/preupload/", 401, {}, False),
+    ],
+)
+def test_a_fault_of_the_hub_is_waited_out_or_told(hub, push, run, pattern, status, headers, goes_on):
+    hub.fail(pattern, status=status, headers=headers, times=1)
+    result = push(run, "me/x", *BASE)
+    if goes_on:
+        assert result.returncode == 0, result.stderr
+    else:
+        assert result.returncode == 2, result.stdout
+        assert "Fix: " in result.stderr
+        assert push(run, "me/x", *BASE).returncode == 0
+    assert "adapter_model.safetensors" in hub.repository("me/x").files()
+
+
+def test_a_cut_connection_and_a_slow_answer_are_waited_out(hub, push, run):
+    hub.cut("PUT ", after_bytes=100_000)
+    hub.lose("POST .*/commit/")
+    hub.slow("GET /api/models/", seconds=1.0)
+    result = push(run, "me/x", *BASE)
+    assert result.returncode == 0, result.stderr
+    sizes = {name: len(data) for name, data in hub.repository("me/x").files().items()}
+    assert sizes["adapter_model.safetensors"] == (run / "adapter" / "adapter_model.safetensors").stat().st_size
+
+
+def test_a_hub_that_stays_away_is_told(hub, push, run):
+    hub.fail("GET /api/whoami", status=503, headers={"Retry-After": "3600"}, times=math.inf)
+    result = push(run, "me/x", *BASE)
+    assert result.returncode == 2
+    assert "the Hub is busy or has a fault (503)" in result.stderr
+    assert writes(hub) == []
+
+
+def test_a_killed_push_goes_on(hub, push, run, tmp_path):
+    arrived, go = hub.hold("POST .*/commit/")
+    command = [str(Path(sys.executable).with_name("qwen-tune")), "push", str(run), "me/x", "--what", "merged", *BASE]
+    process = subprocess.Popen(command, env=client(hub, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert arrived.wait(60)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    go.set()
+    assert hub.received("lfs") == ["model.safetensors"] or hub.repository("me/x").lfs
+    hub.forget()
+    result = push(run, "me/x", "--what", "merged", *BASE)
+    assert result.returncode == 0, result.stderr
+    assert not [path for method, path, _ in hub.requests if method == "PUT"]
+    assert hub.repository("me/x").files()["model.safetensors"] == (run / "merged" / "model.safetensors").read_bytes()
+
+
+def test_a_recipe_pushes_when_it_has_trained_and_a_failed_push_fails_no_run(hub, tmp_path):
+    make_workspace(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    pushed = "hub: {repo_id: me/small, base_id: qwen/tiny, push: [adapter, merged], repo_ids: {merged: me/full}}\n"
+    recipe.write_text(recipe.read_text() + "export: {merge: true}\n" + pushed)
+    hub.fail("POST /api/repos/create", status=403, times=1)
+    command = [str(Path(sys.executable).with_name("qwen-tune")), "train", "recipe.yaml"]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=client(hub, tmp_path), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "runs/small/run.json").read_text())["state"] == "finished"
+    assert "warning: not pushed to me/small: me/small: the token may not do this" in result.stdout
+    again = "qwen-tune push runs/small me/small --what adapter --base-id qwen/tiny"
+    assert f"go on with: {again}" in result.stdout
+    assert f"pushed merged of small: {hub.address}/me/full (private)" in result.stdout
+    assert "model.safetensors" in hub.repository("me/full").files()
+    words = [str(Path(sys.executable).with_name("qwen-tune")), *again.split()[1:]]
+    result = subprocess.run(words, cwd=tmp_path, env=client(hub, tmp_path), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "adapter_model.safetensors" in hub.repository("me/small").files()
+    for path in (tmp_path / "runs").rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+
+
+def no_token(run, hub):
+    return {"HF_TOKEN": ""}
+
+
+def unknown_token(run, hub):
+    return {"HF_TOKEN": "hf_" + "y" * 34}
+
+
+def read_only(run, hub):
+    hub.add_user("me", "hf_" + "r" * 34, role="read")
+    return {"HF_TOKEN": "hf_" + "r" * 34}
+
+
+def narrow(run, hub):
+    hub.add_user("me", "hf_" + "n" * 34, role="fineGrained", scoped={"me": ["repo.content.read"]})
+    return {"HF_TOKEN": "hf_" + "n" * 34}
+
+
+def unfinished(run, hub):
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**facts, "state": "interrupted"}))
+
+
+def another_adapter(run, hub):
+    record = json.loads((run / "merged" / "merge.json").read_text())
+    record["adapters"] = [{"sha256": "0" * 64}]
+    (run / "merged" / "merge.json").write_text(json.dumps(record))
+    return ["--what", "merged"]
+
+
+def changed_weights(run, hub):
+    file = run / "merged" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    return ["--what", "merged"]
+
+
+def cut_weights(run, hub):
+    file = run / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def not_merged(run, hub):
+    shutil.rmtree(run / "merged")
+    return ["--what", "merged"]
+
+
+def token_in_a_file(run, hub):
+    path = run / "adapter" / "generation_config.json"
+    path.write_text(json.dumps({"note": f"{TOKEN}"}))
+
+
+def path_in_a_file(run, hub):
+    path = run / "adapter" / "generation_config.json"
+    path.write_text(json.dumps({"note": "/home/somebody/models/qwen"}))
+
+
+def no_weights(run, hub):
+    (run / "adapter" / "adapter_model.safetensors").unlink()
+    (run / "adapter" / "adapter_model.bin").write_bytes(b"\x80\x04")
+
+
+def formats(run, hub):
+    return ["--what", "export"]
+
+
+FAULTS = [
+    (no_token, "there is no token on this machine. Fix: make a token that can write"),
+    (unknown_token, "the Hub does not accept the token"),
+    (read_only, "the token of me can only read"),
+    (narrow, "the token of me may write to no repository"),
+    (unfinished, "the run has not finished (its state is interrupted)"),
+    (another_adapter, "this model was merged from another adapter than the run's. Fix: run `qwen-tune merge"),
+    (changed_weights, "model.safetensors: it is not the file that the merge wrote"),
+    (cut_weights, "adapter_model.safetensors: the file has"),
+    (not_merged, "the run has no merged/. Fix: run `qwen-tune merge"),
+    (token_in_a_file, "generation_config.json: it holds something that looks like a token"),
+    (path_in_a_file, "generation_config.json: it holds a path of this machine (/home/somebody/models/qwen)"),
+    (no_weights, "adapter_model.safetensors"),
+    (formats, "exported formats cannot be pushed so far"),
+]
+
+
+@pytest.mark.parametrize(("fault", "message"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
+def test_what_may_not_be_sent_is_told_before_anything_is(hub, push, own_run, fault, message):
+    given = fault(own_run, hub)
+    changes = given if isinstance(given, dict) else {}
+    result = push(own_run, "me/x", *(given if isinstance(given, list) else []), *BASE, **changes)
+    assert result.returncode == 2, result.stdout
+    assert message in result.stderr
+    assert "Fix: " in result.stderr
+    assert writes(hub) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("{run}", "lighthouse"), "lighthouse: this is no name for the repository; expected owner/name"),
+        (("{run}", "others/x", *BASE), "others/x: me may not write under others"),
+        (("{run}", "me/x"), "it was made from a local base, which nobody else has. Fix: say which model"),
+        (("{run}", "me/x", "--base-id", "qwen/unknown"), "the licence of qwen/unknown is not known"),
+        (("{run}/nothing", "me/x", *BASE), "there is no such directory"),
+        (("{run}/logs", "me/x", *BASE), "expected a run directory"),
+        (("{run}/merged", "me/x", "--what", "adapter", *BASE), "merged"),
+        (("{run}", "me/x", "--create-pr", *BASE), "there is no such repository to open a pull request in"),
+    ],
+)
+def test_what_the_command_line_says_wrongly(hub, push, own_run, arguments, message):
+    (own_run / "logs").mkdir(exist_ok=True)
+    result = push(*(word.replace("{run}", str(own_run)) for word in arguments))
+    assert result.returncode == 2, result.stdout
+    assert message in result.stderr
+    assert writes(hub) == []
