@@ -293,6 +293,7 @@ def test_a_renamed_repository_is_found(hub, push, run):
         ("POST /api/repos/create", 409, {}, False),
         ("POST .*/commit/", 403, {}, False),
         ("POST .*/preupload/", 401, {}, False),
+        ("POST .*/commit/", 404, {"X-Error-Code": "RepoNotFound"}, False),
     ],
 )
 def test_a_fault_of_the_hub_is_waited_out_or_told(hub, push, run, pattern, status, headers, goes_on):
@@ -424,6 +425,12 @@ def path_in_a_file(run, hub):
     path.write_text(json.dumps({"note": "/home/somebody/models/qwen"}))
 
 
+def path_in_the_metadata(run, hub):
+    from qwen_tune.model.tensor_files import set_metadata
+
+    set_metadata(run / "adapter" / "adapter_model.safetensors", {"format": "pt", "from": "/home/somebody/base"})
+
+
 def no_weights(run, hub):
     (run / "adapter" / "adapter_model.safetensors").unlink()
     (run / "adapter" / "adapter_model.bin").write_bytes(b"\x80\x04")
@@ -445,6 +452,7 @@ FAULTS = [
     (not_merged, "the run has no merged/. Fix: run `qwen-tune merge"),
     (token_in_a_file, "generation_config.json: it holds something that looks like a token"),
     (path_in_a_file, "generation_config.json: it holds a path of this machine (/home/somebody/models/qwen)"),
+    (path_in_the_metadata, "adapter_model.safetensors (its metadata): it holds a path of this machine"),
     (no_weights, "adapter_model.safetensors"),
     (formats, "exported formats cannot be pushed so far"),
 ]

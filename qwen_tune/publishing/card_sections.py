@@ -104,7 +104,7 @@ def training(about: Description) -> str:
         "Trained modules": where,
         "Trained parameters": f"{parameters:,}" if parameters else "",
         "Base held as": _held_as(facts.get("dtype"), quantization),
-        "Steps": f"{facts['steps']:,}" if facts.get("steps") else "",
+        "Steps": _steps(facts.get("steps"), schedule.get("steps_per_epoch")),
         "Batch": _batch(schedule),
         "Merged from": _merged_from(about.merge),
     }
@@ -119,7 +119,7 @@ def data(about: Description) -> str:
         return ""
     dropped = sum(rows.get("dropped", {}).values())
     lines = {
-        "Rows": f"{rows['trained']:,} trained, {rows['evaluation']:,} held out"
+        "Rows": f"{rows['trained']:,} to train on, {rows['evaluation']:,} held out"
         + (f", {dropped:,} dropped" if dropped else ""),
         "Sources": ", ".join(
             f"{_code(name)} ({counts['train']:,})" for name, counts in facts.get("sources", {}).items()
@@ -180,7 +180,7 @@ def limits(about: Description) -> str:
     texts = [f"It has the limits and the biases of [{about.base.id}]({_link(about.base.id)}), and its licence's terms."]
     if about.facts.get("rows"):
         rows = about.facts["rows"]["trained"]
-        texts.append(f"It saw {rows:,} rows; on what they do not cover it may have become worse than its base.")
+        texts.append(f"What it learned is in {rows:,} rows; on anything else it may be worse than its base.")
     if (about.facts.get("losses") or {}).get("eval_after") is not None:
         texts.append("The held-out loss is of rows like the trained ones, and says nothing about other tasks.")
     return "## Limits\n\n" + " ".join(texts)
@@ -216,6 +216,12 @@ def _held_as(dtype: str | None, quantization: Mapping[str, Any]) -> str:
         return dtype or ""
     name = "NF4" if quantization.get("load_in_4bit") else "int8"
     return f"{name}, computed in {dtype}"
+
+
+def _steps(steps: int | None, an_epoch: int | None) -> str:
+    if not steps:
+        return ""
+    return f"{steps:,}" + (f" ({steps / an_epoch:.2g} epochs)" if an_epoch else "")
 
 
 def _batch(schedule: Mapping[str, Any]) -> str:

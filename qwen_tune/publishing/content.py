@@ -17,7 +17,7 @@ from qwen_tune.errors import ModelError, Problem, first_line
 from qwen_tune.merging.companions import TOKENIZER_FILES
 from qwen_tune.model.adapter_dir import ADAPTER_FILE
 from qwen_tune.model.base import INDEX_FILE, BaseCheckpoint, read_json
-from qwen_tune.model.tensor_files import read_spans
+from qwen_tune.model.tensor_files import read_metadata, read_spans
 from qwen_tune.publishing.leaks import VOCABULARY, look_through
 from qwen_tune.publishing.parts import ADAPTER, MERGED, Part, PublishedBase
 
@@ -103,7 +103,11 @@ def collect(part: Part, base: PublishedBase, secrets: Iterable[str] = ()) -> Con
     _check_match(part, content)
     known = {str(Path.home()), str(Path.cwd()), str(part.folder.resolve().parent)}
     for name, file in content.files.items():
-        content.problems += look_through(name, file, secrets, known, where=str(part.folder / name))
+        where = str(part.folder / name)
+        content.problems += look_through(name, file, secrets, known, where=where)
+        if name in weights:
+            said = json.dumps(read_metadata(part.folder / name))
+            content.problems += look_through("metadata.json", said, secrets, known, where=f"{where} (its metadata)")
     return content
 
 

@@ -53,6 +53,7 @@ class HuggingFace:
         set_client_factory(client)
         self._api: HfApi = HfApi()
         self._token: str | None = get_token()
+        self._name: str | None = None
         self._secrets = Secrets()
         self._secrets.add(self._token)
 
@@ -66,7 +67,7 @@ class HuggingFace:
         if self._token is None:
             raise PublishError(Problem("the Hub", "there is no token on this machine", _LOG_IN))
         answer = self._call("the Hub", self._api.whoami)
-        name = str(answer["name"])
+        self._name = name = str(answer["name"])
         token = answer.get("auth", {}).get("accessToken", {})
         role = token.get("role")
         organizations = answer.get("orgs", [])
@@ -150,13 +151,13 @@ class HuggingFace:
         )
 
     def _draft(self, repo_id: str, title: str) -> int:
-        """A pull request to push to: the one that a push before this one began, or a new one."""
+        """A pull request to push to: the one that a push of ours began before this one, or a new one."""
         found = self._call(
             repo_id,
             lambda: [
                 one.num
                 for one in self._api.get_repo_discussions(repo_id, discussion_type="pull_request")
-                if one.title == title and one.status == "draft"
+                if (one.title, one.status, one.author) == (title, "draft", self._name)
             ],
         )
         if found:
