@@ -167,6 +167,13 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def started_at() -> float:
+    """When this process began, in seconds since 1970: a scheduler's limit counts its imports, too."""
+    import psutil
+
+    return float(psutil.Process().create_time())
+
+
 def memory_bytes() -> int:
     """The memory in use now: of the GPU if there is one, else of this process."""
     import torch

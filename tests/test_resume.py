@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment, make_workspace
 
-from qwen_tune.errors import MergeError, RunError
+from qwen_tune.errors import Interrupted, MergeError, RunError
 from qwen_tune.merging.merge import merge
 from qwen_tune.model.chat import ChatModel
 from qwen_tune.runs.checkpoints import fault_of, list_checkpoints
@@ -171,6 +171,16 @@ def test_a_chosen_checkpoint_takes_the_run_back_to_it(uninterrupted, tmp_path, m
     resumed = run(folder, monkeypatch, "train.resume=run/checkpoints/step-3")
     assert weights(resumed) == weights(uninterrupted)
     assert losses(resumed) == losses(uninterrupted)
+
+
+def test_a_run_whose_time_is_up_saves_and_goes_on(uninterrupted, workspace, monkeypatch):
+    # A limit of a moment is over behind every step.
+    for step in (1, 2):
+        with pytest.raises(Interrupted, match=f"interrupted behind step {step}, which is saved"):
+            run(workspace, monkeypatch, "train.max_hours=1e-9")
+        assert json.loads((workspace / "run" / "run.json").read_text())["state"] == "interrupted"
+    run(workspace, monkeypatch)
+    assert weights(workspace / "run") == weights(uninterrupted)
 
 
 def test_old_checkpoints_go_but_the_best_stays(workspace, monkeypatch):

@@ -371,7 +371,8 @@ class TrainSpec(Section):
     """End with the checkpoint of the lowest evaluation loss. Needs `eval_steps` and `save_steps`."""
 
     max_hours: Annotated[float, Field(gt=0)] | None = None
-    """Hours after which the run saves and ends."""
+    """Hours after which a run saves and ends with exit code 130, counted from its process's start; the same command
+    goes on, for as long again."""
 
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     """Seed of the adapter's start, the order of rows and dropout."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
@@ -10,16 +11,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from qwen_tune.machine import started_at
+
 # A launcher passes one Ctrl-C on several times within a moment; a person presses it again after reading.
 SECONDS_OF_ONE_REQUEST = 1.0
 
 
 class StopRequest:
-    """Whether SIGINT or SIGTERM has asked this process to stop."""
+    """Whether SIGINT or SIGTERM has asked this process to stop, or its time is up.
 
-    def __init__(self) -> None:
-        self.requested = False
+    Args:
+        max_hours: Hours after the start of this process, or None for no limit.
+    """
+
+    def __init__(self, max_hours: float | None = None) -> None:
+        self._signalled = False
         self._first = 0.0
+        self._end = math.inf if max_hours is None else started_at() + max_hours * 3600
+
+    @property
+    def requested(self) -> bool:
+        """Whether the step that runs is the last."""
+        return self._signalled or time.time() >= self._end
 
     @contextmanager
     def listening(self, *, quiet: bool = False) -> Iterator[None]:
@@ -34,8 +47,8 @@ class StopRequest:
 
         def on_signal(number: int, frame: FrameType | None) -> None:
             now = time.monotonic()
-            if not self.requested:
-                self.requested, self._first = True, now
+            if not self._signalled:
+                self._signalled, self._first = True, now
                 if not quiet:
                     print("\nstopping after this step; Ctrl-C again stops without saving", file=sys.stderr, flush=True)
             elif number == signal.SIGINT and now - self._first > SECONDS_OF_ONE_REQUEST:

@@ -81,7 +81,7 @@ class LoraTrainer(SFTTrainer):
         self.writer = writer
         self.fillers = fillers
         self.counts = TokenCounts()
-        self.stop = StopRequest()
+        self.stop = StopRequest(recipe.train.max_hours)
         self.stop_agreed = False
         self.evaluations: list[Evaluation] = []
         self.best: Evaluation | None = None  # of those that have a checkpoint
