@@ -91,17 +91,18 @@ def build_parser() -> argparse.ArgumentParser:
     pushed.add_argument(
         "--what",
         action="append",
+        default=[],
         choices=["adapter", "merged", "export"],
-        help="which part of a run (default: the adapter); given twice, both, each in a folder of its name",
+        help="part of a run (default: adapter); given twice, each goes into a folder of its name; export is to come",
     )
     seen = pushed.add_mutually_exclusive_group()
-    seen.add_argument("--private", action="store_true", help="the default, also said aloud")
+    seen.add_argument("--private", action="store_true", help="for its owner to see (the default)")
     seen.add_argument("--public", action="store_true", help="for everyone to see")
     target = pushed.add_mutually_exclusive_group()
     target.add_argument("--revision", metavar="BRANCH", help="the branch to push to (default: main)")
     target.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     pushed.add_argument("--to", choices=["hub", "modelscope"], default="hub", help="where to (default: hub)")
-    pushed.add_argument("--base-id", metavar="ID", help="what the base is called there, where it was a local directory")
+    pushed.add_argument("--base-id", metavar="ID", help="Hub id of the base, where it was a local directory")
     pushed.add_argument("--license", metavar="ID", help="licence, such as apache-2.0 (default: the base's)")
     pushed.add_argument(
         "--language", metavar="CODE", action="append", default=[], help="language for the card; repeatable"
@@ -229,8 +230,8 @@ def merge(options: argparse.Namespace) -> None:
 
 def push(options: argparse.Namespace) -> None:
     """`qwen-tune push`."""
-    from qwen_tune.publishing.push import Options
     from qwen_tune.publishing.push import push as push_parts
+    from qwen_tune.publishing.shipment import Options
 
     how = Options(
         private=False if options.public else True if options.private else None,
@@ -240,9 +241,7 @@ def push(options: argparse.Namespace) -> None:
         license=options.license,
         languages=tuple(options.language),
     )
-    repositories = {options.repo_id: options.what or [None]}
-    for line in push_parts(options.path, repositories, how, to=options.to, dry_run=options.dry_run):
-        print(line)
+    print(push_parts(options.path, options.repo_id, options.what, options=how, to=options.to, dry_run=options.dry_run))
 
 
 def chat(options: argparse.Namespace) -> None:

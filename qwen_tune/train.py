@@ -51,11 +51,6 @@ def train(
         check_world(recipe.train.num_processes)
     for warning in check_trackers(recipe.tracking) if is_main_process() else ():
         say(f"warning: {warning}")
-    if recipe.hub and is_main_process() and not dry_run:
-        from qwen_tune.publishing.push import check_push
-
-        for warning in check_push(recipe.hub):
-            say(f"warning: {warning}")
     run, text = RunDir(recipe.run_dir), to_yaml(recipe)
     # Another machine's processes may not see the directory; those that do have to come to the same plan.
     sees_run = is_main_process() or run.run_json.exists()
@@ -67,7 +62,17 @@ def train(
             from qwen_tune.merging.merge import merge
 
             merge(run.path)
+        if recipe.hub and is_main_process():
+            from qwen_tune.publishing.after_training import push_commands
+
+            for command in push_commands(run.path, recipe.hub):
+                say(f"to push it: {command}")
         return
+    if recipe.hub and is_main_process() and not dry_run:
+        from qwen_tune.publishing.after_training import check_push
+
+        for warning in check_push(recipe):
+            say(f"warning: {warning}")
 
     # Each import stands where its weight is first needed: a fault in the recipe shows at once, one in the rows after
     # seconds, and only a job that can start waits for TRL.
@@ -131,7 +136,7 @@ def train(
         merge_run(run)
     summary.show_end(run)
     if recipe.hub:
-        from qwen_tune.publishing.push import push_after_training
+        from qwen_tune.publishing.after_training import push_after_training
 
         push_after_training(run.path, recipe.hub)
 

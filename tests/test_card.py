@@ -10,11 +10,14 @@ import pytest
 import yaml
 from PIL import Image
 
+from qwen_tune.errors import PublishError
 from qwen_tune.publishing.card import BEGIN, END, Description, Licence, compose, kept_text, languages_of, licence_of
 from qwen_tune.publishing.compute import duration, energy_kwh
 from qwen_tune.publishing.curve import draw_losses
 from qwen_tune.publishing.leaks import look_through
 from qwen_tune.publishing.parts import PublishedBase
+from qwen_tune.publishing.public_recipe import public_recipe
+from qwen_tune.recipe.schema import Recipe
 
 ABOUT = Description(
     title="lighthouse",
@@ -54,7 +57,9 @@ def test_a_card_of_a_quantized_run_on_a_gpu_has_its_energy():
     assert "qlora" in front_matter(card)["tags"]
     assert "| Base held as | NF4, computed in bfloat16 |" in card
     assert "| Time in steps | 60 minutes |" in card
-    assert energy_kwh({**facts, "device": "cpu (x86_64, 2 cores)"}) is None
+    others = ["cpu (x86_64, 2 cores)", "NVIDIA RTX A1000", "NVIDIA GH200 480GB", "NVIDIA GeForce RTX 4090 Laptop GPU"]
+    assert [energy_kwh({**facts, "device": name}) for name in others] == [None] * len(others)
+    assert energy_kwh({**facts, "device": "NVIDIA A100 80GB PCIe"}) == pytest.approx(0.6)
 
 
 def test_what_vllm_does_not_load_is_said():
@@ -64,9 +69,27 @@ def test_what_vllm_does_not_load_is_said():
 
 
 def test_modelscope_is_loaded_from_there():
-    card = compose(replace(ABOUT, is_on_modelscope=True))
+    card = compose(replace(ABOUT, site="modelscope"))
     assert 'name = snapshot_download("me/lighthouse")' in card
     assert "modelscope download --model me/lighthouse" in card
+    assert "huggingface.co" not in card
+
+
+def test_a_card_speaks_of_the_step_whose_adapter_it_is():
+    facts = {"steps": 90, "best": {"step": 60, "loss": 0.5}, "losses": {"eval_before": 2.0, "eval_after": 0.5}}
+    assert "| Taken from step | 60, of the lowest held-out loss |" in compose(replace(ABOUT, facts=facts))
+
+
+def test_modules_by_a_pattern_are_shown_as_it():
+    assert "| Trained modules | `.*_proj\\|head` |" in compose(
+        replace(ABOUT, adapter={"r": 8, "target_modules": ".*_proj|head"})
+    )
+
+
+def test_the_tokenizer_is_the_bases_where_none_is_sent():
+    assert 'AutoTokenizer.from_pretrained(base, revision="ccc' in compose(ABOUT)
+    whole = replace(ABOUT, files=frozenset({"tokenizer_config.json"}))
+    assert "AutoTokenizer.from_pretrained(name)" in compose(whole)
 
 
 @pytest.mark.parametrize(
@@ -77,12 +100,35 @@ def test_modelscope_is_loaded_from_there():
         ("---\nlicense: mit\n---\n# Mine\n\ntext\n", "# Mine\n\ntext"),
         (f"---\na: b\n---\n# x\n{BEGIN}\nmy words\n{END}\nold", "my words"),
         (f"{BEGIN}\r\nmine\r\n{END}\r\n", "mine"),
-        ("# x\n\nA LoRA adapter (rank 8) for `b`, trained with qwen-tune.", ""),
+        (
+            "# x\n\nA model trained with qwen-tune for our museum.",
+            "# x\n\nA model trained with qwen-tune for our museum.",
+        ),
+        ("# x\n\n[More Information Needed]", "# x\n\n[More Information Needed]"),
+        ("# x\n" + "- **a:** [More Information Needed]\n" * 40, ""),
         ("---\n: : broken\n---\ntext", "text"),
     ],
 )
 def test_what_is_kept_of_a_card(card, kept):
     assert kept_text(card).strip() == kept
+
+
+@pytest.mark.parametrize("card", [f"# x\n{BEGIN}\nmine", f"# x\nmine\n{END}", f"{END}\nmine\n{BEGIN}"])
+def test_broken_markers_are_told(card):
+    with pytest.raises(PublishError, match="one of the two markers"):
+        kept_text(card)
+
+
+def test_the_card_that_training_leaves_is_not_kept(trained):
+    assert kept_text((trained[0] / "adapter" / "README.md").read_text()) == ""
+
+
+def test_what_its_owner_put_at_the_top_stays():
+    keep = {"license": "mit", "extra_gated_prompt": "please ask", "tags": ["museum"], "base_model": "old/base"}
+    values = front_matter(compose(replace(ABOUT, facts={"steps": 1}), keep=keep))
+    assert values["extra_gated_prompt"] == "please ask"
+    assert {"museum", "lora"} <= set(values["tags"])
+    assert values["base_model"] == "Qwen/Qwen3-0.6B"
 
 
 def test_what_is_kept_stays_through_many_pushes():
@@ -98,18 +144,22 @@ def test_licence_and_languages_come_from_the_bases_card():
     assert languages_of(card) == ("en",)
     assert licence_of("# no front matter") is None
     assert licence_of(None) is None
+    assert languages_of("---\nlanguage: [en, no, zh]\n---\n") == ("en", "no", "zh")
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "/home/ann/models/qwen",
-        '{"path": "/root/base"}',
+        "/home/someone/models/qwen",
+        '{"path": "/ro' + 'ot/base"}',
         "~/models/base",
         "C:\\\\Users\\\\ann\\\\base",
         "see (/mnt/disk/rows.jsonl)",
         "hf_" + "a1" * 17,
         "https://ann:secret@example.com/x",
+        "file:///home/someone/x",
+        "C:/Users/someone/base",
+        "/lustre/ann/x",
         "token THE-TOKEN-ITSELF here",
     ],
 )
@@ -123,7 +173,7 @@ def test_what_must_not_leave_is_found(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "https://huggingface.co/home/user/x",
+        "https://huggingface.co/home/someone/x",
         "write /think or /no_think",
         "an hour/two, and/or ~3 hours",
         "data/rows.jsonl",
@@ -133,6 +183,27 @@ def test_what_must_not_leave_is_found(text):
 )
 def test_what_may_leave_is_let_through(text):
     assert look_through("README.md", text, ["THE-TOKEN-ITSELF"], [], where="card") == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["/any/folder/at/all", "../client/base", "~/x", "\\\\server\\share", "D:\\rows", "file:///x"],
+)
+def test_a_value_that_is_a_path_is_found_wherever_it_points(value):
+    assert look_through("config.json", json.dumps({"a": [{"b": value}]}), [], where="x")
+
+
+@pytest.mark.parametrize("values", [{"hub_password": "hunter2"}, {"wandb_api_key": "0123456789abcdef" * 2}])
+def test_a_key_that_names_a_secret_is_enough(values):
+    (problem,) = look_through("config.json", json.dumps({"x": values}), [], where="x")
+    assert "token or a password" in problem.what
+    assert look_through("config.json", json.dumps({"eos_token": "<|im_end|>", "pad_token_id": 3}), [], where="x") == []
+
+
+def test_a_working_directory_of_a_common_name_is_no_path_in_every_text():
+    assert look_through("README.md", "the content of it", [], ["/content"], where="x", guess=False) == []
+    assert look_through("README.md", "see /srv/jobs/a/rows", [], ["/srv/jobs/a"], where="x", guess=False)
+    assert look_through("README.md", "see /srv/jobs/another", [], ["/srv/jobs/a"], where="x", guess=False) == []
 
 
 def test_words_of_a_vocabulary_are_no_paths():
@@ -165,3 +236,35 @@ def test_durations_are_read_easily():
         "60 minutes",
         "2 h 1 min",
     ]
+
+
+def test_a_recipe_is_public_without_its_folders():
+    recipe = Recipe.model_validate(
+        {
+            "name": "job",
+            "model": {"base": "./base", "chat_template": "../../acme/t.jinja"},
+            "data": {
+                "train": [
+                    {"path": "s3://u:pw@bucket/rows.jsonl?sig=abc"},
+                    {"path": "C:\\Users\\ann\\rows2.jsonl"},
+                    {"path": "data/clients"},
+                    {"path": "tatsu-lab/alpaca"},
+                ],
+                "system": "You work in /workspace/repo.",
+            },
+            "train": {"max_steps": 3, "eval_prompts": ["secret plan?"], "eval_steps": 1},
+            "tracking": {"report_to": ["wandb"], "project": "acme"},
+        }
+    )
+    text = public_recipe(recipe, PublishedBase("Qwen/Qwen3-0.6B"), ["tatsu-lab/alpaca"])
+    values = yaml.safe_load(text)
+    assert [source["path"] for source in values["data"]["train"]] == [
+        "rows.jsonl",
+        "rows2.jsonl",
+        "clients",
+        "tatsu-lab/alpaca",
+    ]
+    assert values["model"] == {"base": "Qwen/Qwen3-0.6B", "chat_template": "chat_template.jinja"}
+    assert values["data"]["system"] == "You work in /workspace/repo."
+    assert "tracking" not in values
+    assert "eval_prompts" not in values["train"]

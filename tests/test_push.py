@@ -228,6 +228,78 @@ def test_a_public_repository_is_no_place_for_what_is_not_said_to_be_public(hub, 
     assert push(run, "me/open", "--public", "--what", "merged", *BASE).returncode == 0
 
 
+def test_weights_of_others_are_never_deleted(hub, push, run):
+    assert push(run, "me/x", "--what", "merged", *BASE).returncode == 0
+    model = hub.repository("me/x").files()
+    refused = push(run, "me/x", *BASE)
+    assert refused.returncode == 2
+    assert "me/x: it holds a full model in its root, where the adapter is to be" in refused.stderr
+    # In folders they lie beside it, and nothing at the root is touched.
+    put(hub, "me/x", "consolidated.safetensors", "by hand")
+    both = push(run, "me/x", "--what", "merged", "--what", "adapter", "--what", "adapter", *BASE)
+    assert both.returncode == 0, both.stderr
+    files = hub.repository("me/x").files()
+    assert files["model.safetensors"] == model["model.safetensors"]
+    assert {"consolidated.safetensors", "adapter/adapter_model.safetensors", "merged/model.safetensors"} <= files.keys()
+    # Other shards of an earlier push go, and that is said before.
+    put(hub, "me/x", "merged/model-00001-of-00002.safetensors", "old")
+    planned = push(run, "me/x", "--what", "adapter", "--what", "merged", "--dry-run", *BASE)
+    assert "would delete, as weights of an earlier push:\n  merged/model-00001-of-00002.safetensors" in planned.stdout
+    done = push(run, "me/x", "--what", "adapter", "--what", "merged", *BASE)
+    assert "1 old weight files deleted" in done.stdout
+    assert hub.repository("me/x").files().keys() == files.keys()
+
+
+def test_a_model_does_not_go_where_an_adapter_is(hub, push, run):
+    assert push(run, "me/x", *BASE).returncode == 0
+    hub.forget()
+    refused = push(run, "me/x", "--what", "merged", "--create-pr", "--dry-run", *BASE)
+    assert refused.returncode == 2
+    assert "it holds an adapter in its root, where the full model is to be" in refused.stderr
+    assert writes(hub) == []
+
+
+def test_others_can_be_proposed_something(hub, push, run, base):
+    hub.add_folder("bob/open", base)
+    put(hub, "bob/open", "config.json", "{}")
+    files = hub.repository("bob/open").at("main").files
+    hub.repository("bob/open").commit("refs/heads/main", "clean", {"README.md": files["README.md"]}, "bob")
+    theirs = hub.repository("bob/open").open_pull_request("Upload adapter of quickstart", "", "bob", "draft")
+    done = push(run, "bob/open", "--create-pr", "--public", *BASE)
+    assert done.returncode == 0, done.stderr
+    assert theirs.status == "draft"
+    ours = hub.repository("bob/open").pull_requests[-1]
+    assert (ours.author, ours.status) == ("me", "open")
+
+
+def test_what_lies_in_a_directory_by_chance_stays(hub, push, own_run):
+    for name in ("customers.txt", "train_rows.json", "all_results.json"):
+        (own_run / "merged" / name).write_text("{}")
+    planned = push(own_run, "me/x", "--what", "merged", "--dry-run", *BASE)
+    assert planned.returncode == 0, planned.stderr
+    for name in ("customers.txt", "train_rows.json", "all_results.json"):
+        assert f"{name}: not known as a part of a model" in planned.stdout
+
+
+def test_a_run_is_found_from_within(hub, commands, run, tmp_path):
+    result = commands("push", ".", "me/x", "--dry-run", *BASE, cwd=run / "adapter")
+    assert result.returncode == 0, result.stderr
+    assert "recipe.yaml" in result.stdout
+
+
+def test_a_bare_adapter_has_a_card_that_says_less(hub, push, run, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(run / "adapter" / name, bare)
+    result = push(bare, "me/bare", *BASE)
+    assert result.returncode == 0, result.stderr
+    card = hub.repository("me/bare").files()["README.md"].decode()
+    assert "AutoTokenizer.from_pretrained(base)" in card
+    assert "qwen-tune" not in card.split("<!--")[0]
+    assert "Made with" not in card
+
+
 def test_the_owners_words_are_kept(hub, push, run):
     assert push(run, "me/x", *BASE).returncode == 0
     repository = hub.repository("me/x")
@@ -348,12 +420,14 @@ def test_a_recipe_pushes_when_it_has_trained_and_a_failed_push_fails_no_run(hub,
     pushed = "hub: {repo_id: me/small, base_id: qwen/tiny, push: [adapter, merged], repo_ids: {merged: me/full}}\n"
     recipe.write_text(recipe.read_text() + "export: {merge: true}\n" + pushed)
     hub.fail("POST /api/repos/create", status=403, times=1)
+    hub.fail("GET /api/whoami", status=200, body={"name": None}, times=1)  # when training begins
     command = [str(Path(sys.executable).with_name("qwen-tune")), "train", "recipe.yaml"]
     result = subprocess.run(
         command, cwd=tmp_path, env=client(hub, tmp_path), capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "runs/small/run.json").read_text())["state"] == "finished"
+    assert "warning: the push after training would fail: the Hub: does not say whose token it is" in result.stdout
     assert "warning: not pushed to me/small: me/small: the token may not do this" in result.stdout
     again = "qwen-tune push runs/small me/small --what adapter --base-id qwen/tiny"
     assert f"go on with: {again}" in result.stdout
@@ -363,6 +437,11 @@ def test_a_recipe_pushes_when_it_has_trained_and_a_failed_push_fails_no_run(hub,
     result = subprocess.run(words, cwd=tmp_path, env=client(hub, tmp_path), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "adapter_model.safetensors" in hub.repository("me/small").files()
+    # Asked again it says how, and a hub that is away keeps nobody from training.
+    result = subprocess.run(
+        command, cwd=tmp_path, env=client(hub, tmp_path), capture_output=True, text=True, timeout=300
+    )
+    assert f"to push it: {again}" in result.stdout
     for path in (tmp_path / "runs").rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
 
@@ -422,13 +501,30 @@ def token_in_a_file(run, hub):
 
 def path_in_a_file(run, hub):
     path = run / "adapter" / "generation_config.json"
-    path.write_text(json.dumps({"note": "/home/somebody/models/qwen"}))
+    path.write_text(json.dumps({"note": "/home/someone/models/qwen"}))
 
 
 def path_in_the_metadata(run, hub):
     from qwen_tune.model.tensor_files import set_metadata
 
-    set_metadata(run / "adapter" / "adapter_model.safetensors", {"format": "pt", "from": "/home/somebody/base"})
+    set_metadata(run / "adapter" / "adapter_model.safetensors", {"format": "pt", "from": "/home/someone/base"})
+
+
+def broken_metrics(run, hub):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    (run / "run.json").write_text((run / "run.json").read_text().replace('"trained"', '"other"'))
+
+
+def rank_of_words(run, hub):
+    path = run / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "r": "16"}))
+
+
+def odd_record_of_the_merge(run, hub):
+    path = run / "merged" / "merge.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "files": [1]}))
+    return ["--what", "merged"]
 
 
 def no_weights(run, hub):
@@ -451,8 +547,11 @@ FAULTS = [
     (cut_weights, "adapter_model.safetensors: the file has"),
     (not_merged, "the run has no merged/. Fix: run `qwen-tune merge"),
     (token_in_a_file, "generation_config.json: it holds something that looks like a token"),
-    (path_in_a_file, "generation_config.json: it holds a path of this machine (/home/somebody/models/qwen)"),
+    (path_in_a_file, "generation_config.json: it holds a path of this machine (/home/someone/models/qwen)"),
     (path_in_the_metadata, "adapter_model.safetensors (its metadata): it holds a path of this machine"),
+    (broken_metrics, "the record of the run is not as this version writes it (KeyError: 'trained')"),
+    (rank_of_words, "adapter_config.json: its rank (r, rank_pattern) is no number"),
+    (odd_record_of_the_merge, "merge.json: it is not what this version writes"),
     (no_weights, "adapter_model.safetensors"),
     (formats, "exported formats cannot be pushed so far"),
 ]

@@ -127,11 +127,14 @@ def test_links_are_followed(server: State, folder: Path, tmp_path: Path) -> None
 def test_weights_of_an_earlier_push_go(server: State, folder: Path, secrecy: list[str]) -> None:
     old = {"model-00001-of-00002.safetensors": b"old", "notes.txt": b"kept", "other/model.safetensors": b"kept"}
     server.repositories[NAME] = Repository(PRIVATE, {"master": dict(old)})
-    push(folder)
+    hub = ModelScope()
+    found = hub.find(NAME)
+    assert found
+    assert hub.files(found, None) == set(old)
+    gone = ["model-00001-of-00002.safetensors", "never-there.safetensors"]
+    hub.upload(found, folder, revision=None, create_pr=False, title="A push", delete=gone)
     del old["model-00001-of-00002.safetensors"]
     assert server.repositories[NAME].branches["master"] == {**FILES, **old}
-    (folder / "adapter_config.json").rename(folder / "config.json")
-    assert "it holds an adapter where the full model is to be" in refusal(secrecy, push, folder)
 
 
 def test_a_link_to_nothing_is_refused(server: State, folder: Path, secrecy: list[str]) -> None:
@@ -176,7 +179,7 @@ def test_account_and_card(server: State, tmp_path: Path, capfd: pytest.CaptureFi
 
 def test_branches_tags_and_pull_requests(server: State, folder: Path, secrecy: list[str]) -> None:
     message = refusal(secrecy, push, folder, revision="next")
-    assert "has no branch next, and ModelScope's client cannot make one" in message
+    assert "there is no branch next, and ModelScope's client cannot make one" in message
     server.repositories[NAME].branches["next"] = {}
     push(folder, revision="next")
     assert server.repositories[NAME].branches == {"master": {}, "next": FILES}

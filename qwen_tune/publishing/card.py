@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from qwen_tune import __version__
+from qwen_tune.errors import Problem, PublishError
 from qwen_tune.publishing import card_sections as sections
 from qwen_tune.publishing.parts import ADAPTER, MERGED, PublishedBase
 
@@ -21,6 +22,14 @@ CURVE = "loss.png"
 BEGIN = "<!-- qwen-tune: what stands from here to the next marker is yours, and is kept -->"
 END = "<!-- qwen-tune: end of your text -->"
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+
+# The card that training leaves beside an adapter, as it is.
+_SHORT_CARD = re.compile(
+    r"\s*# [^\n]+\s+A LoRA adapter \(rank \d+, alpha \d+\) for `[^`]+`, trained with qwen-tune\. Loss was taken on:"
+    r"[^`#]*```python\n[^`]*```\s*"
+)
+_PEFT_BLANK = "[More Information Needed]"
+_PEFT_BLANKS = 25  # of about forty: nobody has filled the form in
 
 TAGS = ("qwen", "lora", "chatml", "qwen-tune")
 
@@ -53,8 +62,17 @@ class Description:
     recipe: str = ""
     data_sets: tuple[str, ...] = ()
     languages: tuple[str, ...] = ()
+    files: frozenset[str] = frozenset()
+    """Names of all files that are sent."""
+
     has_curve: bool = False
-    is_on_modelscope: bool = False
+    site: str = "hub"
+    """`hub` or `modelscope`."""
+
+    def link(self, model_id: str) -> str:
+        """A model's page on the site, as Markdown."""
+        pages = "https://modelscope.cn/models" if self.site == "modelscope" else "https://huggingface.co"
+        return f"[{model_id}]({pages}/{model_id})"
 
 
 def split_card(text: str) -> tuple[dict[str, Any], str]:
@@ -70,23 +88,31 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
 
 
 def kept_text(card: str | None) -> str:
-    """What a card that is replaced says in its owner's words: all of it, where we have not written it."""
+    """What a card that is replaced says in its owner's words: all of it, where we have not written it.
+
+    Raises:
+        PublishError: Of the two markers one is gone, so that nobody can tell where those words end.
+    """
     if card is None:
         return ""
     body = split_card(card)[1]
-    if BEGIN in body and END in body:
-        return body.split(BEGIN, 1)[1].rsplit(END, 1)[0].strip("\n")
-    return body.strip() if not _is_ours(card) else ""
+    begin, end = body.find(BEGIN), body.rfind(END)
+    if 0 <= begin < end:
+        return body[begin + len(BEGIN) : end].strip("\r\n")
+    if begin != end:
+        what = "one of the two markers on the card is gone or misplaced, so it cannot be told what is yours"
+        raise PublishError(Problem("README.md", what, f"put them back around your text: {BEGIN} … {END}"))
+    return "" if _SHORT_CARD.fullmatch(body) or body.count(_PEFT_BLANK) >= _PEFT_BLANKS else body.strip()
 
 
-def _is_ours(card: str) -> bool:
-    """Whether it is the short card that training leaves beside an adapter, or PEFT's form with nothing filled in."""
-    return "trained with qwen-tune" in card or "[More Information Needed]" in card
+def front_matter_of(card: str | None) -> dict[str, Any]:
+    """What a card says at its top."""
+    return split_card(card)[0] if card else {}
 
 
 def licence_of(card: str | None) -> Licence | None:
     """The licence that a card names."""
-    values = split_card(card)[0] if card else {}
+    values = front_matter_of(card)
     licence = values.get("license")
     if isinstance(licence, list) and len(licence) == 1:
         licence = licence[0]
@@ -98,13 +124,20 @@ def licence_of(card: str | None) -> Licence | None:
 
 def languages_of(card: str | None) -> tuple[str, ...]:
     """The languages that a card names."""
-    values = split_card(card)[0] if card else {}
-    languages = values.get("language") or values.get("languages") or []
-    return tuple(map(str, [languages] if isinstance(languages, str) else languages))
+    languages = front_matter_of(card).get("language") or []
+    listed = languages if isinstance(languages, list) else [languages]
+    # Norwegian's code is YAML's word for false.
+    return tuple("no" if each is False else str(each) for each in listed)
 
 
-def compose(about: Description, kept: str = "") -> str:
-    """The card as Markdown with its front matter."""
+def compose(about: Description, kept: str = "", keep: Mapping[str, Any] | None = None) -> str:
+    """The card as Markdown with its front matter.
+
+    Args:
+        about: What it tells.
+        kept: Its owner's text.
+        keep: The front matter of the card that is replaced.
+    """
     own = f"{BEGIN}\n{kept}\n{END}" if kept else f"{BEGIN}\n{END}"
     parts = [
         f"# {about.title}",
@@ -119,13 +152,14 @@ def compose(about: Description, kept: str = "") -> str:
         sections.recipe(about),
     ]
     body = "\n\n".join(part for part in parts if part)
-    return f"---\n{_front_matter(about)}---\n\n{body}\n"
+    return f"---\n{_front_matter(about, keep or {})}---\n\n{body}\n"
 
 
-def _front_matter(about: Description) -> str:
+def _front_matter(about: Description, keep: Mapping[str, Any]) -> str:
     has_model = MERGED in about.places
-    quantized = bool(about.facts.get("quantization"))
-    values: dict[str, Any] = {
+    tags = [*(TAGS if about.facts else ()), *(["qlora"] if about.facts.get("quantization") else [])]
+    theirs = keep.get("tags")
+    ours: dict[str, Any] = {
         "base_model": about.base.id,
         "base_model_relation": "finetune" if has_model else ADAPTER,
         "library_name": "transformers" if has_model else "peft",
@@ -133,14 +167,14 @@ def _front_matter(about: Description) -> str:
         "license": about.licence.id,
         "license_name": about.licence.name,
         "license_link": about.licence.link,
-        "language": list(about.languages) or None,
-        "datasets": list(about.data_sets) or None,
-        "tags": [*TAGS, *(["qlora"] if quantized else [])],
-        "qwen_tune": _origin(about),
+        "language": list(about.languages) or keep.get("language"),
+        "datasets": list(about.data_sets) or keep.get("datasets"),
+        "tags": list(dict.fromkeys([*tags, *(theirs if isinstance(theirs, list) else [])])) or None,
+        "qwen_tune": _origin(about) if about.facts else None,
     }
-    return yaml.safe_dump(
-        {key: value for key, value in values.items() if value is not None}, sort_keys=False, allow_unicode=True
-    )
+    kept = {key: value for key, value in keep.items() if key not in ours}
+    values = {key: value for key, value in {**ours, **kept}.items() if value is not None}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _origin(about: Description) -> dict[str, str]:

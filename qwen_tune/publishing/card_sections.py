@@ -28,15 +28,14 @@ _THINKING = {
 
 
 def summary(about: Description) -> str:
-    """What this is, in two sentences."""
-    kind = method(about)
-    base = f"[{about.base.id}]({_link(about.base.id)})"
-    kinds = list(about.places)
+    """What this is, in a sentence or two."""
+    kind, base, kinds = method(about), about.link(about.base.id), list(about.places)
     what = f"A {kind} adapter for {base}" if kinds == [ADAPTER] else f"{base}, fine-tuned with {kind}"
     what += ": the full model" if kinds == [MERGED] else ""
     names = {ADAPTER: "the adapter", MERGED: "the full model"}
     where = " and ".join(f"{names[part]} in `{folder}/`" for part, folder in about.places.items() if folder)
-    return f"{what}{': ' if where else ''}{where}. Made with qwen-tune."
+    made = " Made with qwen-tune." if about.facts or about.merge else ""
+    return f"{what}{': ' if where else ''}{where}.{made}"
 
 
 def method(about: Description) -> str:
@@ -48,31 +47,42 @@ def method(about: Description) -> str:
 
 def usage(about: Description) -> str:
     """Code that loads what is there, and how to serve it."""
-    name = about.repo_id.rsplit("/", 1)[-1]
     texts = []
     for kind, folder in about.places.items():
-        is_elsewhere = about.is_on_modelscope
-        fetch = ""
-        if folder or is_elsewhere:  # vLLM looks at the root of a repository of the Hub
-            command = "modelscope download --model" if is_elsewhere else "hf download"
-            fetch = f"{command} {about.repo_id} {'--local_dir' if is_elsewhere else '--local-dir'} {name}\n"
-        template = Template(files(__package__).joinpath(f"usage_{kind}.md").read_text(encoding="utf-8"))
-        texts.append(
-            template.substitute(
-                imports="from modelscope import snapshot_download\n" if is_elsewhere else "",
-                locate=f'name = snapshot_download("{about.repo_id}")' if is_elsewhere else f'name = "{about.repo_id}"',
-                subfolder=f', subfolder="{folder}"' if folder else "",
-                fetch=fetch,
-                place=f"./{name}/{folder}".rstrip("/") if fetch else about.repo_id,
-                base=about.base.id,
-                revision=f', revision="{about.base.revision}"' if about.base.revision else "",
-                name=name,
-                rank=_largest_rank(about.adapter),
-            ).strip()
-        )
+        name = _usage_template(kind, has_tokenizer=f"{folder}/tokenizer_config.json".lstrip("/") in about.files)
+        template = Template(files(__package__).joinpath(name).read_text(encoding="utf-8"))
+        texts.append(template.substitute(_usage_words(about, folder)).strip())
         if kind == ADAPTER:
             texts += serving_notes(about.adapter)
     return _section("How to use it", *texts)
+
+
+def _usage_template(kind: str, *, has_tokenizer: bool) -> str:
+    return f"usage_{kind}.md" if has_tokenizer or kind == MERGED else f"usage_{kind}_alone.md"
+
+
+def _usage_words(about: Description, folder: str) -> dict[str, Any]:
+    """What the code names: models are downloaded by each site's own means."""
+    name = about.repo_id.rsplit("/", 1)[-1]
+    revision = f', revision="{about.base.revision}"' if about.base.revision and about.site == "hub" else ""
+    fetch = ""
+    if about.site == "modelscope":
+        fetch = f"modelscope download --model {about.repo_id} --local_dir {name}\nexport VLLM_USE_MODELSCOPE=true\n"
+    elif folder:  # vLLM looks at the root of a repository
+        fetch = f"hf download {about.repo_id} --local-dir {name}\n"
+    located = 'snapshot_download("{}")' if about.site == "modelscope" else '"{}"'
+    return {
+        "imports": "from modelscope import snapshot_download\n" if about.site == "modelscope" else "",
+        "locate": f"name = {located.format(about.repo_id)}",
+        "locate_base": located.format(about.base.id),
+        "subfolder": f', subfolder="{folder}"' if folder else "",
+        "fetch": fetch,
+        "place": f"./{name}/{folder}".rstrip("/") if fetch else about.repo_id,
+        "base": about.base.id,
+        "revision": revision,
+        "name": name,
+        "rank": _largest_rank(about.adapter),
+    }
 
 
 def serving_notes(config: Mapping[str, Any]) -> list[str]:
@@ -94,17 +104,18 @@ def training(about: Description) -> str:
     settings, schedule = facts.get("adapter", {}), facts.get("schedule", {})
     parameters = settings.get("trainable_parameters")
     modules = settings.get("modules", {})
-    where = ", ".join(modules or sorted(config.get("target_modules") or []))
+    targets = config.get("target_modules") or []
+    where = ", ".join(modules or ([_code(targets)] if isinstance(targets, str) else sorted(targets)))
     quantization = facts.get("quantization") or {}
     rows = {
-        "Base": f"[{about.base.id}]({_link(about.base.id)})"
-        + (f" at `{about.base.revision}`" if about.base.revision else ""),
+        "Base": f"{about.link(about.base.id)}" + (f" at `{about.base.revision}`" if about.base.revision else ""),
         "Method": method(about),
         "Rank, alpha": _both(settings.get("r", config.get("r")), settings.get("lora_alpha", config.get("lora_alpha"))),
         "Trained modules": where,
         "Trained parameters": f"{parameters:,}" if parameters else "",
         "Base held as": _held_as(facts.get("dtype"), quantization),
         "Steps": _steps(facts.get("steps"), schedule.get("steps_per_epoch")),
+        "Taken from step": _best_step(facts),
         "Batch": _batch(schedule),
         "Merged from": _merged_from(about.merge),
     }
@@ -140,16 +151,14 @@ def results(about: Description) -> str:
         (name, losses.get(before), losses.get(after))
         for name, before, after in (
             ("held out", "eval_before", "eval_after"),
-            ("training", "train_first", "train_last"),
+            ("training, first and last logged", "train_first", "train_last"),
         )
     ]
     known = [(name, before, after) for name, before, after in lines if before is not None and after is not None]
     if not known:
         return ""
-    table = ["| loss, nats a token | before | after | perplexity after |", "|---|---|---|---|"]
-    table += [
-        f"| {name} | {before:.4f} | {after:.4f} | {math.exp(min(after, 50)):.3f} |" for name, before, after in known
-    ]
+    table = ["| loss, nats a token | before | after |", "|---|---|---|"]
+    table += [f"| {name} | {before:.4f} | {after:.4f} |" for name, before, after in known]
     if all(name != "held out" for name, *_ in known):
         table += [
             "",
@@ -177,7 +186,7 @@ def compute(about: Description) -> str:
 
 def limits(about: Description) -> str:
     """What a reader should not expect."""
-    texts = [f"It has the limits and the biases of [{about.base.id}]({_link(about.base.id)}), and its licence's terms."]
+    texts = [f"It has the limits and the biases of {about.link(about.base.id)}, and its licence's terms."]
     if about.facts.get("rows"):
         rows = about.facts["rows"]["trained"]
         texts.append(f"What it learned is in {rows:,} rows; on anything else it may be worse than its base.")
@@ -203,7 +212,7 @@ def _section(title: str, *texts: str) -> str:
 
 
 def _table(rows: Mapping[str, str]) -> str:
-    lines = [f"| {name} | {text} |" for name, text in rows.items() if text]
+    lines = [f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in rows.items() if text]
     return "\n".join(["| | |", "|---|---|", *lines]) if lines else ""
 
 
@@ -222,6 +231,13 @@ def _steps(steps: int | None, an_epoch: int | None) -> str:
     if not steps:
         return ""
     return f"{steps:,}" + (f" ({steps / an_epoch:.2g} epochs)" if an_epoch else "")
+
+
+def _best_step(facts: Mapping[str, Any]) -> str:
+    """The step of the adapter, where that is not the last: its held-out loss was the lowest."""
+    best, after = facts.get("best") or {}, (facts.get("losses") or {}).get("eval_after")
+    is_taken = best.get("loss") is not None and best.get("loss") == after and best.get("step") != facts.get("steps")
+    return f"{best['step']:,}, of the lowest held-out loss" if is_taken else ""
 
 
 def _batch(schedule: Mapping[str, Any]) -> str:
@@ -244,10 +260,6 @@ def _largest_rank(config: Mapping[str, Any]) -> int:
     """The rank that a server has to be told: 8, 16, 32 and so on, as vLLM takes no other."""
     ranks: list[int] = [config.get("r") or 8, *(config.get("rank_pattern") or {}).values()]
     return max(8, 1 << (max(ranks) - 1).bit_length())
-
-
-def _link(model_id: str) -> str:
-    return f"https://huggingface.co/{model_id}"
 
 
 def _code(text: str) -> str:

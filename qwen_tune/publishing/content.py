@@ -6,6 +6,7 @@ and some of what trainers leave there (`training_args.bin`) holds tokens.
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,15 @@ from qwen_tune.publishing.parts import ADAPTER, MERGED, Part, PublishedBase
 
 _SENT = {
     ADAPTER: (ADAPTER_FILE, "adapter_config.json", "generation_config.json", "preprocessor_config.json"),
-    MERGED: ("*.json", "*.txt"),
+    MERGED: (
+        "config.json",
+        "generation_config.json",
+        "merge.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "video_preprocessor_config.json",
+        INDEX_FILE,
+    ),
 }
 _SENT_OF_ALL = (*TOKENIZER_FILES, "*.jinja", "LICENSE*", "NOTICE*")
 
@@ -86,7 +95,7 @@ def collect(part: Part, base: PublishedBase, secrets: Iterable[str] = ()) -> Con
         secrets: Texts that must not be in any file: the token.
     """
     content = Content()
-    patterns = (*_SENT[part.kind], *_SENT_OF_ALL)
+    patterns = (*_SENT[part.kind], *_SENT_OF_ALL, *_recorded(part))
     weights = _weights(part, content)
     for path in sorted(part.folder.iterdir()):
         name = path.name
@@ -102,6 +111,8 @@ def collect(part: Part, base: PublishedBase, secrets: Iterable[str] = ()) -> Con
     _check_complete(part, content)
     _check_match(part, content)
     known = {str(Path.home()), str(Path.cwd()), str(part.folder.resolve().parent)}
+    if part.kind == ADAPTER:
+        content.problems += _faults_of_config(part)
     for name, file in content.files.items():
         where = str(part.folder / name)
         content.problems += look_through(name, file, secrets, known, where=where)
@@ -109,6 +120,15 @@ def collect(part: Part, base: PublishedBase, secrets: Iterable[str] = ()) -> Con
             said = json.dumps(read_metadata(part.folder / name))
             content.problems += look_through("metadata.json", said, secrets, known, where=f"{where} (its metadata)")
     return content
+
+
+def _recorded(part: Part) -> tuple[str, ...]:
+    """The files that the merge has listed: what a base has beside its weights may have any name."""
+    try:
+        files = read_json(part.folder / "merge.json")["files"] if part.kind == MERGED else {}
+    except (ModelError, KeyError):
+        return ()
+    return tuple(glob.escape(name) for name in files if isinstance(name, str)) if isinstance(files, dict) else ()
 
 
 def _weights(part: Part, content: Content) -> set[str]:
@@ -151,10 +171,23 @@ def _without_local_names(path: Path, base: PublishedBase) -> Path | str:
     return path if changed == values else json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
 
 
+def _faults_of_config(part: Part) -> list[Problem]:
+    """What of adapter_config.json PEFT could not take."""
+    path = part.folder / "adapter_config.json"
+    try:
+        config = read_json(path)
+    except ModelError as error:
+        return list(error.problems)
+    rank, pattern = config.get("r"), config.get("rank_pattern") or {}
+    if not isinstance(rank, int) or not isinstance(pattern, dict):
+        return [Problem(str(path), "its rank (r, rank_pattern) is no number", _anew(part))]
+    return []
+
+
 def _check_complete(part: Part, content: Content) -> None:
     needed = ["config.json"] if part.kind == MERGED else []
     if part.kind == MERGED or part.run is not None:
-        needed += ["tokenizer_config.json"]
+        needed += ["tokenizer_config.json", "generation_config.json"]
     if part.kind == MERGED and not {"tokenizer.json", "vocab.json"} & content.files.keys():
         needed += ["tokenizer.json"]
     for name in needed:
@@ -176,8 +209,8 @@ def _check_match(part: Part, content: Content) -> None:
     try:
         facts = read_json(record)
         merged = [adapter["sha256"] for adapter in facts["adapters"]]
-        sizes_fit = _as_recorded(part.folder, facts["files"])
-    except (ModelError, KeyError, TypeError) as error:
+        changed = _not_as_recorded(part.folder, facts["files"])
+    except (ModelError, KeyError, TypeError, AttributeError) as error:
         what = f"it is not what this version writes ({first_line(error)})"
         content.problems.append(Problem(str(record), what, _anew(part)))
         return
@@ -185,12 +218,12 @@ def _check_match(part: Part, content: Content) -> None:
     if adapter and adapter.is_file() and sha256(adapter) not in merged:
         what = "this model was merged from another adapter than the run's"
         content.problems.append(Problem(str(part.folder), what, _anew(part)))
-    for name in sizes_fit:
+    for name in changed:
         what = "it is not the file that the merge wrote (merge.json has another sha256)"
         content.problems.append(Problem(str(part.folder / name), what, _anew(part)))
 
 
-def _as_recorded(folder: Path, files: Mapping[str, str]) -> list[str]:
+def _not_as_recorded(folder: Path, files: Mapping[str, str]) -> list[str]:
     """The files that are not what merge.json says. Weights are looked at too: sending them takes longer by far."""
     return [name for name, digest in files.items() if (folder / name).is_file() and sha256(folder / name) != digest]
 

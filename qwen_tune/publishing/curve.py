@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 _LONGEST = 2000
 """Steps that are drawn; of a longer run as many, evenly spread."""
@@ -15,9 +16,9 @@ def draw_losses(metrics: Path) -> bytes | None:
 
     The same metrics give the same bytes, so that a card is not sent again.
     """
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
-    trained = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    held_out = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
+    lines = _read(metrics) if metrics.exists() else []
+    trained = _points(lines, "loss")
+    held_out = _points(lines, "eval_loss")
     if len(trained) + len(held_out) < 2:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -42,3 +43,19 @@ def draw_losses(metrics: Path) -> bytes | None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": None})
     return picture.getvalue()
+
+
+def _read(metrics: Path) -> list[dict[str, Any]]:
+    """The lines that can be read: a full disk may have cut the last one off."""
+    lines = []
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def _points(lines: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    numbers = [(line.get("step"), line.get(key)) for line in lines]
+    return [(step, loss) for step, loss in numbers if isinstance(step, (int, float)) and isinstance(loss, (int, float))]

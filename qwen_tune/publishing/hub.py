@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import glob
+import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen_tune.errors import Problem, PublishError, first_line
-from qwen_tune.publishing.remote import Account, Repository, stale_weights
-from qwen_tune.publishing.retry import retrying
+from qwen_tune.publishing.remote import Account, Repository
+from qwen_tune.publishing.retry import retrying, tell
 from qwen_tune.recipe.secret_values import Secrets
 
 if TYPE_CHECKING:
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LONGEST_WAIT_S = 300
-"""For an answer. The client itself waits for ever."""
+SHORT_WAIT_S = 10
+"""For an answer, and where nobody is to be kept waiting. The client itself waits for ever."""
 
 _WRITERS = ("admin", "write", "contributor")
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
@@ -34,8 +37,9 @@ class HuggingFace:
     """See `Remote`."""
 
     title = "the Hub"
+    site = "hub"
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = True) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the client is imported
         from huggingface_hub import HfApi, get_token, set_client_factory
         from huggingface_hub.utils import disable_progress_bars, logging
@@ -46,16 +50,23 @@ class HuggingFace:
 
         def client() -> Any:
             made = default_client()
-            made.timeout = LONGEST_WAIT_S
+            made.timeout = LONGEST_WAIT_S if patient else SHORT_WAIT_S
             return made
 
         default_client = _default_client_factory()
         set_client_factory(client)
         self._api: HfApi = HfApi()
         self._token: str | None = get_token()
+        self._patient = patient
         self._name: str | None = None
         self._secrets = Secrets()
         self._secrets.add(self._token)
+
+    def close(self) -> None:
+        """Gives the client back its own time limits: what downloads the base is in the same process."""
+        from huggingface_hub import set_client_factory
+
+        set_client_factory(_default_client_factory())
 
     @property
     def token(self) -> str | None:
@@ -64,19 +75,21 @@ class HuggingFace:
 
     def account(self) -> Account:
         """See `Remote`."""
-        if self._token is None:
+        if self._token is None or not self._token.strip():
             raise PublishError(Problem("the Hub", "there is no token on this machine", _LOG_IN))
         answer = self._call("the Hub", self._api.whoami)
-        self._name = name = str(answer["name"])
-        token = answer.get("auth", {}).get("accessToken", {})
+        if not isinstance(answer, dict) or not isinstance(answer.get("name"), str):
+            raise PublishError(Problem("the Hub", "does not say whose token it is", "check HF_ENDPOINT"))
+        self._name = name = answer["name"]
+        token = (answer.get("auth") or {}).get("accessToken") or {}
         role = token.get("role")
-        organizations = answer.get("orgs", [])
-        owners = {name} | {org["name"] for org in organizations if org.get("roleInOrg", "write") in _WRITERS}
+        organizations = answer.get("orgs") or []
+        owners = {name} | {str(org.get("name")) for org in organizations if org.get("roleInOrg", "write") in _WRITERS}
         if role == "read":
             what = f"the token of {name} can only read"
             raise PublishError(Problem("the Hub", what, f"{_LOG_IN} (HF_TOKEN goes before a saved login)"))
         if role == "fineGrained":
-            owners = _may_write(token.get("fineGrained", {}), name, owners)
+            owners = _may_write(token.get("fineGrained") or {}, owners)
             if not owners:
                 raise PublishError(Problem("the Hub", f"the token of {name} may write to no repository", _LOG_IN))
         return Account(name, frozenset(owners))
@@ -112,6 +125,9 @@ class HuggingFace:
             try:
                 path = self._retried(lambda: hf_hub_download(repo_id, "README.md", revision=revision, local_dir=folder))
                 return Path(path).read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                what = "its README.md is not UTF-8, and would be lost"
+                raise PublishError(Problem(repo_id, what, "save it as UTF-8")) from None
             except RevisionNotFoundError:
                 return self.read_card(repo_id) if revision else None
             except RepositoryNotFoundError:
@@ -123,20 +139,45 @@ class HuggingFace:
             except Exception as error:
                 raise self._told(repo_id, error) from None
 
-    def upload(self, repository: Repository, folder: Path, *, revision: str | None, create_pr: bool, title: str) -> str:
+    def check_target(self, repository: Repository | None, revision: str | None, *, create_pr: bool) -> None:
+        """See `Remote`. Branches are made, and everyone who sees a repository may open a pull request."""
+
+    def files(self, repository: Repository, revision: str | None) -> set[str]:
+        """See `Remote`."""
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        def names() -> set[str]:
+            try:
+                return set(self._api.list_repo_files(repository.id, revision=revision))
+            except RevisionNotFoundError:
+                return set(self._api.list_repo_files(repository.id))
+
+        return self._call(repository.id, names)
+
+    def upload(
+        self,
+        repository: Repository,
+        folder: Path,
+        *,
+        revision: str | None,
+        create_pr: bool,
+        title: str,
+        delete: Sequence[str] = (),
+    ) -> str:
         """See `Remote`."""
         id = repository.id
         number = self._draft(id, title) if create_pr else None
         target = f"refs/pr/{number}" if number else revision
         if revision and not revision.startswith("refs/") and revision != "main":
             self._call(id, lambda: self._api.create_branch(id, branch=revision, exist_ok=True))
-        there = self._call(id, lambda: self._api.list_repo_files(id, revision=target))
-        ours = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-        stale = stale_weights(id, ours, set(there))
         self._call(
             id,
             lambda: self._api.upload_folder(
-                repo_id=id, folder_path=folder, revision=target, commit_message=title, delete_patterns=stale or None
+                repo_id=id,
+                folder_path=folder,
+                revision=target,
+                commit_message=title,
+                delete_patterns=[glob.escape(name) for name in delete] or None,
             ),
         )
         if number:
@@ -152,17 +193,14 @@ class HuggingFace:
 
     def _draft(self, repo_id: str, title: str) -> int:
         """A pull request to push to: the one that a push of ours began before this one, or a new one."""
-        found = self._call(
-            repo_id,
-            lambda: [
-                one.num
-                for one in self._api.get_repo_discussions(repo_id, discussion_type="pull_request")
-                if (one.title, one.status, one.author) == (title, "draft", self._name)
-            ],
-        )
-        if found:
-            return int(found[0])
-        return int(self._call(repo_id, lambda: self._api.create_pull_request(repo_id, title)).num)
+
+        def found_or_made() -> int:
+            for one in self._api.get_repo_discussions(repo_id, discussion_type="pull_request"):
+                if (one.title, one.status, one.author) == (title, "draft", self._name):
+                    return int(one.num)
+            return int(self._api.create_pull_request(repo_id, title).num)
+
+        return self._call(repo_id, found_or_made)
 
     def _call(self, where: str, call: Callable[[], T]) -> T:
         """A call with its second tries; what it raises in the end is told in our words."""
@@ -172,7 +210,9 @@ class HuggingFace:
             raise self._told(where, error) from None
 
     def _retried(self, call: Callable[[], T]) -> T:
-        return retrying(call, _wait_of, title="the Hub")
+        if not self._patient:
+            return call()
+        return retrying(call, _wait_of, title="the Hub", say=lambda line: tell(self._secrets.redact(line)))
 
     def _told(self, where: str, error: BaseException) -> PublishError:
         what, fix = _explained(error)
@@ -187,7 +227,7 @@ def _default_client_factory() -> Callable[[], Any]:
     return factory
 
 
-def _may_write(permissions: Mapping[str, Any], name: str, owners: set[str]) -> set[str]:
+def _may_write(permissions: Mapping[str, Any], owners: set[str]) -> set[str]:
     """The owners and single repositories that a fine-grained token may write to."""
     allowed: set[str] = set()
     for scope in permissions.get("scoped", []):
@@ -211,7 +251,8 @@ def _wait_of(error: Any) -> float | None:
     if status in _BUSY:
         after = error.response.headers.get("Retry-After", "")
         return float(after) if after.isdecimal() else 0.0
-    return 0.0 if isinstance(error, HTTPError) and status is None else None
+    is_hopeless = type(error).__name__ in ("UnsupportedProtocol", "InvalidURL")
+    return 0.0 if isinstance(error, HTTPError) and status is None and not is_hopeless else None
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -240,6 +281,12 @@ def _explained(error: BaseException) -> tuple[str, str]:
         return "the Hub's client is told to stay offline (HF_HUB_OFFLINE)", "unset it"
     if isinstance(error, LocalTokenNotFoundError):
         return "there is no token on this machine", _LOG_IN
+    if isinstance(error, UnicodeEncodeError):
+        return "the token has characters in it that no token has", _LOG_IN
+    if isinstance(error, json.JSONDecodeError):
+        return "the answer is not the Hub's (a proxy may stand between)", "check HF_ENDPOINT and the network"
+    if type(error).__name__ in ("UnsupportedProtocol", "InvalidURL"):
+        return f"HF_ENDPOINT is no address ({said})", "write it with https://"
     if isinstance(error, ValueError) and "metadata" in said:
         return f"the Hub does not take the card's front matter ({said})", "check --license, --language and --base-id"
     if isinstance(error, HFValidationError):

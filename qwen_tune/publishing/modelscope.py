@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+from qwen_tune.disk import sha256
 from qwen_tune.errors import Problem, PublishError, first_line
-from qwen_tune.publishing.remote import Account, Repository, stale_weights
-from qwen_tune.publishing.retry import retrying, say
+from qwen_tune.publishing.remote import Account, Repository
+from qwen_tune.publishing.retry import retrying, tell
 
 T = TypeVar("T")
 
@@ -37,6 +37,7 @@ class ModelScope:
     """A `Remote`. It needs a token for everything; where it comes from is `_token`'s to tell."""
 
     title = TITLE
+    site = "modelscope"
 
     def __init__(self) -> None:
         try:
@@ -129,32 +130,54 @@ class ModelScope:
                 answer = legacy.download_stream(repo_id, "model", "README.md", revision=revision or DEFAULT_BRANCH)
             except NotExistError:
                 return None
-            return str(answer.content.decode("utf-8", errors="replace"))
+            return str(answer.content.decode("utf-8"))
 
         return self._ask(f"read the card of {repo_id}", lambda: self._retried(read))
 
-    def upload(self, repository: Repository, folder: Path, *, revision: str | None, create_pr: bool, title: str) -> str:
-        """Sends a folder's files (links are followed); what is there already is not sent again.
+    def check_target(self, repository: Repository | None, revision: str | None, *, create_pr: bool) -> None:
+        """Whether there can be pushed to a branch: its client makes none, and opens no pull requests."""
+        if create_pr:
+            raise PublishError(
+                Problem(TITLE, "takes no pull requests from its client", "push without --create-pr, or to a branch")
+            )
+        if revision in (None, DEFAULT_BRANCH):
+            return
+        if repository is None or revision not in self._revisions(repository.id):
+            where = repository.url if repository else "the website"
+            what = f"there is no branch {revision}, and ModelScope's client cannot make one"
+            fix = f"make the branch at {where}, or push to {DEFAULT_BRANCH}"
+            raise PublishError(Problem(f"{TITLE}: {repository.id}" if repository else TITLE, what, fix))
+
+    def files(self, repository: Repository, revision: str | None) -> set[str]:
+        """The names of all files."""
+        return set(self._files(repository.id, revision or DEFAULT_BRANCH))
+
+    def upload(
+        self,
+        repository: Repository,
+        folder: Path,
+        *,
+        revision: str | None,
+        create_pr: bool,
+        title: str,
+        delete: Sequence[str] = (),
+    ) -> str:
+        """Sends a folder's files (links are followed), and deletes some; what is there already is not sent again.
 
         Returns:
             Where to look at it.
         """
-        if create_pr:
-            raise PublishError(
-                Problem(TITLE, "takes no pull requests from its client", "push without a pull request, to a branch")
-            )
+        self.check_target(repository, revision, create_pr=create_pr)
         branch = revision or DEFAULT_BRANCH
-        self._check_branch(repository, branch)
         there, ours = self._files(repository.id, branch), _files_of(folder)
-        stale = stale_weights(repository.id, set(ours), set(there))
         changed = {name: file for name, file in ours.items() if not _is_same(file, there.get(name))}
         if changed:
             self._send(repository.id, changed, branch, title)
-        if stale:
+        if gone := sorted(set(delete) & there.keys()):
             self._ask(
                 f"take old weights out of {repository.id}",
                 lambda: self._hub.delete_files(
-                    repository.id, "model", stale, commit_message="Remove weights of an earlier push", revision=branch
+                    repository.id, "model", gone, commit_message="Remove weights of an earlier push", revision=branch
                 ),
             )
         return repository.url
@@ -169,19 +192,6 @@ class ModelScope:
 
         if name not in self._revisions(repository.id):
             self._ask(f"give {repository.id} the tag {name}", lambda: self._retried(make))
-
-    def _check_branch(self, repository: Repository, branch: str) -> None:
-        """Its client makes no branches, and a commit to one that is not there fails only after the files are sent."""
-        if branch == DEFAULT_BRANCH:
-            return
-        if branch not in self._revisions(repository.id):
-            raise PublishError(
-                Problem(
-                    f"{TITLE}: {repository.id}",
-                    f"has no branch {branch}, and ModelScope's client cannot make one",
-                    f"make the branch at {repository.url}, or push to {DEFAULT_BRANCH}",
-                )
-            )
 
     def _revisions(self, repo_id: str) -> set[str]:
         """Its branches and tags."""
@@ -291,7 +301,7 @@ class ModelScope:
         return PublishError(Problem(TITLE, f"cannot {doing}; {what} ({said})", fix))
 
     def _say(self, line: str) -> None:
-        say(self._clean(line))
+        tell(self._clean(line))
 
     def _clean(self, text: str) -> str:
         return text.replace(self._token, "***")
@@ -350,11 +360,7 @@ def _cause(error: BaseException, told: list[BaseException]) -> BaseException:
 def _is_same(file: Path, there: tuple[int, str | None] | None) -> bool:
     if there is None or file.stat().st_size != there[0]:
         return False
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest() == there[1]
+    return sha256(file) == there[1]
 
 
 def _files_of(folder: Path) -> dict[str, Path]:

@@ -54,6 +54,7 @@ def find_part(path: Path, kind: str | None = None) -> Part:
         what = "exported formats cannot be pushed so far; expected adapter or merged"
         raise PublishError(Problem(str(path), what, "upload them with `hf upload`"))
     path = path.expanduser()
+    path = path.resolve() if path.name in ("", "..") else path  # `.` has no name to go by
     for candidate in (path, path.absolute().parent):
         if not (candidate / "run.json").is_file():
             continue

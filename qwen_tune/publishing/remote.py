@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-
-from qwen_tune.errors import Problem, PublishError
 
 
 @dataclass(frozen=True)
@@ -26,26 +25,6 @@ class Repository:
     url: str
 
 
-def stale_weights(repo_id: str, ours: set[str], there: set[str]) -> list[str]:
-    """Weight files of an earlier push, of which this one has none by that name: they would be loaded, too.
-
-    Args:
-        repo_id: The repository, for messages.
-        ours: Names of the files that are pushed.
-        there: Names of those that lie in the repository.
-
-    Raises:
-        PublishError: An adapter lies where a model is to be; Transformers would load both.
-    """
-    places = {name.rpartition("/")[0] for name in ours}
-    beside = {name for name in there if name.rpartition("/")[0] in places} - ours
-    config = {f"{place}/config.json".lstrip("/") for place in places} & ours
-    if config and any(name.rpartition("/")[2] == "adapter_config.json" for name in beside):
-        what = "it holds an adapter where the full model is to be; Transformers would load both"
-        raise PublishError(Problem(repo_id, what, "give the model a repository of its own"))
-    return sorted(name for name in beside if name.endswith((".safetensors", ".safetensors.index.json")))
-
-
 class Remote(Protocol):
     """A place for models. Every call raises PublishError with what the user can do about it.
 
@@ -54,6 +33,9 @@ class Remote(Protocol):
 
     title: str
     """Its name in a sentence: `the Hub`."""
+
+    site: str
+    """`hub` or `modelscope`, for the card."""
 
     @property
     def token(self) -> str | None:
@@ -71,8 +53,23 @@ class Remote(Protocol):
     def read_card(self, repo_id: str, revision: str | None = None) -> str | None:
         """README.md of any model; None where there is none."""
 
-    def upload(self, repository: Repository, folder: Path, *, revision: str | None, create_pr: bool, title: str) -> str:
-        """Sends a folder's files (links are followed); what is there already is not sent again.
+    def check_target(self, repository: Repository | None, revision: str | None, *, create_pr: bool) -> None:
+        """Whether a branch takes a push, or the repository a pull request; None for one that is yet to be made."""
+
+    def files(self, repository: Repository, revision: str | None) -> set[str]:
+        """The names of all files; those of the default branch where the branch is yet to be made."""
+
+    def upload(
+        self,
+        repository: Repository,
+        folder: Path,
+        *,
+        revision: str | None,
+        create_pr: bool,
+        title: str,
+        delete: Sequence[str] = (),
+    ) -> str:
+        """Sends a folder's files (links are followed), and deletes some; what is there already is not sent again.
 
         Returns:
             Where to look at it.

@@ -16,7 +16,7 @@ LONGEST_WAIT_S = 300.0
 """A server that asks for more patience than this is left to the user."""
 
 
-def say(line: str) -> None:
+def tell(line: str) -> None:
     """One line for who waits, on stderr."""
     print(visible(line), file=sys.stderr, flush=True)
 
@@ -26,7 +26,7 @@ def retrying(
     wait_of: Callable[[Exception], float | None],
     *,
     title: str,
-    say: Callable[[str], None] = say,
+    say: Callable[[str], None] = tell,
 ) -> T:
     """What `call` returns, in at most five tries; the last try's error is raised as it is.
 

@@ -17,6 +17,7 @@ from qwen_tune.model.quantization import quantization_facts
 from qwen_tune.prepared.preparation import PreparedData
 from qwen_tune.recipe.files import to_yaml
 from qwen_tune.recipe.schema import Recipe
+from qwen_tune.rows.files import names_hub_data_set
 from qwen_tune.runs.directory import RunDir
 from qwen_tune.runs.resume import run_fingerprint
 from qwen_tune.training.schedule import Schedule
@@ -58,11 +59,19 @@ def start_facts(
         "tokenizer_sha256": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
         "data_fingerprint": data.fingerprint(),
+        "data_sets": _data_sets(recipe),
         **data.facts,
         "schedule": schedule.facts(),
         "masking": {"loss_on": recipe.data.loss_on, "thinking": recipe.data.thinking},
     }
     return {**facts, "fingerprint": run_fingerprint(to_yaml(recipe), facts)}
+
+
+def _data_sets(recipe: Recipe) -> list[str]:
+    """The sources that are Hub data sets. Told now: later a folder of such a name may be gone."""
+    held_out = recipe.data.eval if isinstance(recipe.data.eval, list) else []
+    paths = [source.path for source in [*recipe.data.train, *held_out]]
+    return sorted({path for path in paths if names_hub_data_set(path)})
 
 
 def model_facts(trainer: LoraTrainer) -> dict[str, Any]:
