@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import sys
 import tempfile
@@ -11,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qwen_tune.errors import Problem, PublishError, first_line
+from qwen_tune.errors import Problem, PublishError
+from qwen_tune.publishing.hub_errors import LOG_IN, explained, wait_of
 from qwen_tune.publishing.remote import Account, Repository
 from qwen_tune.publishing.retry import retrying, tell
 from qwen_tune.recipe.secret_values import Secrets
@@ -26,11 +26,6 @@ SHORT_WAIT_S = 10
 """For an answer, and where nobody is to be kept waiting. The client itself waits for ever."""
 
 _WRITERS = ("admin", "write", "contributor")
-_BUSY = (408, 425, 429, 500, 502, 503, 504)
-_GO_ON = "run the same command again: it goes on with what is not there yet"
-_LOG_IN = (
-    "make a token that can write at https://huggingface.co/settings/tokens, then run `hf auth login` or set HF_TOKEN"
-)
 
 
 class HuggingFace:
@@ -76,7 +71,7 @@ class HuggingFace:
     def account(self) -> Account:
         """See `Remote`."""
         if self._token is None or not self._token.strip():
-            raise PublishError(Problem("the Hub", "there is no token on this machine", _LOG_IN))
+            raise PublishError(Problem("the Hub", "there is no token on this machine", LOG_IN))
         answer = self._call("the Hub", self._api.whoami)
         if not isinstance(answer, dict) or not isinstance(answer.get("name"), str):
             raise PublishError(Problem("the Hub", "does not say whose token it is", "check HF_ENDPOINT"))
@@ -87,11 +82,11 @@ class HuggingFace:
         owners = {name} | {str(org.get("name")) for org in organizations if org.get("roleInOrg", "write") in _WRITERS}
         if role == "read":
             what = f"the token of {name} can only read"
-            raise PublishError(Problem("the Hub", what, f"{_LOG_IN} (HF_TOKEN goes before a saved login)"))
+            raise PublishError(Problem("the Hub", what, f"{LOG_IN} (HF_TOKEN goes before a saved login)"))
         if role == "fineGrained":
             owners = _may_write(token.get("fineGrained") or {}, owners)
             if not owners:
-                raise PublishError(Problem("the Hub", f"the token of {name} may write to no repository", _LOG_IN))
+                raise PublishError(Problem("the Hub", f"the token of {name} may write to no repository", LOG_IN))
         return Account(name, frozenset(owners))
 
     def find(self, repo_id: str) -> Repository | None:
@@ -212,10 +207,10 @@ class HuggingFace:
     def _retried(self, call: Callable[[], T]) -> T:
         if not self._patient:
             return call()
-        return retrying(call, _wait_of, title="the Hub", say=lambda line: tell(self._secrets.redact(line)))
+        return retrying(call, wait_of, title="the Hub", say=lambda line: tell(self._secrets.redact(line)))
 
     def _told(self, where: str, error: BaseException) -> PublishError:
-        what, fix = _explained(error)
+        what, fix = explained(error)
         return PublishError(Problem(where, self._secrets.redact(what), fix))
 
 
@@ -235,74 +230,3 @@ def _may_write(permissions: Mapping[str, Any], owners: set[str]) -> set[str]:
         if "repo.write" in scope.get("permissions", []):
             allowed.add(str(entity.get("name")))
     return {entity for entity in allowed if entity in owners or "/" in entity}
-
-
-def _status(error: BaseException) -> int | None:
-    response = getattr(error, "response", None)
-    return getattr(response, "status_code", None)
-
-
-def _wait_of(error: Any) -> float | None:
-    """Seconds after which the same request may go well, 0 where nobody says; None where it will not."""
-    from huggingface_hub.errors import HTTPError
-
-    error = _cause(error)
-    status = _status(error)
-    if status in _BUSY:
-        after = error.response.headers.get("Retry-After", "")
-        return float(after) if after.isdecimal() else 0.0
-    is_hopeless = type(error).__name__ in ("UnsupportedProtocol", "InvalidURL")
-    return 0.0 if isinstance(error, HTTPError) and status is None and not is_hopeless else None
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What went wrong below: the client wraps failed uploads and downloads in errors that say less."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    is_wrapped = isinstance(error, LocalEntryNotFoundError) or type(error) is RuntimeError
-    return error.__cause__ if is_wrapped and error.__cause__ is not None else error
-
-
-def _explained(error: BaseException) -> tuple[str, str]:
-    """What happened, and what the user can do."""
-    from huggingface_hub.errors import (
-        HFValidationError,
-        HTTPError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    error = _cause(error)
-    status = _status(error)
-    said = first_line(error)
-    if isinstance(error, OfflineModeIsEnabled):
-        return "the Hub's client is told to stay offline (HF_HUB_OFFLINE)", "unset it"
-    if isinstance(error, LocalTokenNotFoundError):
-        return "there is no token on this machine", _LOG_IN
-    if isinstance(error, UnicodeEncodeError):
-        return "the token has characters in it that no token has", _LOG_IN
-    if isinstance(error, json.JSONDecodeError):
-        return "the answer is not the Hub's (a proxy may stand between)", "check HF_ENDPOINT and the network"
-    if type(error).__name__ in ("UnsupportedProtocol", "InvalidURL"):
-        return f"HF_ENDPOINT is no address ({said})", "write it with https://"
-    if isinstance(error, ValueError) and "metadata" in said:
-        return f"the Hub does not take the card's front matter ({said})", "check --license, --language and --base-id"
-    if isinstance(error, HFValidationError):
-        return f"this is no name of a repository ({said})", "give owner/name"
-    if status == 401 and not isinstance(error, RepositoryNotFoundError):
-        return "the Hub does not accept the token", f"{_LOG_IN} (HF_TOKEN goes before a saved login)"
-    if status == 403:
-        return f"the token may not do this ({said})", _LOG_IN
-    if isinstance(error, RevisionNotFoundError):
-        return "there is no such branch", "check --revision"
-    if isinstance(error, RepositoryNotFoundError):
-        return "there is no such repository, or the token may not see it", "check the name and the token's permissions"
-    if status in (409, 412):
-        return f"somebody else is changing it ({said})", _GO_ON
-    if status in _BUSY:
-        return f"the Hub is busy or has a fault ({status})", f"wait a little, then {_GO_ON}"
-    if isinstance(error, HTTPError) and status is None:
-        return f"the connection to the Hub failed ({said})", _GO_ON
-    return said, _GO_ON

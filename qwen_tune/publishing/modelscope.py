@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout, suppress
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,20 +15,24 @@ from typing import Any, TypeVar
 
 from qwen_tune.disk import sha256
 from qwen_tune.errors import Problem, PublishError, first_line
+from qwen_tune.publishing.modelscope_errors import (
+    LOG_IN,
+    TITLE,
+    TOKEN_VARIABLE,
+    cause,
+    listening,
+    meaning,
+    wait_of,
+)
 from qwen_tune.publishing.remote import Account, Repository
 from qwen_tune.publishing.retry import retrying, tell
 
 T = TypeVar("T")
 
-TITLE = "ModelScope"
-TOKEN_VARIABLE = "MODELSCOPE_API_TOKEN"
 DEFAULT_BRANCH = "master"
-LOG_IN = f"run `modelscope login`, or set {TOKEN_VARIABLE} to a token from https://modelscope.cn/my/myaccesstoken"
 PRIVATE = 1
 """The number of private repositories in ModelScope's API; 3 is internal and 5 public."""
 
-# What it, and urllib3 below it, log before they wait.
-_TRIES_AGAIN = re.compile(r"^Retrying (?!\()|^Incremented Retry|retry(ing)? in |honoring Retry-After")
 _LONGEST_REASON = 200
 
 
@@ -281,19 +284,19 @@ class ModelScope:
         from modelscope_hub import HubError
         from requests import RequestException
 
-        with _listening(self._say) as told:
+        with listening(self._say) as told:
             try:
                 return call()
             # An answer that is no JSON is a ValueError, and of batches that fail it makes a RuntimeError.
             except (HubError, RequestException, OSError, ValueError, RuntimeError) as error:
-                raise self._refusal(doing, _cause(error, told)) from None
+                raise self._refusal(doing, cause(error, told)) from None
 
     def _retried(self, call: Callable[[], T]) -> T:
         """For what its client does not try again by itself: a POST, a stream."""
-        return retrying(call, _wait_of, title=TITLE, say=self._say)
+        return retrying(call, wait_of, title=TITLE, say=self._say)
 
     def _refusal(self, doing: str, error: BaseException) -> PublishError:
-        what, fix = _meaning(error)
+        what, fix = meaning(error)
         status = getattr(error, "status_code", None)
         said = first_line(Exception(getattr(error, "message", None) or str(error) or type(error).__name__))
         said = self._clean(said)[:_LONGEST_REASON]
@@ -305,56 +308,6 @@ class ModelScope:
 
     def _clean(self, text: str) -> str:
         return text.replace(self._token, "***")
-
-
-def _wait_of(error: Exception) -> float | None:
-    from modelscope_hub import HubError
-    from requests import exceptions
-
-    if isinstance(error, (exceptions.ConnectionError, exceptions.Timeout, exceptions.ChunkedEncodingError)):
-        return 0.0
-    if not (isinstance(error, HubError) and error.retryable):
-        return None
-    return float(getattr(error, "retry_after", None) or 0)
-
-
-def _meaning(error: BaseException) -> tuple[str, str]:
-    """What an error of its client says about the request, and what to do about it."""
-    from modelscope_hub import errors
-    from requests import exceptions
-
-    later = "run the same command later; what has arrived is not sent again"
-    cut = (errors.NetworkError, exceptions.ConnectionError, exceptions.Timeout, exceptions.ChunkedEncodingError)
-    meanings: list[tuple[type[BaseException], str, str]] = [
-        (errors.AuthenticationError, "the token is not accepted", LOG_IN),
-        (errors.QuotaExceededError, "the account has no room left", "make room, or ask ModelScope for more"),
-        (
-            errors.PermissionDeniedError,
-            "the token may not do that",
-            "use a token that may write, and an owner that the account may write for",
-        ),
-        (errors.NotExistError, "it is not there, or the account may not see it", "check the name and the account"),
-        (
-            errors.AlreadyExistsError,
-            "there is one already, or somebody else is changing it",
-            "take another name, or run the same command again",
-        ),
-        (errors.RateLimitError, "there were too many requests", later),
-        *((kind, "there is no connection", f"check the network, and {later}") for kind in cut),
-        (errors.ServerError, "it does not answer", later),
-    ]
-    for kind, what, fix in meanings:
-        if isinstance(error, kind):
-            return what, fix
-    return "its client gives up", later
-
-
-def _cause(error: BaseException, told: list[BaseException]) -> BaseException:
-    """The error that an error comes from: of an upload its client raises only how many files failed."""
-    answers = [each for each in [*told, error] if getattr(each, "status_code", None)]
-    if getattr(error, "status_code", None) or type(error).__name__ not in ("StorageError", "RuntimeError"):
-        return error
-    return (answers or told or [error])[-1]
 
 
 def _is_same(file: Path, there: tuple[int, str | None] | None) -> bool:
@@ -373,36 +326,3 @@ def _files_of(folder: Path) -> dict[str, Path]:
                 raise PublishError(Problem(str(file), "is a link to nothing, or no file", "take it out of the folder"))
             found[file.relative_to(folder).as_posix()] = file
     return dict(sorted(found.items()))
-
-
-@contextmanager
-def _listening(say: Callable[[str], None]) -> Iterator[list[BaseException]]:
-    """Keeps its client's log off the terminal, but for one line whenever it waits and tries again.
-
-    Yields:
-        The errors in the log.
-    """
-    errors: list[BaseException] = []
-
-    class Ear(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            arguments = record.args if isinstance(record.args, tuple) else ()
-            raised = [each for each in arguments if isinstance(each, BaseException)]
-            if record.levelno >= logging.WARNING:
-                errors.extend(raised)
-            if _TRIES_AGAIN.search(record.getMessage()):
-                reason = f" ({first_line(raised[-1])})" if raised else ""
-                say(f"{TITLE} does not answer{reason}; trying again")
-
-    loggers = [logging.getLogger(name) for name in ("modelscope_hub", "urllib3")]
-    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
-    ear = Ear()
-    for logger in loggers:
-        logger.handlers, logger.propagate = [ear], False
-        logger.setLevel(logging.DEBUG)
-    try:
-        yield errors
-    finally:
-        for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
-            logger.handlers, logger.propagate = handlers, propagate
-            logger.setLevel(level)

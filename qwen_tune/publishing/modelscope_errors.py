@@ -1,0 +1,100 @@
+"""What ModelScope's client raises and logs: whether another try is worth it, and what it means for the user."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from qwen_tune.errors import first_line
+
+TITLE = "ModelScope"
+TOKEN_VARIABLE = "MODELSCOPE_API_TOKEN"
+LOG_IN = f"run `modelscope login`, or set {TOKEN_VARIABLE} to a token from https://modelscope.cn/my/myaccesstoken"
+
+# What it, and urllib3 below it, log before they wait.
+_TRIES_AGAIN = re.compile(r"^Retrying (?!\()|^Incremented Retry|retry(ing)? in |honoring Retry-After")
+
+
+def wait_of(error: Exception) -> float | None:
+    from modelscope_hub import HubError
+    from requests import exceptions
+
+    if isinstance(error, (exceptions.ConnectionError, exceptions.Timeout, exceptions.ChunkedEncodingError)):
+        return 0.0
+    if not (isinstance(error, HubError) and error.retryable):
+        return None
+    return float(getattr(error, "retry_after", None) or 0)
+
+
+def meaning(error: BaseException) -> tuple[str, str]:
+    """What an error of its client says about the request, and what to do about it."""
+    from modelscope_hub import errors
+    from requests import exceptions
+
+    later = "run the same command later; what has arrived is not sent again"
+    cut = (errors.NetworkError, exceptions.ConnectionError, exceptions.Timeout, exceptions.ChunkedEncodingError)
+    meanings: list[tuple[type[BaseException], str, str]] = [
+        (errors.AuthenticationError, "the token is not accepted", LOG_IN),
+        (errors.QuotaExceededError, "the account has no room left", "make room, or ask ModelScope for more"),
+        (
+            errors.PermissionDeniedError,
+            "the token may not do that",
+            "use a token that may write, and an owner that the account may write for",
+        ),
+        (errors.NotExistError, "it is not there, or the account may not see it", "check the name and the account"),
+        (
+            errors.AlreadyExistsError,
+            "there is one already, or somebody else is changing it",
+            "take another name, or run the same command again",
+        ),
+        (errors.RateLimitError, "there were too many requests", later),
+        *((kind, "there is no connection", f"check the network, and {later}") for kind in cut),
+        (errors.ServerError, "it does not answer", later),
+    ]
+    for kind, what, fix in meanings:
+        if isinstance(error, kind):
+            return what, fix
+    return "its client gives up", later
+
+
+def cause(error: BaseException, told: list[BaseException]) -> BaseException:
+    """The error that an error comes from: of an upload its client raises only how many files failed."""
+    answers = [each for each in [*told, error] if getattr(each, "status_code", None)]
+    if getattr(error, "status_code", None) or type(error).__name__ not in ("StorageError", "RuntimeError"):
+        return error
+    return (answers or told or [error])[-1]
+
+
+@contextmanager
+def listening(say: Callable[[str], None]) -> Iterator[list[BaseException]]:
+    """Keeps its client's log off the terminal, but for one line whenever it waits and tries again.
+
+    Yields:
+        The errors in the log.
+    """
+    errors: list[BaseException] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            arguments = record.args if isinstance(record.args, tuple) else ()
+            raised = [each for each in arguments if isinstance(each, BaseException)]
+            if record.levelno >= logging.WARNING:
+                errors.extend(raised)
+            if _TRIES_AGAIN.search(record.getMessage()):
+                reason = f" ({first_line(raised[-1])})" if raised else ""
+                say(f"{TITLE} does not answer{reason}; trying again")
+
+    loggers = [logging.getLogger(name) for name in ("modelscope_hub", "urllib3")]
+    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    ear = Ear()
+    for logger in loggers:
+        logger.handlers, logger.propagate = [ear], False
+        logger.setLevel(logging.DEBUG)
+    try:
+        yield errors
+    finally:
+        for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
