@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -16,7 +15,8 @@ import yaml
 from qwen_tune import __version__
 from qwen_tune.errors import Problem, PublishError
 from qwen_tune.publishing import card_sections as sections
-from qwen_tune.publishing.parts import ADAPTER, MERGED, PublishedBase
+from qwen_tune.publishing.description import Description, Licence
+from qwen_tune.publishing.parts import ADAPTER, MERGED
 
 CURVE = "loss.png"
 BEGIN = "<!-- qwen-tune: what stands from here to the next marker is yours, and is kept -->"
@@ -32,47 +32,6 @@ _PEFT_BLANK = "[More Information Needed]"
 _PEFT_BLANKS = 25  # of about forty: nobody has filled the form in
 
 TAGS = ("qwen", "lora", "chatml", "qwen-tune")
-
-
-@dataclass(frozen=True)
-class Licence:
-    """As a card's front matter has it; name and link where the id is `other`."""
-
-    id: str
-    name: str | None = None
-    link: str | None = None
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a card is written from. `places` says in which folder of the repository each part lies; "" for the root."""
-
-    title: str
-    repo_id: str
-    places: Mapping[str, str]
-    base: PublishedBase
-    licence: Licence
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    adapter: Mapping[str, Any] = field(default_factory=dict)
-    """adapter_config.json."""
-
-    merge: Mapping[str, Any] = field(default_factory=dict)
-    """merge.json."""
-
-    recipe: str = ""
-    data_sets: tuple[str, ...] = ()
-    languages: tuple[str, ...] = ()
-    files: frozenset[str] = frozenset()
-    """Names of all files that are sent."""
-
-    has_curve: bool = False
-    site: str = "hub"
-    """`hub` or `modelscope`."""
-
-    def link(self, model_id: str) -> str:
-        """A model's page on the site, as Markdown."""
-        pages = "https://modelscope.cn/models" if self.site == "modelscope" else "https://huggingface.co"
-        return f"[{model_id}]({pages}/{model_id})"
 
 
 def split_card(text: str) -> tuple[dict[str, Any], str]:

@@ -6,13 +6,11 @@ import math
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwen_tune.publishing.compute import duration, energy_kwh, seconds_of_training
+from qwen_tune.publishing.description import Description
 from qwen_tune.publishing.parts import ADAPTER, MERGED
-
-if TYPE_CHECKING:
-    from qwen_tune.publishing.card import Description
 
 GIB = 1 << 30
 _LOSS_ON = {

@@ -13,8 +13,6 @@ from qwen_tune.errors import Problem, PublishError, first_line
 from qwen_tune.model.adapter_dir import ADAPTER_FILE
 from qwen_tune.publishing.card import (
     CURVE,
-    Description,
-    Licence,
     compose,
     front_matter_of,
     kept_text,
@@ -23,6 +21,7 @@ from qwen_tune.publishing.card import (
 )
 from qwen_tune.publishing.content import Content, collect
 from qwen_tune.publishing.curve import draw_losses
+from qwen_tune.publishing.description import Description, Licence
 from qwen_tune.publishing.leaks import look_through
 from qwen_tune.publishing.parts import ADAPTER, MERGED, Part, PublishedBase, find_part, published_base
 from qwen_tune.publishing.public_recipe import public_recipe, read_recipe
