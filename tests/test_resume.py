@@ -105,6 +105,54 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(uninterrupted, tmp_path, 
     assert weights(resumed) == weights(uninterrupted)
 
 
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) * 2 // 3] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [delete, truncate, zero, flip])
+def test_damage_to_any_file_of_a_checkpoint_is_seen(uninterrupted, tmp_path, damage):
+    whole = uninterrupted / "checkpoints" / "step-9"
+    names = [path.name for path in whole.iterdir()]
+    assert {"manifest.json", "optimizer.safetensors", "adapter_model.safetensors", "progress.json"} <= set(names)
+    for name in names:
+        copy = tmp_path / name / "step-9"
+        shutil.copytree(whole, copy)
+        assert fault_of(copy) is None
+        damage(copy / name)
+        assert name in (fault_of(copy) or ""), name
+
+
+def test_every_bit_of_the_manifest_counts(uninterrupted, tmp_path):
+    whole = uninterrupted / "checkpoints" / "step-9"
+    copy = tmp_path / "step-9"
+    shutil.copytree(whole, copy)
+    data = (whole / "manifest.json").read_bytes()
+    for place in range(0, len(data), 7):
+        (copy / "manifest.json").write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        assert fault_of(copy), data[place - 10 : place + 10]
+
+
+def test_what_saving_costs_is_recorded(uninterrupted):
+    saves = json.loads((uninterrupted / "run.json").read_text())["saves"]
+    size = sum(path.stat().st_size for path in (uninterrupted / "checkpoints" / "step-9").iterdir())
+    assert (saves["count"], saves["bytes"]) == (3, size)
+    assert saves["seconds"] > 0
+
+
 def test_a_finished_run_has_nothing_to_do_until_it_is_asked_for_more(uninterrupted, tmp_path, monkeypatch, capsys):
     folder = make_workspace(tmp_path)
     shutil.copytree(uninterrupted, folder / "run")

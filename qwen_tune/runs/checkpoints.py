@@ -7,11 +7,12 @@ resumed from.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from qwen_tune.disk import flush, sha256
 from qwen_tune.errors import first_line
 
 MANIFEST = "manifest.json"
+OWN_HASH = "manifest_sha256"
+"""Of all other keys of the manifest, so that a bit that flips in it shows as well."""
 STEP_NAME = re.compile(r"step-(\d+)")
 
 
@@ -41,7 +44,8 @@ def save_checkpoint(folder: Path, step: int, facts: dict[str, Any], write: Calla
         flush(path)
     entries = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()}
     manifest = temporary / MANIFEST
-    manifest.write_text(json.dumps({"step": step, **facts, "files": entries}, indent=2) + "\n", encoding="utf-8")
+    contents = {"step": step, **facts, "files": entries}
+    manifest.write_text(json.dumps({**contents, OWN_HASH: _hash_of(contents)}, indent=2) + "\n", encoding="utf-8")
     flush(manifest)
     flush(temporary)
     if target.exists():  # of the same step, from before a resume
@@ -72,10 +76,19 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / MANIFEST
     if not path.exists():
         raise ValueError(f"it has no {MANIFEST}")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"its {MANIFEST} cannot be read ({first_line(error)})") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise ValueError(f"its {MANIFEST} is not one")
+    if manifest.pop(OWN_HASH, None) != _hash_of(manifest) or manifest.get("step") != step_of(checkpoint):
+        raise ValueError(f"its {MANIFEST} is not as it was written")
     return manifest
+
+
+def _hash_of(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def fault_of(checkpoint: Path) -> str | None:

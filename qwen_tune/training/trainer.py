@@ -7,6 +7,7 @@ one respect, named in its docstring.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from qwen_tune.model.adapter_writer import AdapterWriter
 from qwen_tune.model.answers import greedy_answer
 from qwen_tune.prepared.packing import Packs
 from qwen_tune.recipe.schema import Recipe
-from qwen_tune.runs.checkpoints import list_checkpoints, rotate, save_checkpoint, step_of
+from qwen_tune.runs.checkpoints import fault_of, list_checkpoints, rotate, save_checkpoint, step_of
 from qwen_tune.runs.directory import RunDir
 from qwen_tune.runs.resume import Plan
 from qwen_tune.training.batches import PackCollator, SeededOrder, count_fillers, pack_dataset
@@ -53,6 +54,19 @@ class TokenCounts:
 
     processed: int = 0
     padding: int = 0
+
+
+@dataclass
+class Saves:
+    """What checkpoints cost in this process: how many, seconds in all, bytes of the last."""
+
+    count: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+
+    def add(self, seconds: float, size: int) -> None:
+        """Counts one more."""
+        self.count, self.seconds, self.bytes = self.count + 1, round(self.seconds + seconds, 3), size
 
 
 class LoraTrainer(SFTTrainer):
@@ -83,6 +97,7 @@ class LoraTrainer(SFTTrainer):
         self.counts = TokenCounts()
         self.stop = StopRequest(recipe.train.max_hours)
         self.stop_agreed = False
+        self.saves = Saves()
         self.evaluations: list[Evaluation] = []
         self.best: Evaluation | None = None  # of those that have a checkpoint
         add_labelled_loss(model)
@@ -273,9 +288,15 @@ class LoraTrainer(SFTTrainer):
     def _save_and_rotate(self, randoms: Sequence[Mapping[str, Any]]) -> None:
         folder, step = self.run.checkpoints, self.state.global_step
         facts = {"fingerprint": self.run.facts.get("fingerprint")}
+        began = time.perf_counter()
         path = save_checkpoint(folder, step, facts, lambda directory: self._write_checkpoint(directory, randoms))
-        rotate(folder, keep=self.recipe.train.save_total_limit, best_step=self.best.step if self.best else None)
-        self.run.record({"checkpoints": [checkpoint.name for checkpoint in list_checkpoints(folder)]})
+        if fault := fault_of(path):
+            self.metrics.display.note(f"warning: {path} is not whole ({fault}); the older checkpoints are kept")
+        else:
+            rotate(folder, keep=self.recipe.train.save_total_limit, best_step=self.best.step if self.best else None)
+        self.saves.add(time.perf_counter() - began, sum(file.stat().st_size for file in path.iterdir()))
+        checkpoints = [checkpoint.name for checkpoint in list_checkpoints(folder)]
+        self.run.record({"checkpoints": checkpoints, "saves": vars(self.saves)})
         self.metrics.display.note(f"saved {path}")
 
     def _write_checkpoint(self, directory: Path, randoms: Sequence[Mapping[str, Any]]) -> None:
