@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qwen_tune.chatml.control_tokens import ControlTokens, StandIns
 from qwen_tune.chatml.omissions import refuse_lost_answer, refuse_lost_context
 from qwen_tune.chatml.thinking import OPEN, ReasoningPlace, as_in_content, reasoning_apart, refuse_unwanted
+from qwen_tune.chatml.trial import try_out
 from qwen_tune.errors import ModelError, Problem
 from qwen_tune.rows.conversation import Conversation
 from qwen_tune.rows.errors import RowError
@@ -88,16 +89,24 @@ class ChatTemplate:
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         # Whatever the tokenizer calls it, it ends turns here.
         self.control_tokens = ControlTokens({*special, END_OF_TURN})
-        self._owned = _owned_variables(tokenizer, self.source)
-        self._variables = (_variables_read(self.source) - self._owned) | SWITCHES
         question = {"role": "user", "content": "?"}
         answer = {"role": "assistant", "content": "!", "reasoning_content": "~why~"}
         inline = {"role": "assistant", "content": "<think>\n~why~\n</think>\n\n!"}
         thinks = {"enable_thinking": True}
+
+        def probe() -> tuple[str, str, str]:
+            return (
+                self.render([question], add_generation_prompt=True, template_kwargs=thinks),
+                self.render([question, answer], template_kwargs=thinks),
+                self.render([question, inline], template_kwargs=thinks),
+            )
+
+        # Before anything is compiled here: Jinja works out constants then.
+        try_out(probe)
+        self._owned = _owned_variables(tokenizer, self.source)
+        self._variables = (_variables_read(self.source) - self._owned) | SWITCHES
         try:
-            prompt = self.render([question], add_generation_prompt=True, template_kwargs=thinks)
-            rendered = self.render([question, answer], template_kwargs=thinks)
-            rendered_inline = self.render([question, inline], template_kwargs=thinks)
+            prompt, rendered, rendered_inline = probe()
         except RowError as problem:
             raise ModelError(
                 Problem("chat template", f"it cannot render one question and answer: {problem.what}")
