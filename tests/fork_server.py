@@ -1,7 +1,8 @@
 """Commands as processes of their own that do not import everything anew: forked from one that has.
 
 `python fork_server.py MODULE …` imports the modules and then forks a child for each line that it reads: JSON with the
-command's arguments, directory and environment. It answers with the child's exit code and what it said.
+command's arguments, directory and environment. It answers with the child's number, and at its end with its exit code
+and what it said.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 
 class ForkServer:
@@ -24,13 +26,25 @@ class ForkServer:
         self._process = process
 
     def __call__(self, *arguments: str, cwd: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+        """Runs a command to its end."""
+        self.start(*arguments, cwd=cwd, **changes)
+        return self.wait()
+
+    def start(self, *arguments: str, cwd: Path, **changes: str) -> int:
+        """Begins a command; returns its process's number."""
         assert self._process.stdin
-        assert self._process.stdout
         order = {"arguments": [str(word) for word in arguments], "cwd": str(cwd), "environment": changes}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        return subprocess.CompletedProcess(order["arguments"], *answer)
+        return int(self._answer())
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        """The end of the command that was begun."""
+        return subprocess.CompletedProcess([], *self._answer())
+
+    def _answer(self) -> Any:
+        assert self._process.stdout
+        return json.loads(self._process.stdout.readline())
 
 
 @contextmanager
@@ -53,6 +67,7 @@ def _serve() -> None:
             child = os.fork()
             if child == 0:
                 _run(order, out.fileno(), err.fileno())
+            print(child, flush=True)
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             texts = []
             for file in (out, err):

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from qwen_tune.errors import Problem, QwenTuneError, RunError
+from qwen_tune.errors import Interrupted, Problem, QwenTuneError, RunError
 from qwen_tune.machine import is_main_process, rank
 from qwen_tune.runs.directory import RunDir
 from qwen_tune.runs.resume import Plan
@@ -39,12 +40,13 @@ def recording(
         RunError: Another run took the directory in the meantime.
     """
     _require_one_plan(plan)
-    if is_main_process():
-        with run.recording(recipe_yaml, plan, overwrite=overwrite, resume=resume):
-            run.record(facts)
-            accelerator.wait_for_everyone()
-            yield
-    else:
+    with _leaving_together():
+        if is_main_process():
+            with run.recording(recipe_yaml, plan, overwrite=overwrite, resume=resume):
+                run.record(facts)
+                accelerator.wait_for_everyone()
+                yield
+            return
         accelerator.wait_for_everyone()
         try:
             with _output_to(run.logs / f"rank-{rank()}.log"):
@@ -56,6 +58,25 @@ def recording(
         except QwenTuneError as error:
             print(f"process {rank()}: {error}", file=sys.stderr, flush=True)  # the others may not have met it
             raise
+
+
+@contextmanager
+def _leaving_together() -> Iterator[None]:
+    """Takes the process group down when a run ends as all processes know it does.
+
+    A process that ends with its group still up is aborted now and then by the group's own threads. After a failure the
+    others may be waiting in it, and it is left to the system.
+    """
+    all_know = False
+    try:
+        yield
+        all_know = True
+    except Interrupted:
+        all_know = True
+        raise
+    finally:
+        if all_know and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def _require_one_plan(plan: Plan) -> None:
