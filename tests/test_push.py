@@ -250,6 +250,13 @@ def test_weights_of_others_are_never_deleted(hub, push, run):
     assert hub.repository("me/x").files().keys() == files.keys()
 
 
+def test_a_part_has_one_place(hub, push, run):
+    assert push(run, "me/x", "--what", "merged", "--what", "adapter", *BASE).returncode == 0
+    refused = push(run, "me/x", *BASE)
+    assert refused.returncode == 2
+    assert "me/x: an earlier push put this part into adapter/; at the root there would be another one" in refused.stderr
+
+
 def test_a_model_does_not_go_where_an_adapter_is(hub, push, run):
     assert push(run, "me/x", *BASE).returncode == 0
     hub.forget()

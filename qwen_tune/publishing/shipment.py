@@ -176,6 +176,10 @@ def settle_beside(shipment: Shipment, there: Collection[str]) -> None:
     for kind, folder in shipment.folders.items():
         beside = {name.rpartition("/")[2] for name in there if name.rpartition("/")[0] == folder}
         place = f"{folder}/" if folder else "its root"
+        if not folder and any(name.startswith(f"{kind}/") and name.endswith(".safetensors") for name in there):
+            what = f"an earlier push put this part into {kind}/; at the root there would be another one"
+            fix = "push both parts (--what adapter --what merged), or give this one a repository of its own"
+            raise PublishError(Problem(shipment.repo_id, what, fix))
         if kind == ADAPTER and "config.json" in beside:
             what = f"it holds a full model in {place}, where the adapter is to be; Transformers would load both"
             raise PublishError(Problem(shipment.repo_id, what, "give the adapter a repository of its own"))
