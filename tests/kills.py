@@ -37,7 +37,7 @@ def train_through_kills(
     while done.count < kills:
         before = _unfinished(checkpoints)
         process = server.start(*command, cwd=folder)
-        if chance.random() < 2 / 3:
+        if done.count % 3 < 2:
             _wait_for_a_save(process, checkpoints, before)
             time.sleep(chance.random() * 0.01)  # anywhere in it
         else:
