@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -119,9 +120,18 @@ def test_a_live_process_holds_its_directory_until_it_is_killed(tmp_path):
     finally:
         process.kill()
         process.communicate()
-    with pytest.raises(RunError, match="unfinished run"):
-        RunDir(path).check(RECIPE, overwrite=False, resume="auto")
     assert RunDir(path).check(RECIPE, overwrite=True, resume="auto") == Plan()
+    # It ended before its first checkpoint; what has a damaged one, or an adapter, is not thrown away like that.
+    assert RunDir(path).check(RECIPE, overwrite=False, resume="auto") == Plan(begins_anew=True)
+    with pytest.raises(RunError, match=r"unfinished run; train\.resume is never"):
+        RunDir(path).check(RECIPE, overwrite=False, resume="never")
+    (path / "checkpoints" / "step-3").mkdir(parents=True)
+    with pytest.raises(RunError, match="no checkpoint to go on from; step-3: it has no manifest"):
+        RunDir(path).check(RECIPE, overwrite=False, resume="auto")
+    shutil.rmtree(path / "checkpoints")
+    (path / "adapter").mkdir()
+    with pytest.raises(RunError, match="it has no checkpoint to go on from"):
+        RunDir(path).check(RECIPE, overwrite=False, resume="auto")
 
 
 def test_files_are_replaced_whole(tmp_path):

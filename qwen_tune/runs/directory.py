@@ -130,6 +130,10 @@ class RunDir:
         if state == FINISHED and resume == "auto" and not asks_for_more(begun_with, recipe_yaml):
             return Plan(nothing_to_do=True)
         checkpoint, notes = choose_checkpoint(self.checkpoints, resume)
+        was_stopped = state in (None, RUNNING, INTERRUPTED) and not self.adapter.exists()
+        if checkpoint is None and was_stopped and resume == "auto" and not notes:
+            # Before its first checkpoint: nothing is lost, and whatever starts jobs again need not know.
+            return Plan(begins_anew=True)
         if checkpoint is None:
             raise self._refusal(state, "; ".join(["it has no checkpoint to go on from", *notes]))
         return Plan(checkpoint=checkpoint, notes=tuple(notes))

@@ -69,6 +69,9 @@ class Plan:
     notes: tuple[str, ...] = ()
     """Checkpoints that were passed over, and why."""
 
+    begins_anew: bool = False
+    """Whether what is there ended before its first checkpoint."""
+
 
 def recipe_drift(begun_with: str, recipe_yaml: str) -> list[Problem]:
     """The keys in which a recipe would make another run of the one that is there; texts are resolved recipes."""

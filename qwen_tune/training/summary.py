@@ -65,7 +65,9 @@ def show_start(
         f"about {tokens_per_step:,} tokens",
         "steps": f"{schedule.max_steps:,} ({schedule.steps_per_epoch:,} an epoch of {schedule.rows:,} {unit})",
         "machine": device_name() + (f", DDP over {world_size()} processes" if world_size() > 1 else ", one process"),
-        "run": str(run.path) + (f", going on from {plan.checkpoint.name}" if plan.checkpoint else ""),
+        "run": str(run.path)
+        + (f", going on from {plan.checkpoint.name}" if plan.checkpoint else "")
+        + (", begun anew: it ended before its first checkpoint" if plan.begins_anew else ""),
     }
     console = _console()
     console.print(recipe.name, style="bold", markup=False, highlight=False)
