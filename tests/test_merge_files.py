@@ -1,14 +1,12 @@
-"""Merging as files: what is copied, what a kill or a full disk leaves, and what is refused."""
+"""Merging as files: what is copied, and what a kill or a full disk leaves."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import resource
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -17,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, environment
-from safetensors.torch import load_file, save_file
+from made_checkpoints import LAYERS, MANY_LAYERS, rewrite, sha256, weights, write_adapter, write_base
 
 from qwen_tune.errors import QwenTuneError
 from qwen_tune.merging.merge import merge
@@ -26,74 +24,12 @@ from qwen_tune.model.tensor_files import header
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-LAYERS, HIDDEN, INNER, VOCABULARY = 4, 512, 2048, 1024
-MANY_LAYERS = 24  # enough that writing takes a while
-
-
-def write_base(folder: Path, files: int = 1, layers: int = LAYERS) -> Path:
-    """A checkpoint of Qwen2's names that no library made; some tensors are none that a causal model loads."""
-    torch.manual_seed(1)
-    tensors = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "lm_head.weight": (VOCABULARY, HIDDEN)}
-    for layer in range(layers):
-        module = f"model.layers.{layer}"
-        tensors |= {f"{module}.self_attn.{part}_proj.weight": (HIDDEN, HIDDEN) for part in "qkvo"}
-        tensors |= {f"{module}.mlp.{part}_proj.weight": (INNER, HIDDEN) for part in ("gate", "up")}
-        tensors |= {f"{module}.mlp.down_proj.weight": (HIDDEN, INNER), f"{module}.input_layernorm.weight": (HIDDEN,)}
-    weights = {name: (torch.randn(shape) * 0.02).to(torch.bfloat16) for name, shape in tensors.items()}
-    weights["mtp.layers.0.self_attn.q_proj.weight"] = torch.randn(HIDDEN, HIDDEN).to(torch.bfloat16)
-    weights["visual.blocks.0.attn.qkv.weight"] = torch.randn(96, 32)
-    weights["visual.position_ids"] = torch.arange(7)
-    weights["model.scale"] = torch.tensor(3.5)
-    weights["model.nothing"] = torch.empty(0, HIDDEN)
-    weights["visual.merger.weight"] = torch.randn(4096, 2048).to(torch.bfloat16)  # so that the last file is the largest
-    folder.mkdir(parents=True)
-    config = {"model_type": "qwen2", "tie_word_embeddings": False, "rope_parameters": {"rope_theta": 1e6}}
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (TINY / name).exists():
-            shutil.copy(TINY / name, folder)
-    (folder / "preprocessor_config.json").write_text('{"size": 448}')
-    names = list(weights)
-    if files == 1:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        return folder
-    where = {name: f"model-{1 + n * files // len(names):05}-of-{files:05}.safetensors" for n, name in enumerate(names)}
-    for file in sorted(set(where.values())):
-        part = {name: weights[name] for name in names if where[name] == file}
-        save_file(part, folder / file, metadata={"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    return folder
-
-
-def write_adapter(folder: Path, base: Path, layers: int = LAYERS) -> Path:
-    torch.manual_seed(2)
-    tensors = {}
-    for layer in range(layers):
-        for part, rows in (("self_attn.q_proj", HIDDEN), ("mlp.up_proj", INNER)):
-            module = f"base_model.model.model.layers.{layer}.{part}"
-            tensors[f"{module}.lora_A.weight"] = torch.randn(8, HIDDEN) * 0.05
-            tensors[f"{module}.lora_B.weight"] = torch.randn(rows, 8) * 0.05
-    folder.mkdir(parents=True)
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "up_proj"]}
-    config |= {"base_model_name_or_path": str(base), "init_lora_weights": True}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return folder
-
 
 @pytest.fixture
 def pair(tmp_path):
     """(base in one file, adapter)."""
     base = write_base(tmp_path / "base")
     return base, write_adapter(tmp_path / "adapter", base)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def test_what_only_the_base_has_is_copied_and_all_is_recorded(pair):
@@ -260,177 +196,6 @@ def test_a_disk_that_fills_on_the_way(pair, small_disk, monkeypatch):
     with pytest.raises(QwenTuneError, match="there is no room for model"):
         merge(pair[1], output=small_disk / "model")
     assert not list(small_disk.iterdir())
-
-
-def rewrite(file: Path, change) -> None:
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-MODULE = "base_model.model.model.layers.3.self_attn.q_proj"
-
-
-def without_a_module(base, adapter):
-    def change(tensors):
-        del tensors[f"{MODULE}.lora_A.weight"], tensors[f"{MODULE}.lora_B.weight"]
-
-    rewrite(adapter / "adapter_model.safetensors", change)
-
-
-def without_a_matrix(base, adapter):
-    rewrite(adapter / "adapter_model.safetensors", lambda tensors: tensors.pop(f"{MODULE}.lora_B.weight"))
-
-
-def with_a_module_more(base, adapter):
-    def change(tensors):
-        tensors["base_model.model.model.layers.99.self_attn.q_proj.lora_A.weight"] = torch.ones(8, HIDDEN)
-        tensors["base_model.model.model.layers.99.self_attn.q_proj.lora_B.weight"] = torch.ones(HIDDEN, 8)
-
-    rewrite(adapter / "adapter_model.safetensors", change)
-
-
-def in_integers(base, adapter):
-    def change(tensors):
-        tensors[f"{MODULE}.lora_B.weight"] = tensors[f"{MODULE}.lora_B.weight"].to(torch.int8)
-
-    rewrite(adapter / "adapter_model.safetensors", change)
-
-
-def of_another_rank(base, adapter):
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "r": 4}))
-
-
-def without_alpha(base, adapter):
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": None}))
-
-
-def with_a_broken_pattern(base, adapter):
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": {"q_(proj": 4}}))
-
-
-def of_another_kind(base, adapter):
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "LOHA"}))
-
-
-def started_from_the_base(base, adapter):
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa_niter_16"}))
-
-
-def diverged(base, adapter):
-    def change(tensors):
-        tensors[f"{MODULE}.lora_B.weight"][0, 0] = float("inf")
-
-    rewrite(adapter / "adapter_model.safetensors", change)
-
-
-def of_the_wrong_shape(base, adapter):
-    def change(tensors):
-        tensors[f"{MODULE}.lora_A.weight"] = torch.ones(8, HIDDEN + 8)
-
-    rewrite(adapter / "adapter_model.safetensors", change)
-
-
-def overlapping(base, adapter):
-    file = adapter / "adapter_model.safetensors"
-    data = file.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    names = [name for name in header if name.endswith("q_proj.lora_A.weight")]
-    header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
-    text = json.dumps(header).encode().ljust(length)
-    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-
-
-def no_json(base, adapter):
-    (adapter / "adapter_model.safetensors").write_bytes(struct.pack("<Q", 10) + b"not json!!" + bytes(100))
-
-
-def index_outside(base, adapter):
-    index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": "../base/model.safetensors"}}
-    (base / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def index_of_others(base, adapter):
-    index = {"metadata": {}, "weight_map": {"model.other.weight": "model.safetensors"}}
-    (base / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def quantized_base(base, adapter):
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
-
-
-def base_in_bytes(base, adapter):
-    def change(tensors):
-        name = "model.layers.3.self_attn.q_proj.weight"
-        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-
-    rewrite(base / "model.safetensors", change)
-
-
-def with_a_head_of_fewer_tokens(base, adapter):
-    def change(tensors):
-        tensors["base_model.model.lm_head.weight"] = torch.ones(VOCABULARY - 16, HIDDEN)
-
-    rewrite(adapter / "adapter_model.safetensors", change)
-
-
-def with_a_pattern_list(base, adapter):
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": [4]}))
-
-
-def with_targets_of_no_names(base, adapter):
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_modules": 7}))
-
-
-def broken_tokenizer(base, adapter):
-    (adapter / "tokenizer.json").write_text('{"version": "1.0", "added_tokens": [')
-
-
-def broken_companion(base, adapter):
-    (base / "generation_config.json").write_text("{")
-
-
-DAMAGES = [
-    (with_a_head_of_fewer_tokens, "does not fit the base .*lm_head"),
-    (with_a_pattern_list, "rank_pattern in adapter_config.json is no mapping"),
-    (with_targets_of_no_names, "target_modules in adapter_config.json is no list of names"),
-    (broken_tokenizer, "tokenizer.json: the file is cut off, or no JSON"),
-    (broken_companion, r"generation_config\.json: cannot be read as JSON"),
-    (without_a_module, r"no matrices for model\.layers\.3\.self_attn\.q_proj\.weight, which adapter_config"),
-    (without_a_matrix, "expected a matrix A and a matrix B"),
-    (with_a_module_more, r"layers\.99\.self_attn\.q_proj\.lora_A, which the base does not have"),
-    (in_integers, "is stored as I8; expected one of F64, F32, F16, BF16"),
-    (of_another_rank, r"has rank 8; adapter_config\.json says 4"),
-    (without_alpha, "no lora_alpha; expected a number"),
-    (with_a_broken_pattern, "no regular expression"),
-    (of_another_kind, "of the kind LOHA; expected LORA"),
-    (started_from_the_base, "started by pissa_niter_16, which changes the base"),
-    (diverged, "values that are no numbers"),
-    (of_the_wrong_shape, "does not fit the base"),
-    (overlapping, "do not follow those before it"),
-    (no_json, "not a safetensors file"),
-    (index_outside, "which is not a file beside it"),
-    (index_of_others, "which is not so"),
-    (quantized_base, r"its weights are quantized \(awq\)"),
-    (base_in_bytes, "is stored as F8_E4M3"),
-]
-
-
-@pytest.mark.parametrize(("damage", "message"), DAMAGES, ids=[damage.__name__ for damage, _ in DAMAGES])
-def test_what_cannot_be_merged_is_refused_and_nothing_is_left(pair, tmp_path, damage, message):
-    damage(*pair)
-    with pytest.raises(QwenTuneError, match=message):
-        merge(pair[1], output=tmp_path / "model")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_adapters_of_different_bases_are_not_merged_into_one(tmp_path):
