@@ -18,7 +18,6 @@ from qwen_tune.publishing import card_sections as sections
 from qwen_tune.publishing.description import Description, Licence
 from qwen_tune.publishing.parts import ADAPTER, MERGED
 
-CURVE = "loss.png"
 BEGIN = "<!-- qwen-tune: what stands from here to the next marker is yours, and is kept -->"
 END = "<!-- qwen-tune: end of your text -->"
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)

@@ -162,7 +162,7 @@ def results(about: Description) -> str:
             "",
             "No rows were held out: these numbers say how well the rows were learned, not how well others are.",
         ]
-    picture = "![Loss over steps](loss.png)" if about.has_curve else ""
+    picture = f"![Loss over steps]({about.curve})" if about.curve else ""
     return _section("Results", "\n".join(table), picture)
 
 

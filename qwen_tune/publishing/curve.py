@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+CURVE = "loss.png"
+"""The picture's name beside the card."""
+
 _LONGEST = 2000
 """Steps that are drawn; of a longer run as many, evenly spread."""
 

@@ -40,7 +40,9 @@ class Description:
     files: frozenset[str] = frozenset()
     """Names of all files that are sent."""
 
-    has_curve: bool = False
+    curve: str = ""
+    """Name of the picture of the losses; empty where there is none."""
+
     site: str = "hub"
     """`hub` or `modelscope`."""
 

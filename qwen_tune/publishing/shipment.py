@@ -12,7 +12,6 @@ from typing import Any
 from qwen_tune.errors import Problem, PublishError, first_line
 from qwen_tune.model.adapter_dir import ADAPTER_FILE
 from qwen_tune.publishing.card import (
-    CURVE,
     compose,
     front_matter_of,
     kept_text,
@@ -20,7 +19,7 @@ from qwen_tune.publishing.card import (
     licence_of,
 )
 from qwen_tune.publishing.content import Content, collect
-from qwen_tune.publishing.curve import draw_losses
+from qwen_tune.publishing.curve import CURVE, draw_losses
 from qwen_tune.publishing.description import Description, Licence
 from qwen_tune.publishing.leaks import look_through
 from qwen_tune.publishing.parts import ADAPTER, MERGED, Part, PublishedBase, find_part, published_base
@@ -147,7 +146,7 @@ def describe(
             data_sets=tuple(data_sets),
             languages=options.languages or languages_of(base_card),
             files=frozenset(shipment.content.files),
-            has_curve=picture is not None,
+            curve=CURVE if picture else "",
             site=site,
         )
         kept, values = kept_text(card), front_matter_of(card)
