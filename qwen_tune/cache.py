@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qwen_tune.disk import flush
+from qwen_tune.disk import flush, make_private_folder
 from qwen_tune.errors import DataError, Problem, first_line
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ def cached(key: str, make: Callable[[Path], None], load: Callable[[Path], T]) ->
     from filelock import FileLock
 
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder)  # rows are somebody's words
         with FileLock(folder / f"{key}.lock"):
             if (found := _load(entry, load)) is not None:
                 return found, True

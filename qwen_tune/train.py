@@ -97,16 +97,17 @@ def train(
     packs = pack(data.train.examples, recipe.data)
     schedule = plan_schedule(recipe.train, packing=recipe.data.packing, rows=len(packs))
     facts = record.start_facts(recipe, overrides, base, tokenizer, data, schedule, untuned=untuned)
-    check_resume(plan, run, facts, schedule.max_steps)
+    facts |= check_resume(plan, run, facts, schedule.max_steps)
     summary.show_start(recipe, run, plan, base, tokenizer, data, schedule, dtype, untuned=untuned)
+    summary.show_drift(plan, facts)
     if dry_run:
         return
 
     bring_in("trl.trainer.sft_trainer")
     from qwen_tune.model.adapter_config import lora_config
     from qwen_tune.model.adapter_writer import AdapterWriter, save_adapter
-    from qwen_tune.training.memory import advising
     from qwen_tune.training.processes import recording
+    from qwen_tune.training.shortages import advising
     from qwen_tune.training.trainer import build_trainer
 
     quantization = quantization_config(recipe.model, dtype)
@@ -116,7 +117,7 @@ def train(
     held_out = pack_by_source(data.evaluation.examples, recipe.data)
     trainer = build_trainer(model, tokenizer, recipe, run, schedule, packs, held_out, adapter, writer)
     summary.show_adapter(trainer.model)
-    facts = {**facts, **record.model_facts(trainer)}
+    facts |= record.model_facts(trainer)
     kept = recording(run, text, plan, facts, trainer.accelerator, overwrite=overwrite, resume=recipe.train.resume)
     with kept, advising(recipe), tracked(recipe, run.path, facts, plan) as trainer.metrics.trackers:
         before = trainer.loss_before(plan)

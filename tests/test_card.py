@@ -81,6 +81,19 @@ def test_a_card_speaks_of_the_step_whose_adapter_it_is():
     assert "| Taken from step | 60, of the lowest held-out loss |" in compose(replace(ABOUT, facts=facts))
 
 
+def test_a_card_tells_what_changed_on_the_way_and_names_no_folder():
+    drift = [
+        {"step": 6, "field": "train.learning_rate", "was": 0.001, "now": 0.0005},
+        {"step": 9, "field": "data.train[0].path", "was": "/canary/old.jsonl", "now": "/canary/new.jsonl"},
+    ]
+    bad = [{"step": step, "loss": None, "grad_norm": None, "rows": ["canary.jsonl:3"]} for step in (4, 99)]
+    card = compose(replace(ABOUT, facts={"steps": 12, "drift": drift, "bad_steps": bad}))
+    changes = "`train.learning_rate` from 0.001 to 0.0005 behind step 6, `data.train[0].path` behind step 9"
+    assert f"| Changed on the way | {changes} |" in card
+    assert "| Steps left out | 1, as their loss was no number" in card
+    assert "canary" not in card
+
+
 def test_modules_by_a_pattern_are_shown_as_it():
     assert "| Trained modules | `.*_proj\\|head` |" in compose(
         replace(ABOUT, adapter={"r": 8, "target_modules": ".*_proj|head"})

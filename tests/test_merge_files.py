@@ -169,17 +169,6 @@ def test_no_room_is_told_and_what_is_whole_is_kept(tmp_path):
     assert not (tmp_path / ".model.merging").exists()
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 24 MB, where this process may mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(folder)], capture_output=True).returncode:
-        pytest.skip("nothing can be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_full_disk_is_told_and_nothing_is_left(pair, small_disk, qwen_tune):
     _, adapter = pair
     result = qwen_tune("merge", str(adapter), "--output", str(small_disk / "model"))

@@ -137,9 +137,11 @@ def test_a_loss_that_is_no_number_stops_the_run(workspace, monkeypatch):
     tensors = load_file(weights_file)
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, weights_file, metadata={"format": "pt"})
-    with pytest.raises(TrainingError, match=r"step 1: the loss is nan. Fix: lower train.learning_rate"):
+    with pytest.raises(TrainingError, match=r"\./broken: the loss on the held-out rows is no number before anything"):
         run(workspace, monkeypatch, "run.dir=run", "model.base=./broken")
-    facts = json.loads((workspace / "run" / "run.json").read_text())
+    with pytest.raises(TrainingError, match=r"step 1: the loss and the gradient norm are no numbers; its rows are "):
+        run(workspace, monkeypatch, "run.dir=run2", "model.base=./broken", "data.eval=null")
+    facts = json.loads((workspace / "run2" / "run.json").read_text())
     assert (facts["state"], facts["exit"]) == ("failed", 2)
 
 

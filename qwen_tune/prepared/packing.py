@@ -34,13 +34,21 @@ class Packs:
 
     def row(self, index: int) -> dict[str, Rows]:
         """One pack: `input_ids`, `labels`, and `lengths` (tokens of each sample in it)."""
-        first = int(self._first[index])
-        parts = [self.samples.tokens(int(place)) for place in self.members[first : first + int(self.sizes[index])]]
+        parts = [self.samples.tokens(place) for place in self._members_of(index)]
         return {
             "input_ids": np.concatenate([ids for ids, _ in parts]),
             "labels": np.concatenate([labels for _, labels in parts]),
             "lengths": np.array([len(ids) for ids, _ in parts]),
         }
+
+    def places(self, index: int) -> list[str]:
+        """Where the rows of one pack stand, as `file:line`, each once."""
+        return list(dict.fromkeys(self.samples.place(place) for place in self._members_of(index)))
+
+    def _members_of(self, index: int) -> list[int]:
+        first = int(self._first[index])
+        members: list[int] = self.members[first : first + int(self.sizes[index])].tolist()
+        return members
 
     @cached_property
     def _first(self) -> Rows:

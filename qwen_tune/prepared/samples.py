@@ -63,6 +63,11 @@ class Samples(Sequence[TokenizedExample]):
         """Ids and labels of a sample."""
         return self.sources[int(self.source[index])].store.tokens(int(self.sample[index]), int(self.lengths[index]))
 
+    def place(self, index: int) -> str:
+        """Where the row stands that a sample was made of, as `file:line`."""
+        store = self.sources[int(self.source[index])].store
+        return store.source(store.row_of(int(self.sample[index])))
+
     def source_name(self, index: int) -> str:
         """The recipe's name for the source of a sample."""
         return self.sources[int(self.source[index])].spec.name

@@ -115,6 +115,8 @@ def training(about: Description) -> str:
         "Steps": _steps(facts.get("steps"), schedule.get("steps_per_epoch")),
         "Taken from step": _best_step(facts),
         "Batch": _batch(schedule),
+        "Changed on the way": _changes(facts.get("drift") or []),
+        "Steps left out": _left_out(facts),
         "Merged from": _merged_from(about.merge),
     }
     return _section("Training", _table(rows))
@@ -236,6 +238,21 @@ def _best_step(facts: Mapping[str, Any]) -> str:
     best, after = facts.get("best") or {}, (facts.get("losses") or {}).get("eval_after")
     is_taken = best.get("loss") is not None and best.get("loss") == after and best.get("step") != facts.get("steps")
     return f"{best['step']:,}, of the lowest held-out loss" if is_taken else ""
+
+
+def _changes(drift: Iterable[Mapping[str, Any]]) -> str:
+    """What was another one from some step on; values only where they are numbers, as a text may name a folder."""
+    texts = []
+    for entry in drift:
+        was, now = entry["was"], entry["now"]
+        values = f" from {was} to {now}" if isinstance(was, (int, float)) and isinstance(now, (int, float)) else ""
+        texts.append(f"{_code(entry['field'])}{values} behind step {entry['step']:,}")
+    return ", ".join(texts)
+
+
+def _left_out(facts: Mapping[str, Any]) -> str:
+    bad = [entry["step"] for entry in facts.get("bad_steps") or [] if entry["step"] <= (facts.get("steps") or 0)]
+    return f"{len(bad)}, as their loss was no number or above twice that of guessing" if bad else ""
 
 
 def _batch(schedule: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from qwen_tune.recipe.yaml_reader import dump_yaml
 from qwen_tune.runs.directory import RunDir
 
 # Whose accounts and whose disks: nobody else's business, and no part of what was trained.
-PRIVATE_KEYS = ("run", "tracking", "hub", "train.resume", "train.eval_prompts")
+PRIVATE_KEYS = ("run", "tracking", "hub", "train.resume", "train.allow_drift", "train.eval_prompts")
 
 
 def read_recipe(run: RunDir) -> Recipe | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_tune.recipe.errors import load_trainer_args, to_shown
+from qwen_tune.recipe.same_facts import drift_names, is_drift_name
 from qwen_tune.recipe.schema import Recipe, SourceSpec
 from qwen_tune.recipe.tree import KeyPath
 
@@ -80,6 +81,7 @@ def findings(recipe: Recipe) -> list[Finding]:
         _adapter,
         _batch,
         _steps,
+        _allowed_drift,
         _trainer_args,
         _hub,
     )
@@ -244,6 +246,14 @@ def _steps(recipe: Recipe) -> Iterator[Finding]:
         fix = f"add `trainer_args: {{lr_scheduler_kwargs: {{{needs[-1]}: …}}}}`, or write cosine"
         at: KeyPath = ("train", "trainer_args")
         yield Finding(("train", "lr_scheduler_type"), what, fix, (at, (*at, "lr_scheduler_kwargs")))
+
+
+def _allowed_drift(recipe: Recipe) -> Iterator[Finding]:
+    for index, name in enumerate(recipe.train.allow_drift):
+        if not is_drift_name(name):
+            near = difflib.get_close_matches(name, sorted(drift_names()), n=1)
+            fix = f"write {near[0]}" if near else "write a key of the recipe, or a fact such as versions.torch"
+            yield Finding(("train", "allow_drift", index), f"got {to_shown(name)}, which nothing is called", fix)
 
 
 _KINDS: dict[str, tuple[type, ...]] = {

@@ -380,6 +380,16 @@ class TrainSpec(Section):
     resume: Literal["auto", "never"] | Text = "auto"
     """What happens in a used run directory: go on from the newest whole checkpoint, refuse, or a checkpoint's path."""
 
+    allow_drift: list[Text] = Field(default_factory=list)
+    """What may differ from what a run was begun with when it goes on: keys of the recipe (or a section of them), and
+    `base.weights_fingerprint`, `tokenizer_sha256`, `template_sha256`, `data_fingerprint`, `world_size`, `versions` (or
+    one of them, such as `versions.torch`). Default: nothing that decides the result."""
+
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """What happens at a step whose loss or gradient is no number, or whose loss is above twice that of guessing (the
+    logarithm of the vocabulary's size): the run ends, naming the step's rows, or the step changes nothing. Ten such
+    steps in a row end it either way."""
+
     trainer_args: Annotated[dict[str, Any], Unsettable] = Field(default_factory=dict)
     """Further fields of TRL's `SFTConfig`; `qwen_tune/recipe/trainer_args.yaml` lists those that are accepted."""
 

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qwen_tune.cache import cache_folder, key_of
-from qwen_tune.disk import sha256
+from qwen_tune.disk import make_private_folder, sha256
 from qwen_tune.errors import DataError, Problem, first_line
 from qwen_tune.rows.files import KNOWN_FILES, is_data_file, is_hidden
 from qwen_tune.rows.source_file import SourceFile
@@ -66,7 +66,7 @@ def _fetch_file(storage: Any, name: str) -> SourceFile:
     path = folder / key_of({"address": address, "size": info.get("size"), "version": version}) / _file_name(name)
     if version and path.exists():
         return SourceFile(path, address)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private_folder(folder)
     with tempfile.TemporaryDirectory(dir=folder) as part:
         fetched = Path(part) / _file_name(name)
         storage.get_file(name, str(fetched))

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +39,34 @@ def save_checkpoint(folder: Path, step: int, facts: dict[str, Any], write: Calla
     temporary = folder / f".step-{step}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write(temporary)
-    files = {path.name: path for path in sorted(temporary.iterdir())}
-    for path in files.values():
-        flush(path)
-    entries = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()}
-    manifest = temporary / MANIFEST
-    contents = {"step": step, **facts, "files": entries}
-    manifest.write_text(json.dumps({**contents, OWN_HASH: _hash_of(contents)}, indent=2) + "\n", encoding="utf-8")
-    flush(manifest)
-    flush(temporary)
+    try:
+        write(temporary)
+        contents = {"step": step, **facts, "files": _flushed(temporary)}
+        manifest = temporary / MANIFEST
+        manifest.write_text(json.dumps({**contents, OWN_HASH: _hash_of(contents)}, indent=2) + "\n", encoding="utf-8")
+        flush(manifest)
+        flush(temporary)
+    except BaseException:
+        # Where the disk is full, what is left of it would be in the way of everything else.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if target.exists():  # of the same step, from before a resume
         shutil.rmtree(target)
     temporary.rename(target)
     flush(folder)
     return target
+
+
+def _flushed(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file, which is on the disk then."""
+    paths = sorted(directory.iterdir())
+    # While the disk works on one thread, the other computes the hashes.
+    with ThreadPoolExecutor(1) as disk:
+        flushed = [disk.submit(flush, path) for path in paths]
+        entries = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+        for each in flushed:
+            each.result()
+    return entries
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

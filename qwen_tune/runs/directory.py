@@ -15,9 +15,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from qwen_tune.disk import is_full
 from qwen_tune.errors import Problem, QwenTuneError, RunError
 from qwen_tune.runs.checkpoints import list_checkpoints, step_of
-from qwen_tune.runs.resume import Plan, asks_for_more, choose_checkpoint, recipe_drift
+from qwen_tune.runs.drift import allowed_drift, asks_for_more, recipe_drift, refuse
+from qwen_tune.runs.resume import Plan, choose_checkpoint
 
 OWN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl", "answers.jsonl", "merge.json", "report.html", ".lock")
 OWN_FOLDERS = ("adapter", "merged", "checkpoints", "export", "logs")
@@ -123,11 +125,12 @@ class RunDir:
         if resume == "never":
             raise self._refusal(state, "train.resume is never")
         begun_with = self.recipe.read_text(encoding="utf-8") if self.recipe.exists() else ""
-        if drift := recipe_drift(begun_with, recipe_yaml):
-            if state == FINISHED:
-                raise self._refusal(state, f"of another recipe ({', '.join(problem.where for problem in drift)})")
-            raise RunError(drift)
-        if state == FINISHED and resume == "auto" and not asks_for_more(begun_with, recipe_yaml):
+        drift, allowed = recipe_drift(begun_with, recipe_yaml), allowed_drift(recipe_yaml)
+        is_done = state == FINISHED and resume == "auto" and not asks_for_more(begun_with, recipe_yaml)
+        if drift and is_done:
+            raise self._refusal(state, f"of another recipe ({'; '.join(map(str, drift))})")
+        refuse(drift, allowed)
+        if is_done:
             return Plan(nothing_to_do=True)
         checkpoint, notes = choose_checkpoint(self.checkpoints, resume)
         was_stopped = state in (None, RUNNING, INTERRUPTED) and not self.adapter.exists()
@@ -136,7 +139,7 @@ class RunDir:
             return Plan(begins_anew=True)
         if checkpoint is None:
             raise self._refusal(state, "; ".join(["it has no checkpoint to go on from", *notes]))
-        return Plan(checkpoint=checkpoint, notes=tuple(notes))
+        return Plan(checkpoint=checkpoint, notes=tuple(notes), drift=tuple(drift), allowed=tuple(allowed))
 
     def _is_unused(self) -> bool:
         """Whether nothing is here, or nothing but what a killed save left.
@@ -193,13 +196,20 @@ class RunDir:
                 raise RunError(Problem(str(self.path), "another process has used it in the meantime", "start again"))
             undo.pop_all()
         self._lock = lock
-        if plan.checkpoint is None:
-            self._clear()
-        else:
-            self.facts = self._read_facts()
-            self._go_back_to(plan.checkpoint)
-        write_atomically(self.recipe, recipe_yaml)
-        self.record({"state": RUNNING, "exit": None})
+        try:
+            if plan.checkpoint is None:
+                self._clear()
+            else:
+                self.facts = self._read_facts()
+                self._go_back_to(plan.checkpoint)
+            write_atomically(self.recipe, recipe_yaml, private=True)
+            self.record({"state": RUNNING, "exit": None})
+        except OSError as error:
+            self._let_go()
+            if not is_full(error):
+                raise
+            what = f"the disk is full ({error.strerror})"
+            raise RunError(Problem(str(self.path), what, "free some room and run the same command again")) from error
 
     def _clear(self) -> None:
         for entry in list(self.path.iterdir()):
@@ -223,7 +233,7 @@ class RunDir:
     def record(self, facts: Mapping[str, Any]) -> None:
         """Adds facts to run.json."""
         self.facts.update(facts)
-        write_atomically(self.run_json, json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(self.run_json, json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n", private=True)
 
     @contextmanager
     def recording(
@@ -245,8 +255,18 @@ class RunDir:
             self.end(state, code)
 
     def end(self, state: str, exit_code: int) -> None:
-        """Records how the run ended and lets the directory go."""
-        self.record({"state": state, "exit": exit_code})
+        """Records how the run ended and lets the directory go.
+
+        On a full disk the record stays as it was, as after a kill: what the run ended of is told before that.
+        """
+        try:
+            self.record({"state": state, "exit": exit_code})
+        except OSError as error:
+            if not is_full(error):
+                raise
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -276,6 +296,10 @@ class RunDir:
         return facts
 
 
+def _open_privately(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 def temporary_beside(path: Path) -> Path:
     """A name in the same directory under which something is made before it is renamed into place."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -285,10 +309,17 @@ def _is_temporary(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file so that a reader, or a crash, finds either the old text or the new one."""
+def write_atomically(path: Path, text: str, *, private: bool = False) -> None:
+    """Replaces a file so that a reader, or a crash, finds either the old text or the new one.
+
+    Args:
+        path: The file.
+        text: All of it.
+        private: Whether nobody else may read it.
+    """
     temporary = temporary_beside(path)
-    with temporary.open("w", encoding="utf-8") as file:
+    temporary.unlink(missing_ok=True)  # a killed process of the same number may have left one of another mode
+    with open(temporary, "w", encoding="utf-8", opener=_open_privately if private else None) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -18,6 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from qwen_tune.disk import make_private_folder
 from qwen_tune.errors import Problem, RunError
 from qwen_tune.machine import is_main_process
 from qwen_tune.runs.checkpoints import step_of
@@ -148,7 +149,7 @@ def start_trackers(
         resumed_step: The step of the checkpoint from which a resumed run goes on; its trackers go on too.
     """
     folder = directory / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private_folder(folder)
     run_ids = _read_run_ids(folder) if resumed_step is not None else {}
     config = public_facts(facts)
     trackers: list[Tracker] = []

@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 
 from qwen_tune.chatml.template import IGNORED
 from qwen_tune.prepared.packing import Packs
+from qwen_tune.training.schedule import Schedule
 
 FILLER = -1
 
@@ -74,6 +75,28 @@ class SeededOrder(Sampler[int]):
         generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
         yield from torch.randperm(self.rows, generator=generator).tolist()
         yield from range(self.rows, self.rows + self.fillers)
+
+
+def rows_of_step(
+    packs: Packs, schedule: Schedule, seed: int, step: int, batches: Sequence[int] | None = None
+) -> list[str]:
+    """The rows that an optimizer step is made of, as `file:line`: the order is known without having been gone through.
+
+    Args:
+        packs: The rows of an epoch.
+        schedule: Batch and steps.
+        seed: The recipe's.
+        step: The number of the step; the first is 1.
+        batches: The numbers of micro-batches of the step, counted through all processes; all of them when None.
+    """
+    epoch, number = divmod(step - 1, schedule.steps_per_epoch)
+    size = schedule.per_device_train_batch_size
+    count = schedule.num_processes * schedule.gradient_accumulation_steps
+    order = SeededOrder(len(packs), 0, seed)
+    order.set_epoch(epoch)
+    of_step = list(order)[number * count * size : (number + 1) * count * size]
+    chosen = [of_step[batch * size : (batch + 1) * size] for batch in (range(count) if batches is None else batches)]
+    return list(dict.fromkeys(place for batch in chosen for row in batch for place in packs.places(row)))
 
 
 class PackCollator:

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from qwen_tune.disk import make_private_folder
 from qwen_tune.errors import Interrupted, Problem, QwenTuneError, RunError
 from qwen_tune.machine import is_main_process, rank
 from qwen_tune.runs.directory import RunDir
@@ -94,7 +95,7 @@ def _require_one_plan(plan: Plan) -> None:
 @contextmanager
 def _output_to(path: Path) -> Iterator[None]:
     """Sends standard output and standard error to a file, those of native libraries too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private_folder(path.parent)
     before = [os.dup(1), os.dup(2)]
     with path.open("ab") as file:
         try:

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qwen_tune.errors import Problem, TrainingError
 from qwen_tune.machine import memory_bytes
 from qwen_tune.runs.directory import RunDir
 
@@ -42,7 +41,6 @@ class MetricsLog(TrainerCallback):
         self.trainer = trainer
         self.display = display
         self.trackers = list(trackers)
-        self.losses: list[float] = []
         self.seconds = 0.0
         self._last_time = 0.0
         self._last_tokens = 0
@@ -88,11 +86,7 @@ class MetricsLog(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes the line of a logged training step or of an evaluation.
-
-        Raises:
-            TrainingError: The loss is no number any more.
-        """
+        """Writes the line of a logged training step or of an evaluation."""
         if logs and "eval_loss" in logs:
             losses = {key: value for key, value in logs.items() if key.startswith("eval_")}
             self._write(state, {"step": state.global_step, "epoch": state.epoch, **losses})
@@ -103,7 +97,6 @@ class MetricsLog(TrainerCallback):
         seconds, step_tokens = now - self._last_time, tokens - self._last_tokens
         self._last_time, self._last_tokens = now, tokens
         self.seconds += seconds
-        self.losses.append(logs["loss"])
         line = {
             "step": state.global_step,
             "epoch": state.epoch,
@@ -115,14 +108,6 @@ class MetricsLog(TrainerCallback):
             "memory_bytes": memory_bytes(),
         }
         self._write(state, line)
-        if not math.isfinite(logs["loss"]):
-            raise TrainingError(
-                Problem(
-                    f"step {state.global_step}",
-                    f"the loss is {logs['loss']}",
-                    "lower train.learning_rate, or raise train.warmup_steps",
-                )
-            )
         self.display.step(line)
 
     def _write(self, state: TrainerState, line: Mapping[str, float | None]) -> None:

@@ -19,7 +19,7 @@ from qwen_tune.recipe.files import to_yaml
 from qwen_tune.recipe.schema import Recipe
 from qwen_tune.rows.files import names_hub_data_set
 from qwen_tune.runs.directory import RunDir
-from qwen_tune.runs.resume import run_fingerprint
+from qwen_tune.runs.drift import run_fingerprint
 from qwen_tune.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def end_facts(run: RunDir, trainer: LoraTrainer, before: float | None, after: fl
         after: The same after the last.
     """
     lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
+    losses = [line["loss"] for line in lines if line.get("loss") is not None]
     return {
         "steps": trainer.state.global_step,
         "losses": {

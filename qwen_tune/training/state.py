@@ -42,14 +42,26 @@ def save_optimizer(directory: Path, optimizer: Any, scheduler: Any, scaler: Any 
 
 
 def load_optimizer(directory: Path, optimizer: Any, scheduler: Any, scaler: Any | None) -> None:
-    """Puts back what `save_optimizer` wrote."""
+    """Puts back what `save_optimizer` wrote, but for what the recipe says: rates, decay, and how the rate falls.
+
+    Where the recipe is as it was, these are the same to the bit. In a run that was made longer, or whose learning rate
+    was allowed to change, they are not.
+    """
+    of_recipe = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    base_rates = scheduler.base_lrs
     saved = json.loads((directory / VALUES).read_text(encoding="utf-8"))
     state: dict[Any, Any] = {}
-    for path, value in [*load_file(directory / TENSORS).items(), *saved["values"].items()]:
+    # Copies: what is read maps the file, which is deleted when its checkpoint is rotated away.
+    tensors = {path: tensor.clone() for path, tensor in load_file(directory / TENSORS).items()}
+    for path, value in [*tensors.items(), *saved["values"].items()]:
         _put(state, path.split("/"), value)
     state = {int(index): entry for index, entry in state.items()}
     optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
-    scheduler.load_state_dict(saved["scheduler"])
+    scheduler.load_state_dict({**saved["scheduler"], "base_lrs": base_rates})
+    rates = [rate * share(scheduler.last_epoch) for rate, share in zip(base_rates, scheduler.lr_lambdas, strict=True)]
+    for group, settings, rate in zip(optimizer.param_groups, of_recipe, rates, strict=True):
+        group.update({**settings, "lr": rate})
+    scheduler._last_lr = rates
     if scaler is not None and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
 

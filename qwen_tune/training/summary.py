@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,7 +16,9 @@ from qwen_tune.prepared.audit import Audit, audit
 from qwen_tune.prepared.preparation import PreparedData
 from qwen_tune.prepared.preview import Spelling, coloured, findings
 from qwen_tune.recipe.schema import Recipe
+from qwen_tune.runs.checkpoints import step_of
 from qwen_tune.runs.directory import RunDir
+from qwen_tune.runs.drift import Drift
 from qwen_tune.runs.resume import Plan
 from qwen_tune.training.schedule import Schedule
 
@@ -78,6 +80,16 @@ def show_start(
     for note in plan.notes:
         console.print(f"  [yellow]warning[/] passed over checkpoint {escape(note)}", highlight=False)
     _show_sample(console, tokenizer, data)
+
+
+def show_drift(plan: Plan, facts: Mapping[str, Any]) -> None:
+    """What differs from here on from what the run was begun with."""
+    if plan.checkpoint is None:
+        return
+    step = step_of(plan.checkpoint)
+    changes = [Drift(entry["field"], entry["was"], entry["now"]) for entry in facts["drift"] if entry["step"] == step]
+    for change in changes:
+        _console().print(f"  [yellow]allowed[/] {escape(str(change))}", highlight=False)
 
 
 def show_adapter(model: PeftModel) -> None:

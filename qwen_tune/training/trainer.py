@@ -7,9 +7,10 @@ one respect, named in its docstring.
 from __future__ import annotations
 
 import json
-import time
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,19 +22,21 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerControl, TrainerState
 from trl import SFTTrainer
 
-from qwen_tune.errors import Interrupted, Problem, RunError
+from qwen_tune.errors import Interrupted, Problem, RunError, TrainingError
 from qwen_tune.machine import is_main_process
 from qwen_tune.model.adapter_writer import AdapterWriter
 from qwen_tune.model.answers import greedy_answer
 from qwen_tune.prepared.packing import Packs
 from qwen_tune.recipe.schema import Recipe
-from qwen_tune.runs.checkpoints import fault_of, list_checkpoints, rotate, save_checkpoint, step_of
+from qwen_tune.runs.checkpoints import step_of
 from qwen_tune.runs.directory import RunDir
 from qwen_tune.runs.resume import Plan
-from qwen_tune.training.batches import PackCollator, SeededOrder, count_fillers, pack_dataset
+from qwen_tune.training.bad_steps import BadStep, RowsOf, StepWatch
+from qwen_tune.training.batches import PackCollator, SeededOrder, count_fillers, pack_dataset, rows_of_step
 from qwen_tune.training.evaluation import Evaluation, evaluations_without_gain
 from qwen_tune.training.loss import add_labelled_loss
 from qwen_tune.training.progress import Display, MetricsLog
+from qwen_tune.training.saving import SavedCheckpoints
 from qwen_tune.training.schedule import Schedule
 from qwen_tune.training.state import load_optimizer, random_state, save_optimizer, set_random_state
 from qwen_tune.training.stopping import StopRequest
@@ -56,19 +59,6 @@ class TokenCounts:
     padding: int = 0
 
 
-@dataclass
-class Saves:
-    """What checkpoints cost in this process: how many, seconds in all, bytes of the last."""
-
-    count: int = 0
-    seconds: float = 0.0
-    bytes: int = 0
-
-    def add(self, seconds: float, size: int) -> None:
-        """Counts one more."""
-        self.count, self.seconds, self.bytes = self.count + 1, round(self.seconds + seconds, 3), size
-
-
 class LoraTrainer(SFTTrainer):
     """Trains an adapter on rows of `pack_dataset`."""
 
@@ -87,6 +77,7 @@ class LoraTrainer(SFTTrainer):
         schedule: Schedule,
         writer: AdapterWriter,
         fillers: int,
+        rows_of: RowsOf,
         **kwargs: Any,
     ) -> None:
         self.recipe = recipe
@@ -97,7 +88,7 @@ class LoraTrainer(SFTTrainer):
         self.counts = TokenCounts()
         self.stop = StopRequest(recipe.train.max_hours)
         self.stop_agreed = False
-        self.saves = Saves()
+        self.saved = SavedCheckpoints(run, recipe.train.save_total_limit, lambda text: self.metrics.display.note(text))
         self.evaluations: list[Evaluation] = []
         self.best: Evaluation | None = None  # of those that have a checkpoint
         add_labelled_loss(model)
@@ -107,13 +98,20 @@ class LoraTrainer(SFTTrainer):
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.float()
         writer.remember_start(self.model)
+        self.watch = StepWatch(
+            model.config.get_text_config().vocab_size,
+            skips=recipe.train.on_bad_step == "skip",
+            judges_gradients=self.accelerator.scaler is None,
+            gather=self.accelerator.gather,
+            rows_of=rows_of,
+        )
 
     def train(self, checkpoint: Path | None = None) -> None:
         """Trains, from a checkpoint on where one is given; a signal ends it behind a step and a checkpoint.
 
         Raises:
             Interrupted: It was asked to stop.
-            TrainingError: The loss is no number any more.
+            TrainingError: A step that would ruin the model; see `bad_steps`.
         """
         if checkpoint is not None:
             self._load_from_checkpoint(str(checkpoint))
@@ -125,6 +123,7 @@ class LoraTrainer(SFTTrainer):
                 super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             self.metrics.display.stop()
+            self.saved.settle()
         if self.stop_agreed and self.state.global_step < self.schedule.max_steps:
             raise Interrupted(self.state.global_step)
 
@@ -170,6 +169,43 @@ class LoraTrainer(SFTTrainer):
             self.stop_agreed = self.stop.requested
         return self.stop_agreed
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The stock one; its loss is kept, on the device, to be looked at later."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.watch.add(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The stock one, behind the last micro-batch of a step: here a step that is to be left out loses its gradient.
+
+        An optimizer passes over parameters without one, with their states and their decay.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.watch.end_step(norm)
+        if self.watch.skips and (bad := self._judge_steps(self.state.global_step + 1)):
+            self.watch.require_good(bad)
+            self.metrics.display.note(f"warning: step {bad[0].step} is left out: {bad[0]}")
+            model.zero_grad(set_to_none=True)
+        return norm
+
+    def _judge_steps(self, last_step: int) -> list[BadStep]:
+        bad = self.watch.judge(last_step)
+        if bad and is_main_process():
+            self.run.record({"bad_steps": self.watch.facts()})
+        return bad
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The stock one, with the mean loss over the steps that counted; a run may end here for what it sees."""
+        if "loss" in logs:
+            bad = self._judge_steps(self.state.global_step)
+            logs["loss"] = self.watch.mean_loss()
+            super().log(logs, start_time)
+            self.watch.require_good(bad)
+        else:
+            super().log(logs, start_time)
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         """An order that depends on seed and epoch alone; the stock one depends on the generator's history."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -198,11 +234,21 @@ class LoraTrainer(SFTTrainer):
         return self.optimizer
 
     def loss_before(self, plan: Plan) -> float | None:
-        """The evaluation loss before the first step, which a run that goes on has recorded."""
+        """The evaluation loss before the first step, which a run that goes on has recorded.
+
+        Raises:
+            TrainingError: It is no number, so that there is nothing to train.
+        """
         if plan.checkpoint is not None:
             recorded: float | None = self.run.facts.get("losses", {}).get("eval_before")
             return recorded
         before = self.evaluation_loss()
+        if before is not None and not math.isfinite(before):
+            what = "the loss on the held-out rows is no number before anything was trained"
+            fix = (
+                "the base's weights are damaged, or model.dtype is too small for them: download it again, or change it"
+            )
+            raise TrainingError(Problem(self.recipe.model.base, what, fix))
         if is_main_process():
             self.run.record({"losses": {"eval_before": before}})
         return before
@@ -281,23 +327,12 @@ class LoraTrainer(SFTTrainer):
         if latest and latest.step == self.state.global_step and (self.best is None or latest.loss < self.best.loss):
             self.best = latest
         if is_main_process():
+            best_step = self.best.step if self.best else None
             with self.metrics.paused():
-                self._save_and_rotate(randoms)
+                self.saved.save(
+                    self.state.global_step, best_step, lambda directory: self._write_checkpoint(directory, randoms)
+                )
         self.accelerator.wait_for_everyone()
-
-    def _save_and_rotate(self, randoms: Sequence[Mapping[str, Any]]) -> None:
-        folder, step = self.run.checkpoints, self.state.global_step
-        facts = {"fingerprint": self.run.facts.get("fingerprint")}
-        began = time.perf_counter()
-        path = save_checkpoint(folder, step, facts, lambda directory: self._write_checkpoint(directory, randoms))
-        if fault := fault_of(path):
-            self.metrics.display.note(f"warning: {path} is not whole ({fault}); the older checkpoints are kept")
-        else:
-            rotate(folder, keep=self.recipe.train.save_total_limit, best_step=self.best.step if self.best else None)
-        self.saves.add(time.perf_counter() - began, sum(file.stat().st_size for file in path.iterdir()))
-        checkpoints = [checkpoint.name for checkpoint in list_checkpoints(folder)]
-        self.run.record({"checkpoints": checkpoints, "saves": vars(self.saves)})
-        self.metrics.display.note(f"saved {path}")
 
     def _write_checkpoint(self, directory: Path, randoms: Sequence[Mapping[str, Any]]) -> None:
         self.writer.write(directory, self.model)
@@ -321,6 +356,7 @@ class LoraTrainer(SFTTrainer):
         if progress["start_sha256"] != self.writer.start_sha256():
             what = "the adapter's start cannot be made again here as it was (another machine or library version)"
             raise RunError(Problem(str(checkpoint), what, "go on where the run was begun"))
+        self.watch.go_on(self.run.facts.get("bad_steps", []), step_of(checkpoint))
         self.counts = TokenCounts(**progress["counts"])
         self.evaluations = [Evaluation(**evaluation) for evaluation in progress["evaluations"]]
         self.best = Evaluation(**progress["best"]) if progress["best"] else None
@@ -338,7 +374,9 @@ class LoraTrainer(SFTTrainer):
         """Of this process, from JSON."""
         if checkpoint is not None:
             progress = json.loads((Path(checkpoint) / PROGRESS).read_text(encoding="utf-8"))
-            set_random_state(progress["random"][self.args.process_index])
+            states = progress["random"]
+            if self.args.process_index < len(states):  # of more processes than before, the new ones begin as they are
+                set_random_state(states[self.args.process_index])
 
     def load_best(self) -> None:
         """Takes the adapter of the checkpoint with the lowest evaluation loss, where the recipe wants that."""
@@ -389,6 +427,7 @@ def build_trainer(
         schedule=schedule,
         writer=writer,
         fillers=count_fillers(len(packs), rows),
+        rows_of=partial(rows_of_step, packs, schedule, recipe.train.seed),
         args=sft_config(recipe, schedule, model.dtype),
         train_dataset=pack_dataset(packs, multiple=rows, pad_id=pad_id),
         eval_dataset=evaluation or None,

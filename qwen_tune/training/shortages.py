@@ -1,4 +1,4 @@
-"""Memory that ran out: how that shows, and what to change."""
+"""Memory or disk that ran out: how that shows, and what to change."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ from contextlib import contextmanager
 
 import torch
 
+from qwen_tune.disk import is_full
 from qwen_tune.errors import Problem, TrainingError, first_line
 from qwen_tune.recipe.schema import Recipe
 
 
 @contextmanager
 def advising(recipe: Recipe) -> Iterator[None]:
-    """Turns memory that runs out into advice.
+    """Turns memory or room on a disk that runs out into advice.
 
     Raises:
         TrainingError: It ran out.
     """
     try:
         yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        what = f"a disk is full ({first_line(error)})"
+        fix = "free some room and run the same command again: it goes on from the last checkpoint"
+        raise TrainingError(Problem(str(recipe.run_dir), what, fix)) from error
     except (RuntimeError, MemoryError) as error:
         if not ran_out_of_memory(error):
             raise

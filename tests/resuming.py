@@ -1,0 +1,60 @@
+"""A short run with checkpoints, whole and as a kill would have left it, for tests of going on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from conftest import make_workspace
+
+from qwen_tune.train import train
+
+# Dropout, packs, accumulation, evaluation, and steps that are logged at other times than they are saved.
+SETTINGS = (
+    "train.max_steps=9",
+    "train.logging_steps=2",
+    "train.eval_steps=3",
+    "train.save_steps=3",
+    "lora.lora_dropout=0.1",
+)
+STEPS_LATER = ("step-6", "step-9")
+
+
+def run(folder: Path, monkeypatch, *overrides: str) -> Path:
+    monkeypatch.chdir(folder)
+    chosen = ["run.dir=run", *SETTINGS, *overrides]
+    train("recipe.yaml", chosen)
+    return folder / [text.removeprefix("run.dir=") for text in chosen if text.startswith("run.dir=")][-1]
+
+
+def copy_of(uninterrupted: Path, tmp_path: Path, *, at: str) -> Path:
+    """The same run as a kill would have left it behind a checkpoint."""
+    folder = make_workspace(tmp_path)
+    shutil.copytree(uninterrupted, folder / "run")
+    for name in STEPS_LATER:
+        if name > at:
+            shutil.rmtree(folder / "run" / "checkpoints" / name)
+    shutil.rmtree(folder / "run" / "adapter")
+    leave_unfinished(folder / "run")
+    return folder
+
+
+def weights(run_dir: Path) -> bytes:
+    return (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def losses(run_dir: Path) -> list[tuple]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line.get("loss"), line.get("grad_norm"), line.get("eval_loss")) for line in lines]
+
+
+def facts(run_dir: Path) -> dict:
+    return json.loads((run_dir / "run.json").read_text())
+
+
+def leave_unfinished(run_dir: Path, *gone: str) -> None:
+    """Makes a finished run one that was killed after its last checkpoint but for some."""
+    for name in gone:
+        shutil.rmtree(run_dir / "checkpoints" / name)
+    (run_dir / "run.json").write_text(json.dumps({**facts(run_dir), "state": "running", "exit": None}))

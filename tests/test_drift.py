@@ -1,0 +1,165 @@
+"""What makes a run another run, what does not, and what may be allowed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from conftest import ROOT, make_workspace
+from resuming import copy_of, facts, leave_unfinished, run, weights
+
+from qwen_tune.errors import RecipeError, RunError
+from qwen_tune.recipe.files import load_recipe
+from qwen_tune.recipe.same_facts import FACTS, drift_names, is_drift_name
+from qwen_tune.runs.drift import recipe_drift
+from qwen_tune.train import train
+
+pytest_plugins = ("resume_fixtures",)
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.lora_alpha=64", "lora.lora_alpha: got 64; the run in this directory was begun with 32"),
+        ("train.seed=1", "train.seed: got 1; the run in this directory was begun with 42"),
+        ("train.learning_rate=1e-4", "train.learning_rate: got 0.0001; the run in this directory was begun with 0.001"),
+        ("data.max_length_tokens=128", "data.max_length_tokens: got 128"),
+        ("train.resume=never", "unfinished run; train.resume is never"),
+        ("train.resume=nowhere", "nowhere is not there; expected a checkpoint's directory"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(uninterrupted, tmp_path, monkeypatch, override, message):
+    folder = copy_of(uninterrupted, tmp_path, at="step-6")
+    before = sorted(path.name for path in (folder / "run").rglob("*"))
+    with pytest.raises(RunError) as told:
+        run(folder, monkeypatch, override)
+    assert message in str(told.value)
+    assert sorted(path.name for path in (folder / "run").rglob("*")) == before
+
+
+def test_changed_rows_or_weights_are_noticed(uninterrupted, tmp_path, monkeypatch):
+    folder = copy_of(uninterrupted, tmp_path, at="step-6")
+    rows = folder / "rows.jsonl"
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines[1:]))
+    with pytest.raises(RunError, match=r"data_fingerprint: the rows \(.*\) changed since the run"):
+        run(folder, monkeypatch)
+    rows.write_text("".join(lines))
+    # The same recipe in another folder is another run's checkpoint.
+    (folder / "other").mkdir()
+    other = make_workspace(folder / "other")
+    shutil.copytree(uninterrupted, other / "run")
+    with pytest.raises(RunError, match="a checkpoint of another run"):
+        run(folder, monkeypatch, f"train.resume={other}/run/checkpoints/step-6")
+
+
+@pytest.mark.parametrize("arguments", [{}, {"overwrite": True}])
+def test_a_checkpoint_is_not_asked_for_where_there_is_none_to_go_on_from(workspace, monkeypatch, arguments):
+    monkeypatch.chdir(workspace)
+    with pytest.raises(RunError, match="there is no run here to go on with"):
+        train("recipe.yaml", ["run.dir=fresh", "train.resume=elsewhere/step-3"], **arguments)
+    assert not (workspace / "fresh").exists()
+
+
+def test_drift_is_only_what_changes_the_result():
+    assert recipe_drift("train: {seed: 1, logging_steps: 1}", "train: {seed: 1, logging_steps: 5}") == []
+    [problem] = recipe_drift("data: {train: [{path: a}]}", "data: {train: [{path: a}, {path: b}]}")
+    assert str(problem) == 'data.train[1].path was null, now "b"'
+
+
+DRIFTS = {
+    "train.learning_rate": "train.learning_rate=5e-4",
+    "train.weight_decay": "train.weight_decay=0.1",
+    "lora.lora_alpha": "lora.lora_alpha=64",
+    "data.packing": "data.packing=false",
+}
+
+
+@pytest.mark.parametrize("field", DRIFTS)
+def test_what_is_allowed_changes_and_is_recorded(uninterrupted, tmp_path, monkeypatch, capsys, field):
+    folder = copy_of(uninterrupted, tmp_path, at="step-6")
+    allowed = [field] if field != "data.packing" else ["data"]
+    with pytest.raises(RunError, match=rf"{field}: got .*allow it with train\.allow_drift=\[{field}\]"):
+        run(folder, monkeypatch, DRIFTS[field])
+    resumed = run(folder, monkeypatch, DRIFTS[field], f"train.allow_drift={json.dumps(allowed)}")
+    assert f"allowed {field} was" in " ".join(capsys.readouterr().out.split())
+    record = facts(resumed)
+    [change] = [entry for entry in record["drift"] if entry["field"] == field]
+    assert (change["step"], change["was"] != change["now"]) == (6, True)
+    assert record["state"] == "finished"
+    assert weights(resumed) != weights(uninterrupted)
+    if field == "train.learning_rate":
+        was, now = ([rate for step, rate in rates(path) if step > 6] for path in (uninterrupted, resumed))
+        assert now == pytest.approx([rate / 2 for rate in was])
+
+
+def rates(run_dir) -> list[tuple[int, float]]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["learning_rate"]) for line in lines if "loss" in line]
+
+
+def test_what_was_allowed_once_holds_after_the_next_kill(uninterrupted, tmp_path, monkeypatch):
+    folder = copy_of(uninterrupted, tmp_path, at="step-6")
+    changed = ("train.learning_rate=5e-4", "train.allow_drift=[train.learning_rate]")
+    run(folder, monkeypatch, *changed)
+    first = weights(folder / "run")
+    leave_unfinished(folder / "run", "step-9")
+    assert weights(run(folder, monkeypatch, *changed[:1])) == first  # it is the run's own now
+    leave_unfinished(folder / "run")
+    with pytest.raises(RunError, match=r"train\.learning_rate: got 0\.001; .* begun with 0\.0005"):
+        run(folder, monkeypatch)
+    # Whoever goes back to before the change has it from there on.
+    run(folder, monkeypatch, *changed[:1], "train.resume=run/checkpoints/step-3")
+    assert [(entry["step"], entry["field"]) for entry in facts(folder / "run")["drift"]] == [(3, "train.learning_rate")]
+
+
+@pytest.mark.parametrize("name", ["torch", "peft", "qwen-tune"])
+def test_other_versions_are_refused_unless_they_are_allowed(uninterrupted, tmp_path, monkeypatch, name):
+    folder = copy_of(uninterrupted, tmp_path, at="step-6")
+    record = facts(folder / "run")
+    (folder / "run" / "run.json").write_text(json.dumps({**record, "versions": {**record["versions"], name: "0.0.1"}}))
+    with pytest.raises(RunError) as told:
+        run(folder, monkeypatch)
+    now = record["versions"][name]
+    field = f"versions.{name}"
+    assert f'{field}: the version of {name} changed since the run was begun: was "0.0.1", now "{now}"' in str(
+        told.value
+    )
+    assert f"allow it with train.allow_drift=[{field}]" in str(told.value)
+    resumed = run(folder, monkeypatch, "train.allow_drift=[versions]")
+    assert facts(resumed)["drift"] == [{"step": 6, "field": field, "was": "0.0.1", "now": now}]
+    assert weights(resumed) == weights(uninterrupted)
+
+
+@pytest.mark.parametrize("override", ["lora.r=4", "train.optim=sgd", "lora.target_modules=attention"])
+def test_what_decides_the_tensors_cannot_be_allowed(uninterrupted, tmp_path, monkeypatch, override):
+    folder = copy_of(uninterrupted, tmp_path, at="step-6")
+    with pytest.raises(RunError, match="its checkpoints have no tensors for another"):
+        run(folder, monkeypatch, override, f"train.allow_drift=[{override.split('=')[0]}]")
+
+
+def test_all_fields_and_one_list_that_allows_them(uninterrupted, tmp_path, monkeypatch):
+    folder = copy_of(uninterrupted, tmp_path, at="step-6")
+    with pytest.raises(RunError) as told:
+        run(folder, monkeypatch, "train.seed=1", "train.weight_decay=0.1")
+    assert len(told.value.problems) == 2
+    assert str(told.value).count("train.allow_drift=[train.seed, train.weight_decay]") == 2
+
+
+def test_names_that_may_be_allowed():
+    assert is_drift_name("versions")
+    assert is_drift_name("data.train[1].path")
+    assert not is_drift_name("train.learning_rat")
+    assert set(FACTS) <= drift_names()
+    with pytest.raises(RecipeError, match=r"allow_drift\[0\]: got learning_rate, .*Fix: write train\.learning_rate"):
+        load_recipe(ROOT / "recipes" / "quickstart.yaml", ["train.allow_drift=[learning_rate]"])
+
+
+def test_a_finished_run_says_in_what_the_recipe_is_another_one(uninterrupted, tmp_path, monkeypatch):
+    folder = make_workspace(tmp_path)
+    shutil.copytree(uninterrupted, folder / "run")
+    with pytest.raises(RunError, match=r"of another recipe \(train\.seed was 42, now 1\)"):
+        run(folder, monkeypatch, "train.seed=1", "train.allow_drift=[train.seed]")
