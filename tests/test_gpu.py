@@ -17,6 +17,7 @@ from transformers.utils import is_flash_attn_2_available
 from qwen_tune.chatml.template import IGNORED
 from qwen_tune.merging.merge import merge
 from qwen_tune.merging.verification import compare_merged
+from qwen_tune.model.attention import VARLEN, needs_no_mask
 from qwen_tune.model.chat import ChatModel
 from qwen_tune.train import train
 from qwen_tune.training.batches import PackCollator
@@ -27,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # another machine, other versions
 ]
 
-ATTENTIONS = ["eager", "sdpa", *(["flash_attention_2"] if is_flash_attn_2_available() else [])]
+ATTENTIONS = ["eager", "sdpa", VARLEN, *(["flash_attention_2"] if is_flash_attn_2_available() else [])]
 SHAPE = {
     "vocab_size": 300,
     "hidden_size": 128,
@@ -67,7 +68,7 @@ def test_steps_in_bfloat16_learn_and_merge(workspace, monkeypatch, quantization,
 @pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config], ids=["qwen2", "qwen3"])
 def test_every_token_of_a_pack_costs_what_it_costs_alone(config, attention):
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if attention.startswith("flash") else torch.float32
+    dtype = torch.bfloat16 if attention not in ("eager", "sdpa") else torch.float32
     model = AutoModelForCausalLM.from_config(config(**SHAPE), attn_implementation=attention).to("cuda", dtype).eval()
     model.requires_grad_(False)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -87,6 +88,8 @@ def test_every_token_of_a_pack_costs_what_it_costs_alone(config, attention):
             logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
             alone.append(cross_entropy(logits, tokens[0, 1:], reduction="none"))
         inputs = {key: value for key, value in batch.items() if key not in ("labelled", "targets")}
+        if needs_no_mask(attention, batch):
+            inputs["attention_mask"] = dict.fromkeys(model.config.layer_types)
         logits = model(**inputs, use_cache=False).logits[0].float()
         packed = cross_entropy(logits[batch["labelled"]], batch["targets"], reduction="none")
         add_labelled_loss(model)

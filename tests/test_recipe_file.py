@@ -211,7 +211,7 @@ def test_the_later_layer_says_how_long_to_train(tmp_path):
         ("train.lerning_rate=1", "command line: train.lerning_rate=1: unknown key. Fix: did you mean learning_rate?"),
         ("trian.seed=1", "command line: trian.seed=1: trian: unknown key. Fix: did you mean train?"),
         ("data.eval={fraction: 3}", "command line: data.eval=…: data.eval.fraction: got 3; must be less than 1"),
-        ("model.attention=varlen", "command line: model.attention=varlen: not yet: got varlen"),
+        ("lora.init_lora_weights=eva", "command line: lora.init_lora_weights=eva: not yet: got eva"),
         ("nonsense", "command line: override 1 has no `=`"),
         ("=3", "command line: override 1 names no key"),
         ("a..b=3", "command line: override 1 names no key"),

@@ -29,7 +29,6 @@ WAITING: dict[str, Any] = {
     "model.quantization": "nf4",
     "train.save_total_limit": 2,
     "tracking.project": "mine",
-    "model.attention": "varlen",
     "data.train[].path": "s3://bucket/rows.jsonl",
     "data.train[].format": "query_response",
     "data.train[].weight": 0.5,

@@ -98,6 +98,11 @@ class BaseCheckpoint:
                 raise ModelError(Problem(str(self.path / INDEX_FILE), what, "download the checkpoint again"))
         return spans
 
+    @property
+    def head_dim(self) -> int:
+        """Channels of an attention head."""
+        return int(self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"])
+
     def config_sha256(self) -> str:
         """sha256 of config.json as it lies there."""
         return hashlib.sha256((self.path / "config.json").read_bytes()).hexdigest()

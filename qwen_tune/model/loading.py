@@ -74,7 +74,7 @@ def load_base_model(
     model: ModelSpec,
     base: BaseCheckpoint,
     *,
-    dtype: torch.dtype | str,
+    dtype: torch.dtype,
     device: str | None = None,
     quantization: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
@@ -83,21 +83,25 @@ def load_base_model(
     Args:
         model: The recipe's model section.
         base: Where the checkpoint lies.
-        dtype: See `training_dtype`; `auto` for that of the files.
+        dtype: See `training_dtype`.
         device: Where to, for example `cuda:0`; the CPU when None.
         quantization: How to quantize linear layers while they are loaded; see `quantization`.
 
     Raises:
-        ModelError: The files do not make the model that config.json describes.
+        ModelError: The files do not make the model that config.json describes, or the attention that the recipe asks
+            for is not here.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from qwen_tune.model.attention import choose_attention
+
+    attention = choose_attention(model, dtype, base.head_dim)
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             base.path,
             dtype=dtype,
-            attn_implementation="sdpa" if model.attention == "auto" else model.attention,
+            attn_implementation=attention,
             # One whole model a process: `auto` would spread a quantized one over all GPUs.
             device_map={"": device} if device else None,
             quantization_config=quantization,

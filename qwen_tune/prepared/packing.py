@@ -51,6 +51,21 @@ class Packs:
         return members
 
     @cached_property
+    def lengths(self) -> Rows:
+        """Tokens of each pack."""
+        return self._sums(self.samples.lengths)
+
+    @cached_property
+    def supervised(self) -> Rows:
+        """Tokens of each pack that carry loss."""
+        return self._sums(self.samples.supervised)
+
+    def _sums(self, of_samples: Rows) -> Rows:
+        # Of no packs at all there is no first one to begin a sum with.
+        sums: Rows = np.add.reduceat(of_samples[self.members], self._first) if len(self) else self.sizes
+        return sums
+
+    @cached_property
     def _first(self) -> Rows:
         first: Rows = np.cumsum(self.sizes) - self.sizes
         return first

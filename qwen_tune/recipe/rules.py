@@ -49,7 +49,6 @@ _LATER = "leave it out, or write {}"
 
 # Work that adds one of these deletes its line; the schema stays as it is.
 NOT_YET: tuple[NotYet, ...] = (
-    NotYet("model.attention", _other_than("auto", "eager", "sdpa"), "write auto, eager or sdpa"),
     NotYet("lora.target_modules", lambda value: value == "all-linear+embeddings", "write all-linear"),
     NotYet("lora.init_lora_weights", lambda value: value in ("eva", "corda"), "write true, pissa or olora"),
     NotYet("lora.target_parameters", bool, _LATER.format("null")),

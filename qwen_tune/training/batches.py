@@ -77,26 +77,64 @@ class SeededOrder(Sampler[int]):
         yield from range(self.rows, self.rows + self.fillers)
 
 
-def rows_of_step(
-    packs: Packs, schedule: Schedule, seed: int, step: int, batches: Sequence[int] | None = None
-) -> list[str]:
-    """The rows that an optimizer step is made of, as `file:line`: the order is known without having been gone through.
+@dataclass(frozen=True)
+class Counts:
+    """Of some micro-batches, over all processes: tokens with loss, all tokens, and those of fillers among them."""
+
+    labels: int
+    tokens: int
+    padding: int
+
+
+class StepRows:
+    """Which rows an optimizer step is made of, in all processes: the order is known without having been gone through.
+
+    So no process has to ask the others how many tokens a step has, which would make each wait for its GPU.
 
     Args:
         packs: The rows of an epoch.
         schedule: Batch and steps.
+        fillers: Rows without loss behind them.
         seed: The recipe's.
-        step: The number of the step; the first is 1.
-        batches: The numbers of micro-batches of the step, counted through all processes; all of them when None.
     """
-    epoch, number = divmod(step - 1, schedule.steps_per_epoch)
-    size = schedule.per_device_train_batch_size
-    count = schedule.num_processes * schedule.gradient_accumulation_steps
-    order = SeededOrder(len(packs), 0, seed)
-    order.set_epoch(epoch)
-    of_step = list(order)[number * count * size : (number + 1) * count * size]
-    chosen = [of_step[batch * size : (batch + 1) * size] for batch in (range(count) if batches is None else batches)]
-    return list(dict.fromkeys(place for batch in chosen for row in batch for place in packs.places(row)))
+
+    def __init__(self, packs: Packs, schedule: Schedule, fillers: int, seed: int) -> None:
+        self.packs = packs
+        self.schedule = schedule
+        self.sampler = SeededOrder(len(packs), fillers, seed)
+        self._orders: dict[int, list[int]] = {}
+
+    def batches(self, step: int) -> list[list[int]]:
+        """The rows of each micro-batch of a step, counted through all processes; the first step is 1.
+
+        They come in turns: one of each process, then the next one of each.
+        """
+        epoch, number = divmod(step - 1, self.schedule.steps_per_epoch)
+        if epoch not in self._orders:
+            self.sampler.set_epoch(epoch)
+            self._orders = {epoch: list(self.sampler)}
+        size = self.schedule.per_device_train_batch_size
+        rows = size * self.schedule.num_processes * self.schedule.gradient_accumulation_steps
+        of_step = self._orders[epoch][number * rows : (number + 1) * rows]
+        return [of_step[start : start + size] for start in range(0, len(of_step), size)]
+
+    def count(self, step: int, process: int | None = None) -> Counts:
+        """What a step has, in all processes or in one."""
+        batches = self.batches(step)
+        if process is not None:
+            batches = batches[process :: self.schedule.num_processes]
+        rows = np.array([row for batch in batches for row in batch], np.int64)
+        real = rows[rows < len(self.packs)]
+        padding = len(rows) - len(real)
+        labels, tokens = (int(sums[real].sum()) for sums in (self.packs.supervised, self.packs.lengths))
+        return Counts(labels, tokens + padding, padding)
+
+    def places(self, step: int, batches: Sequence[int] | None = None) -> list[str]:
+        """Where the rows of a step stand, as `file:line`, each once; of some micro-batches, or of all when None."""
+        of_step = self.batches(step)
+        chosen = of_step if batches is None else [of_step[batch] for batch in batches]
+        real = (row for batch in chosen for row in batch if row < len(self.packs))
+        return list(dict.fromkeys(place for row in real for place in self.packs.places(row)))
 
 
 class PackCollator:

@@ -20,6 +20,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from qwen_tune.model.attention import needs_no_mask
+
 CHUNK_TOKENS = 256  # 256 x 151,936 float32 logits are 156 MB
 
 
@@ -141,6 +143,9 @@ def add_labelled_loss(model: PreTrainedModel) -> None:
         trained_inputs, trained_outputs = trained_rows(embedding), trained_rows(output)
         if trained_inputs is not None:
             kwargs["inputs_embeds"] = embed(kwargs.pop("input_ids"), frozen_weight(embedding), trained_inputs)
+        if needs_no_mask(self.config._attn_implementation, kwargs):
+            # A mask for each kind of layer is taken as it is, and none is made: it would be tokens x tokens.
+            kwargs["attention_mask"] = dict.fromkeys(self.config.layer_types)
         # A cache would make Transformers overlook the position ids that keep packed samples apart.
         outputs = self.base_model(*args, **{**kwargs, "use_cache": False})
         hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, labelled)

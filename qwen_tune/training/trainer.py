@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +30,8 @@ from qwen_tune.recipe.schema import Recipe
 from qwen_tune.runs.checkpoints import step_of
 from qwen_tune.runs.directory import RunDir
 from qwen_tune.runs.resume import Plan
-from qwen_tune.training.bad_steps import BadStep, RowsOf, StepWatch
-from qwen_tune.training.batches import PackCollator, SeededOrder, count_fillers, pack_dataset, rows_of_step
+from qwen_tune.training.bad_steps import BadStep, StepWatch
+from qwen_tune.training.batches import PackCollator, SeededOrder, StepRows, count_fillers, pack_dataset
 from qwen_tune.training.evaluation import Evaluation, evaluations_without_gain
 from qwen_tune.training.loss import add_labelled_loss
 from qwen_tune.training.progress import Display, MetricsLog
@@ -76,15 +75,14 @@ class LoraTrainer(SFTTrainer):
         run: RunDir,
         schedule: Schedule,
         writer: AdapterWriter,
-        fillers: int,
-        rows_of: RowsOf,
+        rows: StepRows,
         **kwargs: Any,
     ) -> None:
         self.recipe = recipe
         self.run = run
         self.schedule = schedule
         self.writer = writer
-        self.fillers = fillers
+        self.rows = rows
         self.counts = TokenCounts()
         self.stop = StopRequest(recipe.train.max_hours)
         self.stop_agreed = False
@@ -103,8 +101,11 @@ class LoraTrainer(SFTTrainer):
             skips=recipe.train.on_bad_step == "skip",
             judges_gradients=self.accelerator.scaler is None,
             gather=self.accelerator.gather,
-            rows_of=rows_of,
+            rows_of=rows.places,
         )
+        # Words between processes go past the GPUs: asking these would make each wait for its own.
+        several = self.accelerator.num_processes > 1
+        self.control_group = torch.distributed.new_group(backend="gloo") if several else None
 
     def train(self, checkpoint: Path | None = None) -> None:
         """Trains, from a checkpoint on where one is given; a signal ends it behind a step and a checkpoint.
@@ -151,17 +152,18 @@ class LoraTrainer(SFTTrainer):
 
         Tokens are counted here as well, and processes agree here on whether to stop behind this step.
         """
-        lengths = [(batch["input_ids"].shape[1], batch["targets"].shape[0]) for batch in batch_samples]
-        padding = sum(tokens for tokens, labels in lengths if not labels)
-        sums = [sum(labels for _, labels in lengths), sum(tokens for tokens, _ in lengths), padding]
-        if self.accelerator.num_processes > 1:
-            mine = torch.tensor([*sums, int(self.stop.requested)], device=device)
-            *sums, stops = self.accelerator.reduce(mine, reduction="sum").tolist()
-            self.stop_agreed = stops > 0
-        labels, tokens, padding = sums
-        self.counts.processed += tokens
-        self.counts.padding += padding
-        return int(labels)
+        step = self.state.global_step + 1
+        mine = self.rows.count(step, self.args.process_index)
+        there = sum(batch["targets"].shape[0] for batch in batch_samples)
+        assert there == mine.labels, f"step {step} has {there} labels here, and {mine.labels} by the order of its rows"
+        everywhere = self.rows.count(step)
+        self.counts.processed += everywhere.tokens
+        self.counts.padding += everywhere.padding
+        if self.control_group is not None:
+            stops = torch.tensor(int(self.stop.requested))
+            torch.distributed.all_reduce(stops, group=self.control_group)
+            self.stop_agreed = bool(stops)
+        return everywhere.labels
 
     def must_stop(self) -> bool:
         """Whether this step is the last because someone asked for it; the same in all processes."""
@@ -208,8 +210,8 @@ class LoraTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         """An order that depends on seed and epoch alone; the stock one depends on the generator's history."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        return SeededOrder(len(dataset) - self.fillers, self.fillers, self.args.seed)
+        order = self.rows.sampler
+        return SeededOrder(order.rows, order.fillers, order.seed)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Nothing: the stock estimate walks over all parameters for every micro-batch."""
@@ -426,8 +428,7 @@ def build_trainer(
         run=run,
         schedule=schedule,
         writer=writer,
-        fillers=count_fillers(len(packs), rows),
-        rows_of=partial(rows_of_step, packs, schedule, recipe.train.seed),
+        rows=StepRows(packs, schedule, count_fillers(len(packs), rows), recipe.train.seed),
         args=sft_config(recipe, schedule, model.dtype),
         train_dataset=pack_dataset(packs, multiple=rows, pad_id=pad_id),
         eval_dataset=evaluation or None,
