@@ -7,9 +7,9 @@ import types
 
 import pytest
 import torch
+from layer_costs import LINEAR, adapted_layers, layer_costs
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -21,14 +21,13 @@ from transformers import (
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from qwen_tune.fused import attention, install, norm, rotation
+from qwen_tune.fused import attention, norm, rotation
 from qwen_tune.fused import mlp as fused_mlp
 from qwen_tune.fused.install import fuse, unfuse
 from qwen_tune.fused.lora_math import Projection
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
-ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FUSED = {"_InputsBackward", "_OutputBackward", "_MlpBackward"}
 SIZES = {
     "vocab_size": 50,
@@ -63,7 +62,7 @@ def randomize(model, dtype):
 
 def tuned(kind="qwen2", dtype=torch.float64, *, sizes=None, **lora):
     """A tiny model with an adapter whose B is not zero, ready to train."""
-    settings = {"r": 3, "lora_alpha": 5, "target_modules": list(ALL), **lora}
+    settings = {"r": 3, "lora_alpha": 5, "target_modules": list(LINEAR), **lora}
     model = get_peft_model(KINDS[kind](**(sizes or {})), LoraConfig(task_type="CAUSAL_LM", **settings))
     return randomize(model, dtype).train()
 
@@ -214,7 +213,7 @@ def quantize(model, kind, **settings):
 
     config = LoraConfig(r=3, lora_alpha=5)
     for name, module in list(model.named_modules()):
-        if name.rsplit(".", 1)[-1] in ALL:
+        if name.rsplit(".", 1)[-1] in LINEAR:
             bias = module.bias is not None
             if kind == "nf4":
                 layer = bnb.nn.Linear4bit(module.in_features, module.out_features, bias, quant_type="nf4", **settings)
@@ -304,7 +303,7 @@ def test_norm_and_rotation_are_those_of_transformers_in_bfloat16():
 
 
 def two_adapters(model):
-    model.add_adapter("second", LoraConfig(r=2, target_modules=list(ALL)))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=list(LINEAR)))
     model.base_model.set_adapter(["default", "second"])
 
 
@@ -467,62 +466,12 @@ def test_uninitialized_memory_is_never_read():
     assert error(ours, wanted) == 0
 
 
-class Counted(TorchDispatchMode):
-    """Counts operations, and apart those that only look at memory or get it."""
-
-    LOOKS = ("view", "t", "transpose", "detach", "alias", "unsqueeze", "slice", "split", "split_with_sizes", "expand")
-    LOOKS += ("_unsafe_view", "select", "empty", "new_empty", "empty_like", "ones_like")
-
-    def __init__(self):
-        super().__init__()
-        self.every, self.computing = 0, 0
-
-    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
-        self.every += 1
-        self.computing += function._schema.name.removeprefix("aten::") not in self.LOOKS
-        return function(*args, **(kwargs or {}))
-
-
-def costs(model, tokens):
-    """Bytes kept for the backward, and operations of forward and backward, of a model's decoder layers."""
-    inner = model.base_model.model.model
-    frozen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    hidden = torch.randn(1, tokens, inner.config.hidden_size, dtype=torch.bfloat16).requires_grad_()
-    positions = torch.arange(tokens)[None]
-    angles = inner.rotary_emb(hidden, positions)
-    kept = []
-    model.zero_grad(set_to_none=True)
-    with Counted() as operations:
-        with (
-            torch.autograd.graph.saved_tensors_hooks(
-                lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
-            ),
-            torch.autocast("cpu", torch.bfloat16),
-        ):
-            output = hidden
-            for layer in inner.layers:
-                output = layer(output, attention_mask=None, position_ids=positions, position_embeddings=angles)
-        output.sum().backward()
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
-    return sum(size for place, size in storages.items() if place not in frozen), operations
-
-
 def test_bytes_kept_and_operations_of_a_layer_of_qwen2_5_0_5b():
-    sizes = {
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-    }
-    model = tuned("qwen2", torch.bfloat16, sizes=sizes, r=16)
-    measured = {}
-    for name in ("peft", "fused"):
-        if name == "fused":
-            fuse(model)
-        (few, _), (many, operations) = costs(model, 16), costs(model, 48)
-        measured[name] = ((many - few) / 32 / 2, operations.every / 2, operations.computing / 2)
-    theirs, ours = measured["peft"], measured["fused"]
-    assert ours[0] <= 28_000, measured
-    assert theirs[0] / ours[0] >= 2.2, measured
-    assert ours[1] <= 0.75 * theirs[1], measured
-    assert ours[2] <= 0.5 * theirs[2], measured
+    model = adapted_layers(torch.bfloat16, layers=1)
+    theirs = layer_costs(model, torch.bfloat16)
+    fuse(model)
+    ours = layer_costs(model, torch.bfloat16)
+    assert ours.bytes <= 28_000
+    assert theirs.bytes / ours.bytes >= 2.2
+    assert ours.operations <= 0.75 * theirs.operations
+    assert ours.computing <= 0.5 * theirs.computing

@@ -73,7 +73,8 @@ class _Mlp(torch.autograd.Function):
         )
         assert grad_product is not None
         grad_up = activated.mul_(grad_product)
-        grad_gate = torch.ops.aten.silu_backward(grad_product.mul_(up), gate)
+        # Into the product's memory: of the wide tensors only three are there at once beside the kept ones.
+        grad_gate = torch.ops.aten.silu_backward(grad_product.mul_(up), gate, grad_input=product)
         x_hat = normalized(x, rstd)
         wants_input = ctx.needs_input_grad[1]
         grad_normed = project_backward(
