@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from layer_costs import LINEAR, adapted_layers, layer_costs
+from layer_costs import LINEAR, adapted_layers, angles, forward, layer_costs
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -475,3 +475,25 @@ def test_bytes_kept_and_operations_of_a_layer_of_qwen2_5_0_5b():
     assert theirs.bytes / ours.bytes >= 2.2
     assert ours.operations <= 0.75 * theirs.operations
     assert ours.computing <= 0.5 * theirs.computing
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_as_near_to_float32_as_peft():
+    model = adapted_layers(torch.bfloat16).cuda()
+    hidden = torch.randn(1, 64, 896, device="cuda").bfloat16()
+
+    def run(model, hidden):
+        model.zero_grad(set_to_none=True)
+        hidden = hidden.detach().clone().requires_grad_()
+        output = forward(model, hidden, angles(model, hidden))
+        output.float().square().sum().backward()
+        return [output.detach(), hidden.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    exact = run(copy.deepcopy(model).float(), hidden.float())
+    theirs = run(model, hidden)
+    assert fuse(model).reasons == {}
+    ours = run(model, hidden)
+    distances = [
+        sum(((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)) for found in (ours, theirs)
+    ]
+    assert distances[0] < 1.1 * distances[1]

@@ -105,7 +105,7 @@ class StackedGradients:
         dtype = next(group[0].dtype for group in self._groups if group)
         gradients = []
         for group, stack in zip(self._groups, _views(self._flat.to(dtype), self._groups), strict=True):
-            each_a = torch.split(stack.a, [a.shape[0] for a in group[0::2]]) if stack.a is not None else ()
+            each_a = torch.split_with_sizes(stack.a, [a.shape[0] for a in group[0::2]]) if stack.a is not None else ()
             gradients += [gradient for pair in zip(each_a, stack.b, strict=True) for gradient in pair]
         return gradients
 
@@ -132,7 +132,7 @@ def project(x: Tensor, projections: Sequence[Projection], stack: Stack, outputs:
         return None
     reduced = x @ stack.a.t()
     adapted = [(p, output) for p, output in zip(projections, outputs, strict=True) if p.rank]
-    parts = torch.split(reduced, [p.rank for p, _ in adapted], dim=1)
+    parts = torch.split_with_sizes(reduced, [p.rank for p, _ in adapted], dim=1)
     for (projection, output), part, b in zip(adapted, parts, stack.b, strict=True):
         output.addmm_(part, b.t(), alpha=projection.scale)
     return reduced
@@ -174,7 +174,9 @@ def project_backward(
     adapted = [(p, grad) for p, grad in zip(projections, grads, strict=True) if p.rank]
     ranks = [projection.rank for projection, _ in adapted]
     grad_reduced = torch.empty_like(reduced)
-    parts = zip(torch.split(reduced, ranks, dim=1), torch.split(grad_reduced, ranks, dim=1), strict=True)
+    parts = zip(
+        torch.split_with_sizes(reduced, ranks, dim=1), torch.split_with_sizes(grad_reduced, ranks, dim=1), strict=True
+    )
     for (projection, grad), (part, grad_part), b, grad_b in zip(adapted, parts, stack.b, gradients.b, strict=True):
         # The scale comes with the product; beta=0 overwrites what is there.
         grad_part.addmm_(grad, b, beta=0, alpha=projection.scale)
@@ -198,7 +200,7 @@ def _in_memory(group: Sequence[Tensor]) -> list[Tensor]:
 def _views(flat: Tensor, groups: Sequence[Sequence[Tensor]]) -> list[Stack]:
     """A flat tensor as stacks of the shapes of some adapters."""
     sizes = [s for g in groups if g for s in (sum(a.numel() for a in g[0::2]), *(b.numel() for b in g[1::2]))]
-    parts = iter(torch.split(flat, sizes))
+    parts = iter(torch.split_with_sizes(flat, sizes))
     return [
         Stack(next(parts).view(-1, g[0].shape[1]), [next(parts).view_as(b) for b in g[1::2]]) if g else Stack(None, ())
         for g in groups
