@@ -172,8 +172,14 @@ def test_the_gradient_of_the_input_and_gradient_checkpointing(exact_norms, imple
     theirs, _ = results(model, packed())
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointed = []
+    for layer in model.base_model.model.model.layers:
+        if reentrant is not None:
+            run = layer._gradient_checkpointing_func
+            layer._gradient_checkpointing_func = lambda *args, run=run: (checkpointed.append(run), run(*args))[-1]
     fuse(model)
     ours, _ = results(model, packed())
+    assert len(checkpointed) == (0 if reentrant is None else 2)
     assert error({**ours, "input": inputs[1].grad}, {**theirs, "input": inputs[0].grad}) < 1e-12
 
 
