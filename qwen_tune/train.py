@@ -116,7 +116,7 @@ def train(
     writer = AdapterWriter(tokenizer, base, recipe)
     held_out = pack_by_source(data.evaluation.examples, recipe.data)
     trainer = build_trainer(model, tokenizer, recipe, run, schedule, packs, held_out, adapter, writer)
-    summary.show_adapter(trainer.model)
+    summary.show_adapter(trainer.model, trainer.fused)
     facts |= record.model_facts(trainer)
     kept = recording(run, text, plan, facts, trainer.accelerator, overwrite=overwrite, resume=recipe.train.resume)
     with kept, advising(recipe), tracked(recipe, run.path, facts, plan) as trainer.metrics.trackers:

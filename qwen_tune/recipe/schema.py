@@ -118,7 +118,8 @@ class ModelSpec(Section):
     """Attention implementation; `auto` takes the fastest one that this machine has."""
 
     kernels: Literal["auto", "off"] = "auto"
-    """Fused kernels where they are available, or none."""
+    """Decoder layers with a backward of their own, which keep less than half, wherever they compute the same; `off` for
+    those of Transformers and PEFT."""
 
     chat_template: Text | None = None
     """Path of a `.jinja` chat template. Default: the checkpoint's own."""

@@ -96,6 +96,7 @@ def model_facts(trainer: LoraTrainer) -> dict[str, Any]:
             "trainable_parameters": sum(parameter.numel() for parameter in trained),
         },
         "attention": model.config._attn_implementation,
+        "fused": asdict(trainer.fused) if trainer.fused else None,
         "gradient_checkpointing": bool(trainer.args.gradient_checkpointing),
     }
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
+    from qwen_tune.fused.install import Fused
+
 GIB = 1 << 30
 SOURCES_SHOWN = 8
 LONGEST_RUN = 160  # characters of a sample between two control tokens
@@ -92,8 +94,8 @@ def show_drift(plan: Plan, facts: Mapping[str, Any]) -> None:
         _console().print(f"  [yellow]allowed[/] {escape(str(change))}", highlight=False)
 
 
-def show_adapter(model: PeftModel) -> None:
-    """What is trained, module by module, and where such an adapter cannot be served."""
+def show_adapter(model: PeftModel, fused: Fused | None) -> None:
+    """What is trained, module by module, what of it goes the fused way, and where it cannot be served."""
     from qwen_tune.model.adapter_config import serving_notes, trained_modules
 
     console = _console()
@@ -103,6 +105,7 @@ def show_adapter(model: PeftModel) -> None:
     )
     total = sum(counts.parameters for counts in modules.values())
     _print_table(console, [("trained", f"{total:,} parameters: {parts}")])
+    _print_table(console, [("kernels", str(fused) if fused else "off")])
     for note in serving_notes(model.peft_config["default"], modules):
         console.print(f"  [yellow]warning[/] {escape(note)}", highlight=False)
 

@@ -22,6 +22,7 @@ from transformers import PrinterCallback, TrainerControl, TrainerState
 from trl import SFTTrainer
 
 from qwen_tune.errors import Interrupted, Problem, RunError, TrainingError
+from qwen_tune.fused.install import fuse
 from qwen_tune.machine import is_main_process
 from qwen_tune.model.adapter_writer import AdapterWriter
 from qwen_tune.model.answers import greedy_answer
@@ -96,6 +97,7 @@ class LoraTrainer(SFTTrainer):
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.float()
         writer.remember_start(self.model)
+        self.fused = fuse(self.model) if recipe.model.kernels == "auto" else None
         self.watch = StepWatch(
             model.config.get_text_config().vocab_size,
             skips=recipe.train.on_bad_step == "skip",
