@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from qwen_tune.training.loss import CHUNK_TOKENS, TokenRows, embed, summed_nll, summed_nll_through
+from qwen_tune.training.loss import CHUNK_TOKENS, TokenRows, add_noise, embed, summed_nll, summed_nll_through
 
 
 @pytest.mark.parametrize("tokens", [0, 1, CHUNK_TOKENS, CHUNK_TOKENS + 1, 3 * CHUNK_TOKENS - 5])
@@ -115,3 +115,16 @@ def test_under_autocast_the_sums_stay_float32():
         loss = summed_nll(hidden, weight, targets, trained)
     for one, other in zip(torch.autograd.grad(loss, (hidden, rows)), plain, strict=True):
         assert torch.equal(one, other)
+
+
+def test_noise_is_bounded_by_each_samples_own_length():
+    torch.manual_seed(0)
+    boundaries = torch.tensor([0, 4, 104], dtype=torch.int32)
+    embedded = torch.randn(1, 104, 64, dtype=torch.bfloat16)
+    noisy = add_noise(embedded.float(), boundaries, alpha=5.0) - embedded.float()
+    for start, end in ((0, 4), (4, 104)):
+        most = 5.0 / ((end - start) * 64) ** 0.5
+        part = noisy[0, start:end]
+        assert 0.97 * most < part.abs().max() <= most * 1.0001
+        assert abs(part.mean()) < 0.1 * most
+    assert add_noise(embedded, boundaries, alpha=5.0).dtype == torch.bfloat16

@@ -75,6 +75,19 @@ def test_every_token_of_a_pack_costs_what_it_costs_alone(model_type, attention):
     assert packed.max() > 1  # the samples are not so easy that contamination would not show
 
 
+def test_noise_is_for_training_alone():
+    model, noisy = random_model("qwen2", "sdpa"), random_model("qwen2", "sdpa")
+    add_labelled_loss(model)
+    add_labelled_loss(noisy, neftune_noise_alpha=5.0)
+    ids, labels = random_sample(30, 1)
+    batch = PackCollator()([{"input_ids": ids, "labels": labels, "lengths": [30]}])
+    plain = model(**batch).item()
+    assert noisy(**batch).item() == plain
+    noisy.train()
+    first, second = (noisy(**batch).item() for _ in range(2))
+    assert len({plain, first, second}) == 3
+
+
 def run(workspace: Path, monkeypatch, *overrides: str) -> Path:
     monkeypatch.chdir(workspace)
     train("recipe.yaml", overrides)

@@ -53,7 +53,6 @@ NOT_YET: tuple[NotYet, ...] = (
     NotYet("lora.init_lora_weights", lambda value: value in ("eva", "corda"), "write true, pissa or olora"),
     NotYet("lora.target_parameters", bool, _LATER.format("null")),
     NotYet("train.gradient_checkpointing", _other_than("auto", "none", "full"), "write auto, none or full"),
-    NotYet("train.neftune_noise_alpha", _other_than(None), _LATER.format("null")),
     NotYet("export.formats", bool, _LATER.format("[]")),
     NotYet("hub.push", lambda value: "export" in value, "write adapter, merged or both"),
 )

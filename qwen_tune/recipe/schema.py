@@ -345,7 +345,7 @@ class TrainSpec(Section):
     """Gradients are scaled down to this norm; 0 leaves them as they are."""
 
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
-    """Strength of the noise that NEFTune adds to embeddings."""
+    """Strength of the noise that NEFTune adds to embeddings, for each sample by its own length. Default: none."""
 
     logging_steps: Annotated[int, Field(ge=1)] = 1
     """Optimizer steps between two lines of metrics."""

@@ -126,12 +126,16 @@ def summed_nll_through(layer: nn.Module, hidden: Tensor, targets: Tensor) -> Ten
     return total
 
 
-def add_labelled_loss(model: PreTrainedModel) -> None:
+def add_labelled_loss(model: PreTrainedModel, *, neftune_noise_alpha: float | None = None) -> None:
     """Lets `model(..., labelled=positions, targets=ids)` return the summed loss instead of logits.
 
     `labelled` holds the positions, in the flattened batch, whose next token carries loss; `targets` those tokens' ids,
     both of shape (tokens,). The forward is patched on the instance so that wrappers (PEFT, DDP) still go through it;
     without `labelled` it is the model's own.
+
+    Args:
+        model: The model.
+        neftune_noise_alpha: Strength of the noise on embeddings while it trains; none when None. See `add_noise`.
     """
     original = model.forward
 
@@ -141,8 +145,11 @@ def add_labelled_loss(model: PreTrainedModel) -> None:
         targets = kwargs.pop("targets")
         embedding, output = self.get_input_embeddings(), self.get_output_embeddings()
         trained_inputs, trained_outputs = trained_rows(embedding), trained_rows(output)
-        if trained_inputs is not None:
-            kwargs["inputs_embeds"] = embed(kwargs.pop("input_ids"), frozen_weight(embedding), trained_inputs)
+        noise = neftune_noise_alpha if self.training else None
+        if trained_inputs is not None or noise:
+            ids = kwargs.pop("input_ids")
+            embedded = embed(ids, frozen_weight(embedding), trained_inputs) if trained_inputs else embedding(ids)
+            kwargs["inputs_embeds"] = add_noise(embedded, kwargs["cu_seq_lens_q"], noise) if noise else embedded
         if needs_no_mask(self.config._attn_implementation, kwargs):
             # A mask for each kind of layer is taken as it is, and none is made: it would be tokens x tokens.
             kwargs["attention_mask"] = dict.fromkeys(self.config.layer_types)
@@ -192,3 +199,25 @@ def embed(input_ids: Tensor, weight: Tensor, trained: TokenRows) -> Tensor:
     embedded = nn.functional.embedding(input_ids, weight)
     replaced = is_row.to(embedded.dtype) @ trained.rows.to(embedded.dtype)
     return torch.where(is_row.any(dim=-1, keepdim=True), replaced, embedded)
+
+
+def add_noise(embedded: Tensor, boundaries: Tensor, alpha: float) -> Tensor:
+    """Embeddings with uniform noise of at most alpha / sqrt(length x hidden_size), as in NEFTune (arXiv:2310.05914).
+
+    The length is that of each sample, as if it stood alone: that of the pack would make the noise of short samples
+    weaker the more of them a pack holds.
+
+    Args:
+        embedded: Shape (1, tokens, hidden_size).
+        boundaries: Where samples begin and the last one ends, shape (samples + 1,).
+        alpha: Strength of the noise.
+
+    Returns:
+        Of the shape and type of `embedded`.
+    """
+    lengths = boundaries.diff()
+    # With the size given, nothing waits for the GPU to count.
+    of_token = lengths.repeat_interleave(lengths, output_size=embedded.shape[1])
+    most = alpha / (of_token * embedded.shape[2]).float().sqrt()
+    noise = torch.empty_like(embedded, dtype=torch.float32).uniform_(-1, 1)
+    return embedded + (noise * most[:, None]).to(embedded.dtype)

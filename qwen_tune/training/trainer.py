@@ -90,7 +90,7 @@ class LoraTrainer(SFTTrainer):
         self.saved = SavedCheckpoints(run, recipe.train.save_total_limit, lambda text: self.metrics.display.note(text))
         self.evaluations: list[Evaluation] = []
         self.best: Evaluation | None = None  # of those that have a checkpoint
-        add_labelled_loss(model)
+        add_labelled_loss(model, neftune_noise_alpha=recipe.train.neftune_noise_alpha)
         super().__init__(model=model, **kwargs)
         # TRL casts the trained tensors of a quantized model to bfloat16, in which small updates are lost.
         for parameter in self.model.parameters():
