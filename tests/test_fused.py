@@ -483,6 +483,26 @@ def test_bytes_kept_and_operations_of_a_layer_of_qwen2_5_0_5b():
     assert ours.computing <= 0.5 * theirs.computing
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_an_mlp_that_is_computed_again_gives_the_same_bits(kind):
+    model = tuned(kind, torch.float32)
+    fuse(model)
+    once, _ = results(model, packed())
+    fuse(model, recompute_mlp=True)
+    again, used = results(model, packed())
+    assert used == FUSED
+    assert error(again, once) == 0
+
+
+def test_bytes_kept_where_the_mlp_is_computed_again():
+    model = adapted_layers(torch.bfloat16, layers=1)
+    fuse(model)
+    kept = layer_costs(model, torch.bfloat16).bytes
+    fuse(model, recompute_mlp=True)
+    # Without two tensors of the intermediate size, of two bytes a number.
+    assert layer_costs(model, torch.bfloat16).bytes == kept - 2 * 2 * 4864
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_it_is_as_near_to_float32_as_peft():
     model = adapted_layers(torch.bfloat16).cuda()

@@ -51,7 +51,6 @@ WAITING: dict[str, Any] = {
     "lora.modules_to_save": ["lm_head"],
     "lora.trainable_token_indices": [1],
     "lora.target_parameters": ["experts.gate_up_proj"],
-    "train.gradient_checkpointing": "selective",
     "train.eval_steps": 10,
     "train.save_steps": 10,
     "train.load_best_model_at_end": True,

@@ -110,6 +110,16 @@ def test_accumulation_changes_nothing(workspace, monkeypatch):
     assert (weights(whole) - weights(parts)).abs().max() < 1e-6
 
 
+def test_layers_that_are_computed_again_change_no_bit(workspace, monkeypatch):
+    once = run(workspace, monkeypatch, "run.dir=once", "train.gradient_checkpointing=none")
+    selective = run(workspace, monkeypatch, "run.dir=selective", "train.gradient_checkpointing=selective")
+    assert torch.equal(weights(once), weights(selective))
+    for reason, override in (("the adapter has dropout", "lora.lora_dropout=0.1"), ("is off", "model.kernels=off")):
+        with pytest.raises(RecipeError, match=f"got selective, which computes .*{reason}.* Fix: write full"):
+            run(workspace, monkeypatch, "run.dir=no", "train.gradient_checkpointing=selective", override)
+        assert not (workspace / "no").exists()
+
+
 def test_the_same_recipe_gives_the_same_weights_and_a_seed_other_ones(workspace, monkeypatch):
     one = run(workspace, monkeypatch, "run.dir=one")
     again = run(workspace, monkeypatch, "run.dir=again")

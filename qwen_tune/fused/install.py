@@ -53,11 +53,12 @@ class Fused:
         return f"{self.attention} attentions and {self.mlp} MLPs of {self.layers} layers fused{why}"
 
 
-def fuse(model: nn.Module) -> Fused:
+def fuse(model: nn.Module, *, recompute_mlp: bool = False) -> Fused:
     """Lets decoder layers train in their fused form, where they have one; `unfuse` undoes it.
 
     Args:
         model: A model of Transformers with or without PEFT around it; adapters added later are seen as well.
+        recompute_mlp: Whether gate and up projection are computed again in the backward, to keep less.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     reasons: Counter[str] = Counter()
@@ -66,6 +67,7 @@ def fuse(model: nn.Module) -> Fused:
         if type(layer) not in LAYERS:
             reasons[f"{type(layer).__name__} is not a layer that is known here"] += 2
             continue
+        layer.recomputes_mlp = recompute_mlp
         fused = 0
         for name, read in (("attention", _read_attention), ("mlp", _read_mlp)):
             try:
@@ -85,6 +87,7 @@ def unfuse(model: nn.Module) -> None:
         own = vars(module).get("forward")
         if isinstance(own, types.MethodType) and own.__func__ is _forward:
             del module.forward
+        vars(module).pop("recomputes_mlp", None)
 
 
 def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -186,7 +189,8 @@ def _read_mlp(layer: Any, dtype: torch.dtype | None) -> tuple[MlpWeights, list[T
     check_untouched((module, module.act_fn))
     eps = _read_norm(layer.post_attention_layernorm)
     gate, up, down = (read_projection(part, dtype) for part in (module.gate_proj, module.up_proj, module.down_proj))
-    weights = MlpWeights(layer.post_attention_layernorm.weight, eps, gate[0], up[0], down[0], dtype or torch.float32)
+    norm, dtype = layer.post_attention_layernorm.weight, dtype or torch.float32
+    weights = MlpWeights(norm, eps, gate[0], up[0], down[0], dtype, layer.recomputes_mlp)
     return weights, _one_type([gate[1], up[1], down[1]])
 
 

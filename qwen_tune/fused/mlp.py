@@ -7,7 +7,8 @@ With σ the logistic function, silu(e) = e σ(e) and silu'(e) = σ(e) (1 + e (1 
     dg = dm silu(e)      de = dm g silu'(e)
 
 Kept are h, e and g, of which h is there anyway; n and m are computed again. The graph that it replaces keeps n, silu(e)
-and m besides.
+and m besides. Where memory is short, e and g are computed again as well: two products of the layer's seven more, and
+what is kept of this half is h, which is there anyway, and r-wide products.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
-from qwen_tune.fused.lora_math import Projection, StackedGradients, project, project_backward, stacks
+from qwen_tune.fused.lora_math import Projection, Stack, StackedGradients, project, project_backward, stacks
 from qwen_tune.fused.norm import normalized, rms_norm, rms_norm_backward
 
 
 @dataclass(frozen=True)
 class MlpWeights:
-    """What of it is frozen, and the type that it is multiplied in."""
+    """What of it is frozen, the type that it is multiplied in, and whether e and g are computed again."""
 
     norm: Tensor
     eps: float
@@ -34,6 +35,7 @@ class MlpWeights:
     up: Projection
     down: Projection
     dtype: torch.dtype
+    recompute: bool = False
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -47,14 +49,13 @@ class _Mlp(torch.autograd.Function):
         inner, outer = stacks(adapters, weights.counts, weights.dtype)
         x = hidden.flatten(0, -2)
         normed, rstd = rms_norm(x, weights.norm, weights.eps)
-        normed = normed.to(weights.dtype)
-        gate, up = (normed.new_empty((len(x), p.features)) for p in (weights.gate, weights.up))
-        reduced = project(normed, (weights.gate, weights.up), inner, (gate, up))
+        gate, up, reduced = _gate_and_up(normed.to(weights.dtype), weights, inner)
         product = silu(gate).mul_(up)
-        down = normed.new_empty((len(x), weights.down.features))
+        down = product.new_empty((len(x), weights.down.features))
         product_reduced = project(product, (weights.down,), outer, (down,))
         ctx.weights = weights
-        ctx.save_for_backward(x, rstd, gate, up, reduced, product_reduced, *adapters)
+        wide = (None, None) if weights.recompute else (gate, up)
+        ctx.save_for_backward(x, rstd, *wide, reduced, product_reduced, *adapters)
         return (x + down).view_as(hidden)
 
     @staticmethod
@@ -63,6 +64,9 @@ class _Mlp(torch.autograd.Function):
         weights: MlpWeights = ctx.weights
         x, rstd, gate, up, reduced, product_reduced, *adapters = ctx.saved_tensors
         inner, outer = stacks(adapters, weights.counts, weights.dtype)
+        if weights.recompute:
+            normed, _ = rms_norm(x, weights.norm, weights.eps)
+            gate, up, _ = _gate_and_up(normed.to(weights.dtype), weights, inner)
         gradients = StackedGradients(adapters, weights.counts, gate)
         inner_gradients, outer_gradients = gradients.stacks
         grad = grad_output.flatten(0, -2)
@@ -93,6 +97,13 @@ class _Mlp(torch.autograd.Function):
                 grad_output
             )
         return None, grad_hidden, *gradients.in_order()
+
+
+def _gate_and_up(normed: Tensor, weights: MlpWeights, adapters: Stack) -> tuple[Tensor, Tensor, Tensor | None]:
+    """E and g, shape (tokens, intermediate_size) each, and u of their adapters."""
+    projections = (weights.gate, weights.up)
+    gate, up = (normed.new_empty((len(normed), projection.features)) for projection in projections)
+    return gate, up, project(normed, projections, adapters, (gate, up))
 
 
 def mlp(hidden: Tensor, weights: MlpWeights, adapters: list[Tensor]) -> Tensor:

@@ -52,7 +52,6 @@ NOT_YET: tuple[NotYet, ...] = (
     NotYet("lora.target_modules", lambda value: value == "all-linear+embeddings", "write all-linear"),
     NotYet("lora.init_lora_weights", lambda value: value in ("eva", "corda"), "write true, pissa or olora"),
     NotYet("lora.target_parameters", bool, _LATER.format("null")),
-    NotYet("train.gradient_checkpointing", _other_than("auto", "none", "full"), "write auto, none or full"),
     NotYet("export.formats", bool, _LATER.format("[]")),
     NotYet("hub.push", lambda value: "export" in value, "write adapter, merged or both"),
 )

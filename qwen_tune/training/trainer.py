@@ -22,7 +22,6 @@ from transformers import PrinterCallback, TrainerControl, TrainerState
 from trl import SFTTrainer
 
 from qwen_tune.errors import Interrupted, Problem, RunError, TrainingError
-from qwen_tune.fused.install import fuse
 from qwen_tune.machine import is_main_process
 from qwen_tune.model.adapter_writer import AdapterWriter
 from qwen_tune.model.answers import greedy_answer
@@ -40,7 +39,7 @@ from qwen_tune.training.saving import SavedCheckpoints
 from qwen_tune.training.schedule import Schedule
 from qwen_tune.training.state import load_optimizer, random_state, save_optimizer, set_random_state
 from qwen_tune.training.stopping import StopRequest
-from qwen_tune.training.trainer_config import sft_config, try_trainer_args
+from qwen_tune.training.trainer_config import fuse_layers, sft_config, try_trainer_args
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -97,7 +96,7 @@ class LoraTrainer(SFTTrainer):
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.float()
         writer.remember_start(self.model)
-        self.fused = fuse(self.model) if recipe.model.kernels == "auto" else None
+        self.fused = fuse_layers(self.model, recipe)
         self.watch = StepWatch(
             model.config.get_text_config().vocab_size,
             skips=recipe.train.on_bad_step == "skip",

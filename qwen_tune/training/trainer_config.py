@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import tempfile
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import Trainer
 from trl import SFTConfig
 
 from qwen_tune.errors import Problem, RecipeError, first_line
+from qwen_tune.fused.install import Fused, fuse
 from qwen_tune.machine import uses_gpu
 from qwen_tune.recipe.schema import Recipe, TrainSpec
 from qwen_tune.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def sft_config(recipe: Recipe, schedule: Schedule, dtype: torch.dtype) -> SFTConfig:
@@ -74,6 +79,20 @@ def checkpoints_gradients(train: TrainSpec) -> bool:
     if train.gradient_checkpointing == "auto":
         return uses_gpu()
     return train.gradient_checkpointing == "full"
+
+
+def fuse_layers(model: PeftModel, recipe: Recipe) -> Fused | None:
+    """Lets decoder layers train in their fused form, unless the recipe has it off.
+
+    Raises:
+        RecipeError: The recipe wants MLPs computed again, and some of them are not fused.
+    """
+    again = recipe.train.gradient_checkpointing == "selective"
+    fused = fuse(model, recompute_mlp=again) if recipe.model.kernels == "auto" else None
+    if again and (fused is None or fused.mlp < fused.layers):
+        what = f"got selective, which computes the MLPs of fused layers again: {fused or 'model.kernels is off'}"
+        raise RecipeError(Problem("train.gradient_checkpointing", what, "write full"))
+    return fused
 
 
 def try_trainer_args(trainer: Trainer, recipe: Recipe, schedule: Schedule) -> None:
