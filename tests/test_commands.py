@@ -182,7 +182,7 @@ def test_a_finished_run_has_nothing_to_do_and_a_dry_run_writes_nothing(qwen_tune
     again = qwen_tune("train", "recipe.yaml", "train.max_steps=1", cwd=workspace)
     assert (again.returncode, "nothing to do" in again.stdout) == (0, True)
     other = qwen_tune("train", "recipe.yaml", "train.max_steps=1", "train.seed=7", cwd=workspace)
-    assert (other.returncode, "of another recipe (train.seed)" in other.stderr) == (2, True)
+    assert (other.returncode, "of another recipe (train.seed was 42, now 7)" in other.stderr) == (2, True)
     more = qwen_tune("train", "recipe.yaml", "train.max_steps=2", cwd=workspace)
     assert (more.returncode, "it has no checkpoint to go on from" in more.stderr) == (2, True)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
+from conftest import environment
 from layer_costs import LINEAR, adapted_layers, angles, forward, layer_costs
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -25,6 +28,7 @@ from qwen_tune.fused import attention, norm, rotation
 from qwen_tune.fused import mlp as fused_mlp
 from qwen_tune.fused.install import fuse, unfuse
 from qwen_tune.fused.lora_math import Projection
+from qwen_tune.fused.trial import STEPS, compile_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -503,6 +507,36 @@ def test_bytes_kept_where_the_mlp_is_computed_again():
     assert layer_costs(model, torch.bfloat16).bytes == kept - 2 * 2 * 4864
 
 
+def test_steps_that_cannot_be_compiled_stay_as_they_are(tmp_path):
+    """In a process of its own: the compiler is looked for once."""
+    script = (
+        "import torch\n"
+        "from qwen_tune.fused.trial import STEPS, compile_steps\n"
+        "print(compile_steps(torch.device('cpu'), torch.float32), any(step.compiled for step in STEPS))\n"
+    )
+    variables = environment(CXX="/bin/false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    result = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("they cannot be compiled here (")
+    assert result.stdout.endswith("False\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_that_are_compiled_give_the_same(dtype):
+    """On a CPU, where compiling them takes half a minute; `auto` does it on a GPU alone."""
+    try:
+        assert compile_steps(torch.device("cpu"), dtype) is None
+        model = tuned(dtype=torch.float32)
+        fuse(model)
+        compiled, used = results(model, packed())
+        assert used == FUSED
+    finally:
+        for step in STEPS:
+            step.stay_plain()
+    plain, _ = results(model, packed())
+    assert error(compiled, plain) < 1e-5
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_it_is_as_near_to_float32_as_peft():
     model = adapted_layers(torch.bfloat16).cuda()
@@ -517,7 +551,8 @@ def test_on_a_gpu_it_is_as_near_to_float32_as_peft():
 
     exact = run(copy.deepcopy(model).float(), hidden.float())
     theirs = run(model, hidden)
-    assert fuse(model).reasons == {}
+    fused = fuse(model)
+    assert (fused.reasons, fused.plain) == ({}, None)
     ours = run(model, hidden)
     distances = [
         sum(((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)) for found in (ours, theirs)

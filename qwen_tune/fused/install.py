@@ -41,16 +41,19 @@ class Fused:
         attention: Layers whose first half is fused.
         mlp: Layers whose second half is fused.
         reasons: Why halves are not, each with the number of halves.
+        plain: Why the element-wise steps of fused halves are not compiled to a kernel each; None where they are.
     """
 
     layers: int
     attention: int
     mlp: int
     reasons: Mapping[str, int]
+    plain: str | None
 
     def __str__(self) -> str:
         why = "".join(f"; {count} not: {reason}" for reason, count in self.reasons.items())
-        return f"{self.attention} attentions and {self.mlp} MLPs of {self.layers} layers fused{why}"
+        compiled = "" if self.plain else ", their element-wise steps compiled"
+        return f"{self.attention} attentions and {self.mlp} MLPs of {self.layers} layers fused{compiled}{why}"
 
 
 def fuse(model: nn.Module, *, recompute_mlp: bool = False) -> Fused:
@@ -78,7 +81,18 @@ def fuse(model: nn.Module, *, recompute_mlp: bool = False) -> Fused:
                 reasons[str(reason)] += 1
         if fused and "forward" not in vars(layer):
             layer.forward = types.MethodType(_forward, layer)
-    return Fused(len(layers), counts["attention"], counts["mlp"], dict(reasons))
+    plain = _compile_for(model) if counts else "nothing is fused"
+    return Fused(len(layers), counts["attention"], counts["mlp"], dict(reasons), plain)
+
+
+def _compile_for(model: nn.Module) -> str | None:
+    """Compiles the element-wise steps where that pays; else why it does not."""
+    weight = next(model.parameters())
+    if weight.device.type != "cuda":
+        return "on a CPU a step of a layer takes far longer than starting it"
+    from qwen_tune.fused.trial import compile_steps
+
+    return compile_steps(weight.device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32)
 
 
 def unfuse(model: nn.Module) -> None:

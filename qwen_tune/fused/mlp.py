@@ -2,10 +2,6 @@
 
     n = rms_norm(h)      e = gate(n)      g = up(n)      m = silu(e) g      y = h + down(m)
 
-With σ the logistic function, silu(e) = e σ(e) and silu'(e) = σ(e) (1 + e (1 - σ(e))), so that from dm:
-
-    dg = dm silu(e)      de = dm g silu'(e)
-
 Kept are h, e and g, of which h is there anyway; n and m are computed again. The graph that it replaces keeps n, silu(e)
 and m besides. Where memory is short, e and g are computed again as well: two products of the layer's seven more, and
 what is kept of this half is h, which is there anyway, and r-wide products.
@@ -19,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import silu
 
 from qwen_tune.fused.lora_math import Projection, Stack, StackedGradients, project, project_backward, stacks
 from qwen_tune.fused.norm import normalized, rms_norm, rms_norm_backward
+from qwen_tune.fused.swiglu import swiglu, swiglu_backward
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class _Mlp(torch.autograd.Function):
         x = hidden.flatten(0, -2)
         normed, rstd = rms_norm(x, weights.norm, weights.eps)
         gate, up, reduced = _gate_and_up(normed.to(weights.dtype), weights, inner)
-        product = silu(gate).mul_(up)
+        product = swiglu(gate, up)
         down = product.new_empty((len(x), weights.down.features))
         product_reduced = project(product, (weights.down,), outer, (down,))
         ctx.weights = weights
@@ -70,15 +66,13 @@ class _Mlp(torch.autograd.Function):
         gradients = StackedGradients(adapters, weights.counts, gate)
         inner_gradients, outer_gradients = gradients.stacks
         grad = grad_output.flatten(0, -2)
-        activated = silu(gate)
-        product = activated * up
+        product = swiglu(gate, up)
         grad_product = project_backward(
             (grad.to(weights.dtype),), product, product_reduced, (weights.down,), outer, outer_gradients
         )
         assert grad_product is not None
-        grad_up = activated.mul_(grad_product)
-        # Into the product's memory: of the wide tensors only three are there at once beside the kept ones.
-        grad_gate = torch.ops.aten.silu_backward(grad_product.mul_(up), gate, grad_input=product)
+        del product
+        grad_gate, grad_up = swiglu_backward(grad_product, gate, up)
         x_hat = normalized(x, rstd)
         wants_input = ctx.needs_input_grad[1]
         grad_normed = project_backward(

@@ -16,7 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwen_tune.fused.compiled import OneKernel
 
+
+@OneKernel
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The norm of the last dimension.
 
@@ -35,11 +38,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return torch.mul(x, rstd, out=torch.empty_like(x)) * weight, rstd
 
 
+@OneKernel
 def normalized(x: Tensor, rstd: Tensor) -> Tensor:
     """x̂, in the type of r."""
     return x * rstd
 
 
+@OneKernel
 def rms_norm_backward(
     grad: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor, dtype: torch.dtype, *, plus: Tensor | None = None
 ) -> Tensor:

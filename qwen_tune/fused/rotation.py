@@ -13,7 +13,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from qwen_tune.fused.compiled import OneKernel
 
+
+@OneKernel
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the channels of every head.
 
@@ -32,6 +35,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
+@OneKernel
 def rotate_backward(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The gradient of `rotate`, dx, from dy; shapes are the same."""
     x = grad * cos
