@@ -18,6 +18,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+MODULES = ("trl.trainer.sft_trainer", "qwen_tune.training.trainer", "qwen_tune.train")
+"""What a run imports, and what most of its time goes into on a tiny model."""
+
 
 class ForkServer:
     """Runs `qwen-tune` commands; what it has imported has read the environment that it was started with."""

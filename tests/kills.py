@@ -12,9 +12,6 @@ from pathlib import Path
 
 from fork_server import ForkServer
 
-MODULES = ("trl.trainer.sft_trainer", "qwen_tune.training.trainer", "qwen_tune.train")
-"""What a run imports, and what most of its time goes into on a tiny model."""
-
 
 @dataclass
 class Kills:

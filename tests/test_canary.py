@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 from conftest import TINY, environment, make_workspace
-from fork_server import fork_server
+from fork_server import MODULES, fork_server
 from hub_write_server import serve_hub
-from kills import MODULES
 from wandb_server import serve
 
 HUB = "hf_" + "CanaryOfTheHub" + "0123456789abcdef"

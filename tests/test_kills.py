@@ -6,8 +6,8 @@ import sys
 
 import pytest
 from conftest import environment, make_workspace
-from fork_server import fork_server
-from kills import MODULES, train_through_kills
+from fork_server import MODULES, fork_server
+from kills import train_through_kills
 
 SETTINGS = ["train.max_steps=12", "train.save_steps=1", "train.logging_steps=1", "lora.lora_dropout=0.1"]
 

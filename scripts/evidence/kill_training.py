@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from conftest import environment, make_workspace  # noqa: E402
-from fork_server import fork_server  # noqa: E402
-from kills import MODULES, train_through_kills  # noqa: E402
+from fork_server import MODULES, fork_server  # noqa: E402
+from kills import train_through_kills  # noqa: E402
 
 SETTINGS = ["train.save_steps=1", "train.logging_steps=1", "lora.lora_dropout=0.1", "train.eval_steps=5"]
 
