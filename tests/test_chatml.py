@@ -126,7 +126,7 @@ def rows(draw, revision):
     return row, options
 
 
-@for_each_template(examples=200)
+@for_each_template(examples=120)
 def test_labels_equal_the_oracle(template, name, drawn):
     row, options = drawn.draw(rows(REVISIONS[name]))
     tokenizer = template[name].tokenizer

@@ -62,7 +62,9 @@ def sft_config(recipe: Recipe, schedule: Schedule, dtype: torch.dtype) -> SFTCon
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "use_cpu": on_cpu,
+        # From pinned memory a batch is copied while the GPU computes.
         "dataloader_pin_memory": not on_cpu,
+        "accelerator_config": {"non_blocking": not on_cpu},
         # Every trained tensor takes part in every step: nothing to look for, and looking costs time.
         "ddp_find_unused_parameters": False,
     }
