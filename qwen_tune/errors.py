@@ -76,14 +76,23 @@ class RunError(QwenTuneError):
 
 
 class TrainingError(QwenTuneError):
-    """Training stopped for a reason that the user has to decide on."""
+    """Training stopped for a reason that the user has to decide on.
+
+    `met_by_all` says that every process of the run raises it, so that one is enough to tell it.
+    """
+
+    def __init__(self, problems: Problem | str | Iterable[Problem], *, met_by_all: bool = False) -> None:
+        super().__init__(problems)
+        self.met_by_all = met_by_all
 
 
 class Interrupted(KeyboardInterrupt):
     """A run that was asked to stop and has saved its work; ends with exit code 130."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"interrupted behind step {step}, which is saved. The same command goes on from there")
+    def __init__(self, step: int, command: str = "") -> None:
+        self.step = step
+        how = f"Go on with: {command}" if command else "The same command goes on from there"
+        super().__init__(f"interrupted behind step {step}, which is saved. {how}")
 
 
 class MergeError(QwenTuneError):

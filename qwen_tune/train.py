@@ -18,12 +18,13 @@ if __name__ == "__main__":
     _folder = Path(__file__).resolve().parent
     sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if Path(entry).resolve() != _folder)]
 
+from qwen_tune.errors import Interrupted
 from qwen_tune.machine import bring_in, check_world, is_main_process, prepare_process, say
 from qwen_tune.recipe.files import load_recipe, to_yaml
 from qwen_tune.runs.directory import RunDir
 from qwen_tune.runs.resume import Plan, check_resume
 from qwen_tune.tracking.tracking import check_trackers, tracked
-from qwen_tune.training.launch import launch, processes_to_start
+from qwen_tune.training.launch import command_to_go_on, launch, processes_to_start
 
 
 def train(
@@ -96,7 +97,7 @@ def train(
     data = prepare_data(recipe.data, ChatTemplate(tokenizer), seed=recipe.train.seed)
     packs = pack(data.train.examples, recipe.data)
     schedule = plan_schedule(recipe.train, packing=recipe.data.packing, rows=len(packs))
-    facts = record.start_facts(recipe, overrides, base, tokenizer, data, schedule, untuned=untuned)
+    facts = record.start_facts(recipe, overrides, base, tokenizer, data, schedule, dtype, untuned=untuned)
     facts |= check_resume(plan, run, facts, schedule.max_steps)
     summary.show_start(recipe, run, plan, base, tokenizer, data, schedule, dtype, untuned=untuned)
     summary.show_drift(plan, facts)
@@ -121,7 +122,10 @@ def train(
     kept = recording(run, text, plan, facts, trainer.accelerator, overwrite=overwrite, resume=recipe.train.resume)
     with kept, advising(recipe), tracked(recipe, run.path, facts, plan) as trainer.metrics.trackers:
         before = trainer.loss_before(plan)
-        trainer.train(plan.checkpoint)
+        try:
+            trainer.train(plan.checkpoint)
+        except Interrupted as error:
+            raise Interrupted(error.step, command_to_go_on(recipe_path, overrides, recipe)) from None
         trainer.load_best()
         after = trainer.evaluation_loss()
         if is_main_process():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
 from conftest import make_workspace
 
+from qwen_tune.runs.checkpoints import MANIFEST, OWN_HASH, fault_of, list_checkpoints
 from qwen_tune.train import train
 
 # Dropout, packs, accumulation, evaluation, and steps that are logged at other times than they are saved.
@@ -58,3 +60,19 @@ def leave_unfinished(run_dir: Path, *gone: str) -> None:
     for name in gone:
         shutil.rmtree(run_dir / "checkpoints" / name)
     (run_dir / "run.json").write_text(json.dumps({**facts(run_dir), "state": "running", "exit": None}))
+
+
+def written_under(run_dir: Path, **facts_of_another) -> None:
+    """Makes a run's checkpoints ones that were written under other facts."""
+    for path in list_checkpoints(run_dir / "checkpoints"):
+        manifest = json.loads((path / MANIFEST).read_text())
+        manifest["facts"] |= facts_of_another
+        own = {key: value for key, value in manifest.items() if key != OWN_HASH}
+        manifest[OWN_HASH] = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+        (path / MANIFEST).write_text(json.dumps(manifest))
+        assert fault_of(path) is None
+
+
+def rates(run_dir: Path) -> list[tuple[int, float]]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["learning_rate"]) for line in lines if "loss" in line]

@@ -61,7 +61,7 @@ def breaking(workspace):
 def where_it_breaks(folder: Path, monkeypatch, *overrides: str) -> int:
     with pytest.raises(TrainingError) as told:
         run(folder, monkeypatch, "model.base=./breaking", *RUN, *overrides)
-    assert "the loss and the gradient norm are no numbers; its rows are rows.jsonl:20. Fix: look at" in str(told.value)
+    assert "the loss and the gradient norm are no numbers; its rows are rows.jsonl:20. Fix: mend" in str(told.value)
     assert "train.on_bad_step=skip" in str(told.value)
     record = facts(folder / "run")
     assert (record["state"], record["exit"]) == ("failed", 2)
@@ -101,6 +101,27 @@ def test_a_step_that_is_left_out_changes_nothing(breaking, monkeypatch):
     before, behind = (path / "checkpoints" / f"step-{n}" for n in (step - 1, step))
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
         assert (before / name).read_bytes() == (behind / name).read_bytes()
+
+
+def test_a_ruined_model_is_never_saved(breaking, monkeypatch):
+    """Not by an evaluation that ends the run early, either, long before anything is logged."""
+    early = ("data.eval=[{path: clean.jsonl}]", "train.eval_steps=1", "train.max_steps=20")
+    lines = (breaking / "rows.jsonl").read_text().splitlines(keepends=True)
+    (breaking / "clean.jsonl").write_text("".join(lines[:5]))
+    settings = ("model.base=./breaking", *RUN, "train.logging_steps=100", "train.save_steps=100", *early)
+    with pytest.raises(TrainingError, match=r"step \d+: the loss and the gradient norm are no numbers"):
+        run(breaking, monkeypatch, *settings)
+    assert not (breaking / "run" / "checkpoints").exists()
+    assert "NaN" not in (breaking / "run" / "run.json").read_text()
+
+
+def test_mended_rows_leave_no_bad_step_behind(breaking, monkeypatch):
+    step = where_it_breaks(breaking, monkeypatch, "train.save_steps=1")
+    rows = (breaking / "rows.jsonl").read_text().replace(json.dumps(WORD)[1:-1], "")
+    (breaking / "rows.jsonl").write_text(rows)
+    settings = ("model.base=./breaking", *RUN, "train.save_steps=1", "train.allow_drift=[data_fingerprint]")
+    record = facts(run(breaking, monkeypatch, *settings))
+    assert (record["bad_steps"], record["drift"][0]["step"]) == ([], step - 1)
 
 
 def watch(shares: list[list[float]], norms: list[float], **settings) -> tuple[StepWatch, list]:

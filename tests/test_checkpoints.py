@@ -187,3 +187,60 @@ def test_what_could_hold_a_secret_is_for_its_owner_alone(tmp_path, monkeypatch):
     # An adapter is made to be read by others.
     for name in ("adapter", "adapter/adapter_model.safetensors", "adapter/README.md", "metrics.jsonl"):
         assert (path / name).stat().st_mode & 0o044 == 0o044, name
+
+
+RUIN = ("train.learning_rate=0.5", "train.warmup_steps=4", "train.max_grad_norm=0", "train.eval_steps=1")
+BEST = (*RUIN, "train.max_steps=7", "train.save_steps=1", "train.load_best_model_at_end=true")
+
+
+@pytest.mark.parametrize("kind", ["gone", "damaged"])
+def test_a_best_checkpoint_that_is_not_whole_is_not_taken(workspace, monkeypatch, capsys, kind):
+    path = run(workspace, monkeypatch, *BEST, "train.save_total_limit=7")
+    best = path / "checkpoints" / f"step-{facts(path)['best']['step']}"
+    assert best.name != "step-7"
+    leave_unfinished(path)
+    shutil.rmtree(best) if kind == "gone" else flip(best / "adapter_model.safetensors")
+    run(workspace, monkeypatch, *BEST, "train.save_total_limit=7")
+    assert weights(path) == (path / "checkpoints" / "step-7" / "adapter_model.safetensors").read_bytes()
+    assert facts(path)["state"] == "finished"
+
+
+def test_what_killed_saves_left_is_cleared_away(uninterrupted, tmp_path, monkeypatch):
+    folder = copy_of(uninterrupted, tmp_path, at="step-6")
+    for left in (".adapter.77.tmp", "checkpoints/.step-9.77.tmp"):
+        (folder / "run" / left).mkdir()
+        (folder / "run" / left / "half").write_bytes(b"1")
+    with (folder / "run" / "metrics.jsonl").open("ab") as metrics:
+        metrics.write(bytes(80) + b"\n")  # as a power cut may leave a file
+    resumed = run(folder, monkeypatch)
+    assert not list(resumed.rglob(".*.tmp"))
+    assert weights(resumed) == weights(uninterrupted)
+
+
+@pytest.mark.parametrize("share", [0.15, 0.35, 0.55, 0.75, 0.95])
+def test_wherever_a_disk_is_full_it_is_told_and_the_same_command_goes_on(
+    uninterrupted, small_disk, tmp_path, monkeypatch, share
+):
+    """In any file of the first checkpoint, each of which another library writes."""
+    folder = make_workspace(tmp_path)
+    size = sum(file.stat().st_size for file in (uninterrupted / "checkpoints" / "step-3").iterdir())
+    filler = fill(small_disk, leave=round(share * size))
+    settings = (f"run.dir={small_disk}/run", "train.eval_steps=null", "data.eval=null", "train.max_steps=3")
+    with pytest.raises(TrainingError, match="does not fit on the disk"):
+        run(folder, monkeypatch, *settings)
+    assert not list((small_disk / "run" / "checkpoints").iterdir())
+    filler.unlink()
+    assert (run(folder, monkeypatch, *settings) / "adapter" / "adapter_config.json").exists()
+
+
+def test_a_disk_that_is_full_when_the_adapter_is_written(uninterrupted, small_disk, tmp_path, monkeypatch):
+    folder = make_workspace(tmp_path)
+    shutil.copytree(uninterrupted, small_disk / "run")
+    shutil.rmtree(small_disk / "run" / "adapter")
+    leave_unfinished(small_disk / "run")
+    filler = fill(small_disk, leave=200_000)
+    with pytest.raises(TrainingError, match="a disk is full"):
+        run(folder, monkeypatch, f"run.dir={small_disk}/run")
+    assert not list((small_disk / "run").glob(".adapter*"))
+    filler.unlink()
+    assert weights(run(folder, monkeypatch, f"run.dir={small_disk}/run")) == weights(uninterrupted)

@@ -7,11 +7,12 @@ import shutil
 
 import pytest
 from conftest import ROOT, make_workspace
-from resuming import copy_of, facts, leave_unfinished, run, weights
+from resuming import copy_of, facts, leave_unfinished, rates, run, weights, written_under
 
 from qwen_tune.errors import RecipeError, RunError
 from qwen_tune.recipe.files import load_recipe
 from qwen_tune.recipe.same_facts import FACTS, drift_names, is_drift_name
+from qwen_tune.runs.directory import RunDir
 from qwen_tune.runs.drift import recipe_drift
 from qwen_tune.train import train
 
@@ -96,45 +97,76 @@ def test_what_is_allowed_changes_and_is_recorded(uninterrupted, tmp_path, monkey
         assert now == pytest.approx([rate / 2 for rate in was])
 
 
-def rates(run_dir) -> list[tuple[int, float]]:
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [(line["step"], line["learning_rate"]) for line in lines if "loss" in line]
-
-
-def test_what_was_allowed_once_holds_after_the_next_kill(uninterrupted, tmp_path, monkeypatch):
+def test_an_allowed_change_is_the_runs_own_once_a_checkpoint_is_written_under_it(uninterrupted, tmp_path, monkeypatch):
     folder = copy_of(uninterrupted, tmp_path, at="step-6")
     changed = ("train.learning_rate=5e-4", "train.allow_drift=[train.learning_rate]")
     run(folder, monkeypatch, *changed)
     first = weights(folder / "run")
-    leave_unfinished(folder / "run", "step-9")
-    assert weights(run(folder, monkeypatch, *changed[:1])) == first  # it is the run's own now
+    leave_unfinished(folder / "run")
+    assert weights(run(folder, monkeypatch, *changed[:1])) == first
     leave_unfinished(folder / "run")
     with pytest.raises(RunError, match=r"train\.learning_rate: got 0\.001; .* begun with 0\.0005"):
         run(folder, monkeypatch)
-    # Whoever goes back to before the change has it from there on.
-    run(folder, monkeypatch, *changed[:1], "train.resume=run/checkpoints/step-3")
-    assert [(entry["step"], entry["field"]) for entry in facts(folder / "run")["drift"]] == [(3, "train.learning_rate")]
+    # Before that, what came to nothing has changed nothing.
+    leave_unfinished(folder / "run", "step-9")
+    assert weights(run(folder, monkeypatch)) == weights(uninterrupted)
+    assert facts(folder / "run")["drift"] == []
 
 
-@pytest.mark.parametrize("name", ["torch", "peft", "qwen-tune"])
-def test_other_versions_are_refused_unless_they_are_allowed(uninterrupted, tmp_path, monkeypatch, name):
+FACTS_OF_ANOTHER = {
+    "versions.torch": ("0.0.1", "the version of torch"),
+    "versions.qwen-tune": ("0.0.1", "the version of qwen-tune"),
+    "template_sha256": ("f" * 64, "the chat template"),
+    "tokenizer_sha256": ("f" * 64, "the tokenizer"),
+    "base.weights_fingerprint": ("f" * 64, "the base's weights"),
+    "base.config_sha256": ("f" * 64, "the base's config.json"),
+    "dtype": ("bfloat16", "the type that the base is held in"),
+    "world_size": (2, "the number of processes"),
+}
+
+
+@pytest.mark.parametrize("field", FACTS_OF_ANOTHER)
+def test_other_facts_are_refused_unless_they_are_allowed(uninterrupted, tmp_path, monkeypatch, field):
     folder = copy_of(uninterrupted, tmp_path, at="step-6")
-    record = facts(folder / "run")
-    (folder / "run" / "run.json").write_text(json.dumps({**record, "versions": {**record["versions"], name: "0.0.1"}}))
+    was, what = FACTS_OF_ANOTHER[field]
+    written_under(folder / "run", **{field: was})
     with pytest.raises(RunError) as told:
         run(folder, monkeypatch)
-    now = record["versions"][name]
-    field = f"versions.{name}"
-    assert f'{field}: the version of {name} changed since the run was begun: was "0.0.1", now "{now}"' in str(
-        told.value
-    )
+    assert f"{field}: {what} changed since the run was begun: was {json.dumps(was)[:12]}" in str(told.value)
     assert f"allow it with train.allow_drift=[{field}]" in str(told.value)
-    resumed = run(folder, monkeypatch, "train.allow_drift=[versions]")
-    assert facts(resumed)["drift"] == [{"step": 6, "field": field, "was": "0.0.1", "now": now}]
+    resumed = run(folder, monkeypatch, f"train.allow_drift=[{field.split('.')[0]}]")
+    [change] = facts(resumed)["drift"]
+    assert (change["step"], change["field"], change["was"]) == (6, field, was)
     assert weights(resumed) == weights(uninterrupted)
 
 
-@pytest.mark.parametrize("override", ["lora.r=4", "train.optim=sgd", "lora.target_modules=attention"])
+def test_every_name_that_is_proposed_is_taken(uninterrupted, tmp_path, monkeypatch):
+    folder = copy_of(uninterrupted, tmp_path, at="step-6")
+    changes = ("lora.alpha_pattern={q_proj: 64}", "data.train=[{path: rows.jsonl, columns: {chat: messages}}]")
+    with pytest.raises(RunError) as told:
+        run(folder, monkeypatch, *changes)
+    assert len(told.value.problems) == 2
+    proposed = "train.allow_drift=[data.train, lora.alpha_pattern]"
+    assert proposed in str(told.value)
+    assert load_recipe(folder / "recipe.yaml", [proposed]).train.allow_drift
+
+
+def test_keys_of_the_loader_and_the_name_change_nothing():
+    before = "name: a\ntrain: {trainer_args: {dataloader_num_workers: 0, adam_beta1: 0.9}}"
+    after = "name: b\ntrain: {trainer_args: {dataloader_num_workers: 2, adam_beta1: 0.8}}"
+    assert [found.field for found in recipe_drift(before, after)] == ["train.trainer_args.adam_beta1"]
+
+
+def test_a_recipe_may_change_before_the_first_checkpoint(uninterrupted, tmp_path, monkeypatch):
+    folder = copy_of(uninterrupted, tmp_path, at="step-6")
+    shutil.rmtree(folder / "run" / "checkpoints")
+    for state in ("running", "failed"):
+        (folder / "run" / "run.json").write_text(json.dumps({**facts(folder / "run"), "state": state}))
+        plan = RunDir(folder / "run").check("train: {seed: 1}", overwrite=False, resume="auto")
+        assert plan.begins_anew
+
+
+@pytest.mark.parametrize("override", ["lora.r=4", "train.optim=sgd", "train.loraplus_lr_ratio=2"])
 def test_what_decides_the_tensors_cannot_be_allowed(uninterrupted, tmp_path, monkeypatch, override):
     folder = copy_of(uninterrupted, tmp_path, at="step-6")
     with pytest.raises(RunError, match="its checkpoints have no tensors for another"):

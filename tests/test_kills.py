@@ -19,6 +19,7 @@ def test_kills_change_nothing(tmp_path):
         whole = server("train", "recipe.yaml", "run.dir=whole", *SETTINGS, cwd=folder)
         assert whole.returncode == 0, whole.stderr
         kills = train_through_kills(server, folder, "killed", SETTINGS, kills=5)
+    assert kills.count == 5
     assert kills.inside_a_save >= 1
     for name in ("adapter_model.safetensors", "tokenizer.json", "generation_config.json"):
         assert (folder / "killed/adapter" / name).read_bytes() == (folder / "whole/adapter" / name).read_bytes()

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from accelerate import skip_first_batches
 from conftest import make_workspace
-from resuming import copy_of, leave_unfinished, losses, run, weights
+from resuming import copy_of, facts, leave_unfinished, losses, rates, run, weights
 from torch.utils.data import DataLoader
 
 from qwen_tune.errors import Interrupted, RunError
 from qwen_tune.prepared.packing import Packs
+from qwen_tune.recipe.schema import Recipe
 from qwen_tune.training.batches import PackCollator, SeededOrder, pack_dataset
 
 pytest_plugins = ("resume_fixtures",)
@@ -128,3 +129,48 @@ def test_what_was_trained_is_passed_over_without_being_read():
     rest = skip_first_batches(loader, 990)
     assert len(list(rest)) == 10
     assert ReadPacks.read == list(order)[990:]
+
+
+def test_more_epochs_go_on_with_the_rates_of_the_longer_schedule(workspace, monkeypatch):
+    rows = (workspace / "rows.jsonl").read_text().splitlines(keepends=True)[:60]
+    (workspace / "rows.jsonl").write_text("".join(rows))
+    epochs = ("train.max_steps=null", "train.save_steps=1", "train.eval_steps=null", "data.eval=null")
+    path = run(workspace, monkeypatch, *epochs, "train.num_train_epochs=1", "train.logging_steps=1")
+    steps = facts(path)["steps"]
+    run(workspace, monkeypatch, *epochs, "train.num_train_epochs=2", "train.logging_steps=1")
+    whole = run(workspace, monkeypatch, *epochs, "train.num_train_epochs=2", "train.logging_steps=1", "run.dir=whole")
+    assert facts(path)["steps"] == 2 * steps
+    assert rates(path)[steps:] == rates(whole)[steps:]
+    assert rates(path)[steps - 1] < rates(whole)[steps - 1]
+
+
+def test_how_often_it_is_evaluated_changes_no_training(uninterrupted, workspace, monkeypatch):
+    assert weights(run(workspace, monkeypatch, "train.eval_steps=2")) == weights(uninterrupted)
+
+
+def test_a_finished_run_ends_with_its_best_once_that_is_asked_for(workspace, monkeypatch):
+    ruin = ("train.learning_rate=0.5", "train.warmup_steps=4", "train.max_grad_norm=0", "train.eval_steps=1")
+    settings = (*ruin, "train.max_steps=7", "train.save_steps=1", "train.save_total_limit=7")
+    path = run(workspace, monkeypatch, *settings)
+    best = facts(path)["best"]["step"]
+    assert best < 7
+    run(workspace, monkeypatch, *settings, "train.load_best_model_at_end=true")
+    assert weights(path) == (path / "checkpoints" / f"step-{best}" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "file_says", "command"),
+    [
+        (["train.max_steps=9"], "", "qwen-tune train r.yaml train.max_steps=9"),
+        (["train.resume=runs/x/checkpoints/step-3"], "", "qwen-tune train r.yaml train.resume=auto"),
+        ([], "never", "qwen-tune train r.yaml train.resume=auto"),
+        (["data.system=Be kind."], "", "qwen-tune train r.yaml 'data.system=Be kind.'"),
+    ],
+)
+def test_the_command_that_goes_on(overrides, file_says, command):
+    from qwen_tune.training.launch import command_to_go_on
+
+    chosen = [text.removeprefix("train.resume=") for text in overrides if text.startswith("train.resume")]
+    resume = chosen[0] if chosen else file_says or "auto"
+    recipe = Recipe(name="x", model={"base": "x"}, data={"train": [{"path": "x"}]}, train={"resume": resume})
+    assert command_to_go_on("r.yaml", overrides, recipe) == command

@@ -49,7 +49,7 @@ def test_the_same_recipe_has_nothing_to_do_and_another_one_is_refused(tmp_path):
     with pytest.raises(RunError, match=r"finished run.*run\.dir=.*--overwrite"):
         RunDir(run.path).check(RECIPE, overwrite=False, resume="never")
     with pytest.raises(RunError, match="of another recipe"):
-        RunDir(run.path).check("name: two\n", overwrite=False, resume="auto")
+        RunDir(run.path).check("train: {seed: 2}\n", overwrite=False, resume="auto")
 
 
 def test_a_directory_with_other_files_is_never_taken(tmp_path):

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_tune.chatml.template import END_OF_TURN
+from qwen_tune.disk import flush
 from qwen_tune.errors import Problem, RunError
 from qwen_tune.model.adapter_config import is_converted
 from qwen_tune.model.adapter_dir import ADAPTER_FILE
@@ -121,9 +122,16 @@ def save_adapter(model: PeftModel, writer: AdapterWriter, run: RunDir) -> None:
     """Writes the run's adapter. The directory appears whole: it is written beside its place and renamed."""
     target = run.adapter
     temporary = temporary_beside(target)
-    writer.write_plain(temporary, model)
+    try:
+        writer.write_plain(temporary, model)
+        for path in (*temporary.iterdir(), temporary):
+            flush(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
+    flush(target.parent)
     # A model that was merged from an earlier adapter of this run is none of this one.
     shutil.rmtree(run.merged, ignore_errors=True)
 

@@ -31,6 +31,7 @@ class ChatModel:
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+        from qwen_tune.chatml.trial import try_out
         from qwen_tune.model.adapter_dir import AdapterDir, load_with_adapters, what_to_take_instead
         from qwen_tune.model.loading import automatic_dtype, own_device
 
@@ -49,6 +50,8 @@ class ChatModel:
             expected = "expected a finished run, a checkpoint, an adapter or a model directory"
             raise RunError(Problem(str(path), f"{what}; {expected}", what_to_take_instead(path)))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # The template may be a stranger's.
+        try_out(lambda: tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False))
         if (folder / "generation_config.json").exists():
             # The base's own file may not know the end of a turn; the one beside the adapter does.
             model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -8,6 +8,8 @@ from qwen_tune.recipe.errors import known_sections
 
 FACTS = {
     "base.weights_fingerprint": "the base's weights",
+    "base.config_sha256": "the base's config.json",
+    "dtype": "the type that the base is held in",
     "tokenizer_sha256": "the tokenizer",
     "template_sha256": "the chat template",
     "data_fingerprint": "the rows (their token ids and labels)",

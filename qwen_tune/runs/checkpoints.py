@@ -71,7 +71,8 @@ def _flushed(directory: Path) -> dict[str, dict[str, Any]]:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The directories named `step-N`, oldest first, whole or not."""
-    found = [path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name)] if folder.is_dir() else []
+    there = folder.iterdir() if folder.is_dir() else ()
+    found = [path for path in there if STEP_NAME.fullmatch(path.name) and not path.is_symlink()]
     return sorted(found, key=step_of)
 
 

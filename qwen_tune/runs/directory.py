@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,9 +16,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from qwen_tune.disk import is_full
+from qwen_tune.disk import flush, is_full
 from qwen_tune.errors import Problem, QwenTuneError, RunError
-from qwen_tune.runs.checkpoints import list_checkpoints, step_of
+from qwen_tune.runs.checkpoints import list_checkpoints, read_manifest, step_of
 from qwen_tune.runs.drift import allowed_drift, asks_for_more, recipe_drift, refuse
 from qwen_tune.runs.resume import Plan, choose_checkpoint
 
@@ -124,21 +125,22 @@ class RunDir:
         state = self.recorded_facts().get("state")
         if resume == "never":
             raise self._refusal(state, "train.resume is never")
-        begun_with = self.recipe.read_text(encoding="utf-8") if self.recipe.exists() else ""
-        drift, allowed = recipe_drift(begun_with, recipe_yaml), allowed_drift(recipe_yaml)
-        is_done = state == FINISHED and resume == "auto" and not asks_for_more(begun_with, recipe_yaml)
-        if drift and is_done:
-            raise self._refusal(state, f"of another recipe ({'; '.join(map(str, drift))})")
-        refuse(drift, allowed)
-        if is_done:
+        begun_with = self.recipe.read_text(encoding="utf-8") if self.recipe.exists() else None
+        is_done = state == FINISHED and resume == "auto" and begun_with is not None
+        if is_done and not asks_for_more(begun_with or "", recipe_yaml):
+            if drift := recipe_drift(begun_with or "", recipe_yaml):
+                raise self._refusal(state, f"of another recipe ({'; '.join(map(str, drift))})")
             return Plan(nothing_to_do=True)
         checkpoint, notes = choose_checkpoint(self.checkpoints, resume)
-        was_stopped = state in (None, RUNNING, INTERRUPTED) and not self.adapter.exists()
-        if checkpoint is None and was_stopped and resume == "auto" and not notes:
+        if checkpoint is None and state != FINISHED and not self.adapter.exists() and resume == "auto" and not notes:
             # Before its first checkpoint: nothing is lost, and whatever starts jobs again need not know.
             return Plan(begins_anew=True)
         if checkpoint is None:
             raise self._refusal(state, "; ".join(["it has no checkpoint to go on from", *notes]))
+        # Compared with what the checkpoint was written under: recipe.yaml may be that of a start that came to nothing.
+        written_under = read_manifest(checkpoint).get("recipe") or begun_with or ""
+        drift, allowed = recipe_drift(written_under, recipe_yaml), allowed_drift(recipe_yaml)
+        refuse(drift, allowed)
         return Plan(checkpoint=checkpoint, notes=tuple(notes), drift=tuple(drift), allowed=tuple(allowed))
 
     def _is_unused(self) -> bool:
@@ -224,11 +226,13 @@ class RunDir:
         for later in list_checkpoints(self.checkpoints):
             if step_of(later) > step:
                 shutil.rmtree(later)
+        for left in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):  # of killed saves; the lock is ours
+            if left.is_dir():
+                shutil.rmtree(left)
         for path in (self.metrics, self.answers):
             if path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-                write_atomically(path, "".join(kept))
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+                write_atomically(path, "".join(line for line in lines if _step_of_line(line) <= step))
 
     def record(self, facts: Mapping[str, Any]) -> None:
         """Adds facts to run.json."""
@@ -296,6 +300,14 @@ class RunDir:
         return facts
 
 
+def _step_of_line(line: str) -> float:
+    """The step of a line of metrics; that of one which a crash has cut off or zeroed is behind every other."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 def _open_privately(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
@@ -324,3 +336,4 @@ def write_atomically(path: Path, text: str, *, private: bool = False) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    flush(path.parent)

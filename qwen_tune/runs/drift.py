@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +17,24 @@ from typing import Any
 import yaml
 
 from qwen_tune.errors import Problem, RunError
+from qwen_tune.recipe.errors import known_sections
 from qwen_tune.recipe.same_facts import FACTS
 
 LENGTH = ("train.num_train_epochs", "train.max_steps")
 """How long a run goes on; a run may be made longer, also when it has finished."""
 
+ENDS = (
+    *LENGTH,
+    "train.early_stopping_patience",
+    "train.early_stopping_threshold",
+    "train.load_best_model_at_end",
+)
+"""What decides where a run ends and with which adapter: a finished one goes on when they change."""
+
 ALLOWED = "train.allow_drift"
 
 HARMLESS = (
+    "name",
     "run",
     "tracking",
     "export",
@@ -42,6 +53,8 @@ HARMLESS = (
     "train.max_hours",
     "train.on_bad_step",  # a run that met one has stopped there, and goes on from before it
     "train.resume",
+    *(f"train.trainer_args.dataloader_{name}" for name in ("num_workers", "prefetch_factor", "pin_memory")),
+    "train.trainer_args.dataloader_persistent_workers",
     ALLOWED,
     *LENGTH,
 )
@@ -59,6 +72,7 @@ SHAPES = (
     "lora.trainable_token_indices",
     "lora.target_parameters",
     "train.optim",
+    "train.loraplus_lr_ratio",  # with one there are more parameter groups
 )
 """Keys that decide which tensors a checkpoint holds: with others it cannot be read, whatever is allowed."""
 
@@ -95,12 +109,18 @@ def recipe_drift(begun_with: str, recipe_yaml: str) -> list[Drift]:
     ]
 
 
+def same_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Of run.json's facts those that a run has to be the same in, each under its own name."""
+    return {field: _fact(facts, field) for field in FACTS}
+
+
 def fact_drift(recorded: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Drift]:
-    """The facts of run.json in which a run would be another one than it was."""
+    """The facts in which a run would be another one than it was; `recorded` is what `same_facts` gave."""
+    now = same_facts(facts)
     return [
-        Drift(field, _fact(recorded, field), _fact(facts, field), what)
-        for field, what in FACTS.items()
-        if _fact(recorded, field) != _fact(facts, field)
+        Drift(field, recorded[field], now[field], FACTS[field])
+        for field in FACTS
+        if field in recorded and recorded[field] != now[field]
     ]
 
 
@@ -117,7 +137,8 @@ def refuse(drift: Sequence[Drift], allowed: Iterable[str]) -> None:
     """
     allowed = list(allowed)
     open_fields = [found for found in drift if found.is_in(SHAPES) or not found.is_in(allowed)]
-    names = [*allowed, *(found.field for found in open_fields if not found.is_in(SHAPES))]
+    # A bracket would end the list that the names are proposed in.
+    names = dict.fromkeys([*allowed, *(f.field.split("[")[0] for f in open_fields if not f.is_in(SHAPES))])
     problems = []
     for found in open_fields:
         fix = "put it back to go on (its checkpoints have no tensors for another), or begin another run with run.dir="
@@ -129,15 +150,15 @@ def refuse(drift: Sequence[Drift], allowed: Iterable[str]) -> None:
 
 
 def asks_for_more(begun_with: str, recipe_yaml: str) -> bool:
-    """Whether a recipe differs in how long it trains."""
+    """Whether a recipe differs in where the run ends, or with which adapter."""
     old, new = _flat(begun_with), _flat(recipe_yaml)
-    return any(old.get(key) != new.get(key) for key in LENGTH)
+    return any(old.get(key) != new.get(key) for key in ENDS)
 
 
 def run_fingerprint(recipe_yaml: str, facts: Mapping[str, Any]) -> str:
     """sha256 over everything that decides a run's result; a checkpoint's manifest carries it."""
     recipe = {key: value for key, value in _flat(recipe_yaml).items() if not _is_harmless(key)}
-    text = json.dumps([recipe, [_fact(facts, key) for key in FACTS]], sort_keys=True)
+    text = json.dumps([recipe, same_facts(facts)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -160,7 +181,9 @@ def _flat(recipe_yaml: str) -> dict[str, Any]:
 
 
 def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
+    """Every key of the recipe and its value; what is a mapping by itself, such as a rank_pattern, is one value."""
+    section = re.sub(r"\[\d+\]", "[]", prefix)
+    if isinstance(value, dict) and value and (section in known_sections() or section == "train.trainer_args"):
         for key, item in value.items():
             yield from _leaves(f"{prefix}.{key}" if prefix else str(key), item)
     elif isinstance(value, list) and value and isinstance(value[0], dict):

@@ -67,31 +67,24 @@ def choose_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]
 
 
 def check_resume(plan: Plan, run: RecordedRun, facts: Mapping[str, Any], max_steps: int) -> dict[str, Any]:
-    """Compares what a run was begun with and what it would go on with.
+    """Compares what a run's checkpoint was written under and what it would go on with.
 
     Args:
         plan: Where it would go on.
         run: The run, with what it has recorded.
-        facts: What run.json would say, with the run's `fingerprint`.
+        facts: What run.json would say.
         max_steps: The optimizer steps that the recipe asks for.
 
     Returns:
-        For run.json: `fingerprints`, those that the run's checkpoints may carry, and `drift`, what was allowed to
-        change: behind which step, from what and to what.
+        For run.json: `drift`, what was allowed to change: behind which step, from what and to what.
 
     Raises:
-        RunError: They differ in what is not allowed, the checkpoint was written by another run, or it is past the last
-            step.
+        RunError: They differ in what is not allowed, or the checkpoint is past the last step.
     """
     if plan.checkpoint is None:
-        return {"fingerprints": [facts["fingerprint"]], "drift": []}
-    recorded = run.recorded_facts()
-    drift = fact_drift(recorded, facts)
+        return {"drift": []}
+    drift = fact_drift(read_manifest(plan.checkpoint).get("facts", {}), facts)
     refuse(drift, plan.allowed)
-    known = list(recorded.get("fingerprints") or [recorded.get("fingerprint")])
-    if read_manifest(plan.checkpoint).get("fingerprint") not in known:
-        what = "it was written by another run"
-        raise RunError(Problem(str(plan.checkpoint), what, "remove it, or begin another run with run.dir="))
     step = step_of(plan.checkpoint)
     if step > max_steps:
         what = f"{max_steps} steps are asked for, and the run has done {step} already"
@@ -99,6 +92,6 @@ def check_resume(plan: Plan, run: RecordedRun, facts: Mapping[str, Any], max_ste
     changes = [
         {"step": step, "field": found.field, "was": found.was, "now": found.now} for found in [*plan.drift, *drift]
     ]
-    # Whoever goes back before an earlier change has it from there on.
-    earlier = [{**entry, "step": min(entry["step"], step)} for entry in recorded.get("drift") or []]
-    return {"fingerprints": list(dict.fromkeys([*known, facts["fingerprint"]])), "drift": [*earlier, *changes]}
+    # What changed behind this checkpoint was compared with it just now, or has not happened any more.
+    earlier = [entry for entry in run.recorded_facts().get("drift") or [] if entry["step"] < step]
+    return {"drift": [*earlier, *changes]}

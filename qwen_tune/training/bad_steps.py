@@ -137,15 +137,16 @@ class StepWatch:
         """
         if bad and not self.skips:
             fix = (
-                "look at these rows; lower train.learning_rate or raise train.warmup_steps "
-                "(train.allow_drift=[train.learning_rate]); or leave such steps out with train.on_bad_step=skip. "
-                "The run goes on from its last checkpoint"
+                "mend these rows (and allow that with train.allow_drift=[data_fingerprint]); or lower "
+                "train.learning_rate (train.allow_drift=[train.learning_rate]); or leave such steps out with "
+                "train.on_bad_step=skip. The run goes on from its last checkpoint"
             )
-            raise TrainingError(Problem(f"step {bad[0].step}", str(bad[0]), fix))
+            raise TrainingError(Problem(f"step {bad[0].step}", str(bad[0]), fix), met_by_all=True)
         numbers = [entry.step for entry in self.found[-MOST_IN_A_ROW:]]
         if bad and len(numbers) == MOST_IN_A_ROW and numbers[-1] - numbers[0] == MOST_IN_A_ROW - 1:
             fix = "lower train.learning_rate, and go on from an earlier checkpoint with train.resume="
-            raise TrainingError(Problem(f"step {numbers[-1]}", f"{MOST_IN_A_ROW} bad steps in a row; {bad[-1]}", fix))
+            what = f"{MOST_IN_A_ROW} bad steps in a row; {bad[-1]}"
+            raise TrainingError(Problem(f"step {numbers[-1]}", what, fix), met_by_all=True)
 
 
 def _number(value: float) -> float | None:

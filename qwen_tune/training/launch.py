@@ -8,6 +8,7 @@ that need more than 30 seconds to save.
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from types import FrameType
 
 from qwen_tune.errors import Problem, RunError
 from qwen_tune.machine import usable_cores
-from qwen_tune.recipe.schema import TrainSpec
+from qwen_tune.recipe.schema import Recipe, TrainSpec
 from qwen_tune.training.stopping import on_stop_signals
 
 SET_BY_LAUNCHERS = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")  # accelerate sets the latter even for one process
@@ -128,3 +129,10 @@ def _free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
+
+
+def command_to_go_on(recipe_path: str | Path, overrides: Sequence[str], recipe: Recipe) -> str:
+    """The command that goes on with an interrupted run: from its newest checkpoint, and without replacing it."""
+    kept = [override for override in overrides if override.split("=")[0].strip() != "train.resume"]
+    again = ["train.resume=auto"] if recipe.train.resume != "auto" else []
+    return shlex.join(["qwen-tune", "train", str(recipe_path), *kept, *again])

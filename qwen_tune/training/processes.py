@@ -57,7 +57,8 @@ def recording(
                     traceback.print_exc()
                     raise
         except QwenTuneError as error:
-            print(f"process {rank()}: {error}", file=sys.stderr, flush=True)  # the others may not have met it
+            if not getattr(error, "met_by_all", False):
+                print(f"process {rank()}: {error}", file=sys.stderr, flush=True)  # the others have not met it
             raise
 
 

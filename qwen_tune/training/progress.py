@@ -74,8 +74,9 @@ class MetricsLog(TrainerCallback):
         """Ends a run that was asked to stop, and logs a run's last step and those that are saved."""
         if self.trainer.must_stop():
             control.should_training_stop = control.should_save = True
-        if state.global_step >= state.max_steps or control.should_save:
-            # Behind a save the losses of steps that were not logged yet would be lost to a resumed run.
+        if state.global_step >= state.max_steps or control.should_save or control.should_evaluate:
+            # Behind a save, which an evaluation may lead to, the losses of steps that were not logged yet would be lost
+            # to a run that goes on.
             control.should_log = True
 
     def on_log(

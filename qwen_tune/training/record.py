@@ -35,6 +35,7 @@ def start_facts(
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
     schedule: Schedule,
+    dtype: torch.dtype,
     *,
     untuned: bool,
 ) -> dict[str, Any]:
@@ -47,6 +48,7 @@ def start_facts(
         "world_size": world_size(),
         "device": device_name(),
         "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
         "versions": library_versions(),
         "base": {
             "id": base.id,

@@ -12,12 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from qwen_tune.disk import is_full
 from qwen_tune.errors import Problem, TrainingError, first_line
 from qwen_tune.runs.checkpoints import fault_of, list_checkpoints, rotate, save_checkpoint
 from qwen_tune.runs.directory import RunDir
+from qwen_tune.runs.drift import same_facts
 
 
 @dataclass
@@ -63,12 +62,15 @@ class SavedCheckpoints:
         Raises:
             TrainingError: The disk is full. The older checkpoints are as they were.
         """
-        self.settle()
         began = time.perf_counter()
-        facts = {"fingerprint": self._run.facts.get("fingerprint")}
+        self.settle()
+        written_under = {
+            "recipe": self._run.recipe.read_text(encoding="utf-8"),
+            "facts": same_facts(self._run.facts),
+        }
         try:
-            path = save_checkpoint(self._run.checkpoints, step, facts, write)
-        except (OSError, SafetensorError) as error:
+            path = save_checkpoint(self._run.checkpoints, step, written_under, write)
+        except Exception as error:  # a full disk has another type in every library
             if not is_full(error):
                 raise
             raise TrainingError(self._no_room(step, error)) from error

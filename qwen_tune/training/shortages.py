@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from qwen_tune.disk import is_full
-from qwen_tune.errors import Problem, TrainingError, first_line
+from qwen_tune.errors import Problem, QwenTuneError, TrainingError, first_line
 from qwen_tune.recipe.schema import Recipe
 
 
@@ -21,13 +21,13 @@ def advising(recipe: Recipe) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if not is_full(error):
-            raise
-        what = f"a disk is full ({first_line(error)})"
-        fix = "free some room and run the same command again: it goes on from the last checkpoint"
-        raise TrainingError(Problem(str(recipe.run_dir), what, fix)) from error
-    except (RuntimeError, MemoryError) as error:
+    except QwenTuneError:
+        raise
+    except Exception as error:  # libraries have types of their own for both
+        if is_full(error):
+            what = f"a disk is full ({first_line(error)})"
+            fix = "free some room and run the same command again: it goes on from the last checkpoint, if there is one"
+            raise TrainingError(Problem(str(recipe.run_dir), what, fix)) from error
         if not ran_out_of_memory(error):
             raise
         raise TrainingError(_advice(error, recipe)) from error

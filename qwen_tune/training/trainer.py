@@ -27,7 +27,7 @@ from qwen_tune.model.adapter_writer import AdapterWriter
 from qwen_tune.model.answers import greedy_answer
 from qwen_tune.prepared.packing import Packs
 from qwen_tune.recipe.schema import Recipe
-from qwen_tune.runs.checkpoints import step_of
+from qwen_tune.runs.checkpoints import fault_of, step_of
 from qwen_tune.runs.directory import RunDir
 from qwen_tune.runs.resume import Plan
 from qwen_tune.training.bad_steps import BadStep, StepWatch
@@ -116,8 +116,9 @@ class LoraTrainer(SFTTrainer):
             TrainingError: A step that would ruin the model; see `bad_steps`.
         """
         if checkpoint is not None:
-            self._load_from_checkpoint(str(checkpoint))
+            self._load_progress(checkpoint)
             if step_of(checkpoint) >= self.schedule.max_steps or self._patience_is_over():
+                self.writer.read(checkpoint, self.model)
                 self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
                 return
         try:
@@ -161,10 +162,17 @@ class LoraTrainer(SFTTrainer):
         self.counts.processed += everywhere.tokens
         self.counts.padding += everywhere.padding
         if self.control_group is not None:
-            stops = torch.tensor(int(self.stop.requested))
-            torch.distributed.all_reduce(stops, group=self.control_group)
-            self.stop_agreed = bool(stops)
+            self.stop_agreed = self._any_process(self.stop.requested)
+        self.saved.settle(wait=False)
         return everywhere.labels
+
+    def _any_process(self, yes: bool) -> bool:
+        """Whether one of the processes says yes."""
+        if self.control_group is None:
+            return yes
+        said = torch.tensor(int(yes))
+        torch.distributed.all_reduce(said, group=self.control_group)
+        return bool(said)
 
     def must_stop(self) -> bool:
         """Whether this step is the last because someone asked for it; the same in all processes."""
@@ -198,6 +206,10 @@ class LoraTrainer(SFTTrainer):
         if bad and is_main_process():
             self.run.record({"bad_steps": self.watch.facts()})
         return bad
+
+    def _require_good_steps(self) -> None:
+        """Looks at the steps that nobody has looked at yet: what is saved or evaluated behind a bad one is ruined."""
+        self.watch.require_good(self._judge_steps(self.state.global_step))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The stock one, with the mean loss over the steps that counted; a run may end here for what it sees."""
@@ -237,21 +249,11 @@ class LoraTrainer(SFTTrainer):
         return self.optimizer
 
     def loss_before(self, plan: Plan) -> float | None:
-        """The evaluation loss before the first step, which a run that goes on has recorded.
-
-        Raises:
-            TrainingError: It is no number, so that there is nothing to train.
-        """
+        """The evaluation loss before the first step, which a run that goes on has recorded."""
         if plan.checkpoint is not None:
             recorded: float | None = self.run.facts.get("losses", {}).get("eval_before")
             return recorded
         before = self.evaluation_loss()
-        if before is not None and not math.isfinite(before):
-            what = "the loss on the held-out rows is no number before anything was trained"
-            fix = (
-                "the base's weights are damaged, or model.dtype is too small for them: download it again, or change it"
-            )
-            raise TrainingError(Problem(self.recipe.model.base, what, fix))
         if is_main_process():
             self.run.record({"losses": {"eval_before": before}})
         return before
@@ -271,9 +273,14 @@ class LoraTrainer(SFTTrainer):
         """Evaluation loss as the sum over all labelled tokens divided by their number, in all and for each source.
 
         The stock loss averages the means of batches, so that a batch of few tokens counts like one of many. Logits are
-        never gathered.
+        never gathered. Random numbers are as they were behind it, so that how often it happens changes no training.
+
+        Raises:
+            TrainingError: It is no number, or a step before it would ruin the model.
         """
-        with self.metrics.paused():
+        self._require_good_steps()
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with self.metrics.paused(), torch.random.fork_rng(devices):
             self.model.eval()
             # a row a source: summed loss, labelled tokens
             sums = torch.zeros((len(self.eval_dataset), 2), dtype=torch.float64, device=self.args.device)
@@ -289,12 +296,23 @@ class LoraTrainer(SFTTrainer):
             metrics = {f"{metric_key_prefix}_loss": nll / max(tokens, 1)}
             for name, (source_nll, source_tokens) in zip(self.eval_dataset, sums.tolist(), strict=True):
                 metrics[f"{metric_key_prefix}_{name}_loss"] = source_nll / max(source_tokens, 1)
+            self._require_number(metrics[f"{metric_key_prefix}_loss"])
             self.evaluations.append(Evaluation(self.state.global_step, metrics[f"{metric_key_prefix}_loss"]))
             self.log(dict(metrics))
             self._answer_prompts()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._stop_early()
         return metrics
+
+    def _require_number(self, loss: float) -> None:
+        if math.isfinite(loss):
+            return
+        step, where = self.state.global_step, f"step {self.state.global_step}"
+        fix = "lower train.learning_rate, and go on from an earlier checkpoint with train.resume="
+        if not step:
+            where, fix = self.recipe.model.base, "download the base again, or take a wider model.dtype"
+        what = f"the loss on the held-out rows is no number {'behind it' if step else 'before anything was trained'}"
+        raise TrainingError(Problem(where, what, fix), met_by_all=True)
 
     def _stop_early(self) -> None:
         if self._patience_is_over():
@@ -324,18 +342,29 @@ class LoraTrainer(SFTTrainer):
             self.metrics.show_answer(self.state.global_step, prompt, answer)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """A checkpoint of safetensors and JSON, whole or not at all; the stock one pickles its arguments and states."""
+        """A checkpoint of safetensors and JSON, whole or not at all; the stock one pickles its arguments and states.
+
+        Raises:
+            TrainingError: A step before it would ruin the model, or it does not fit on the disk.
+        """
+        self._require_good_steps()
         randoms = gather_object([random_state()]) if self.accelerator.num_processes > 1 else [random_state()]
         latest = self.evaluations[-1] if self.evaluations else None
         if latest and latest.step == self.state.global_step and (self.best is None or latest.loss < self.best.loss):
             self.best = latest
+        failure: TrainingError | None = None
         if is_main_process():
             best_step = self.best.step if self.best else None
-            with self.metrics.paused():
-                self.saved.save(
-                    self.state.global_step, best_step, lambda directory: self._write_checkpoint(directory, randoms)
-                )
-        self.accelerator.wait_for_everyone()
+            try:
+                with self.metrics.paused():
+                    self.saved.save(
+                        self.state.global_step, best_step, lambda directory: self._write_checkpoint(directory, randoms)
+                    )
+            except TrainingError as error:
+                failure = error
+        # Each waits here for the first one, and ends with it.
+        if self._any_process(failure is not None):
+            raise failure or TrainingError("the first process could not save", met_by_all=True)
 
     def _write_checkpoint(self, directory: Path, randoms: Sequence[Mapping[str, Any]]) -> None:
         self.writer.write(directory, self.model)
@@ -352,17 +381,23 @@ class LoraTrainer(SFTTrainer):
         self.state.save_to_json(str(directory / TRAINER_STATE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The adapter's tensors, and the counts; the stock method also takes pickles."""
-        checkpoint = Path(resume_from_checkpoint)
-        self.writer.read(checkpoint, self.model)
+        """The adapter's tensors; the stock method also takes pickles."""
+        self.writer.read(Path(resume_from_checkpoint), self.model)
+
+    def _load_progress(self, checkpoint: Path) -> None:
+        """What the run has counted, met and evaluated up to a checkpoint."""
         progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
         if progress["start_sha256"] != self.writer.start_sha256():
             what = "the adapter's start cannot be made again here as it was (another machine or library version)"
             raise RunError(Problem(str(checkpoint), what, "go on where the run was begun"))
-        self.watch.go_on(self.run.facts.get("bad_steps", []), step_of(checkpoint))
+        self.watch.go_on(self.run.recorded_facts().get("bad_steps", []), step_of(checkpoint))
+        if is_main_process():
+            self.run.record({"bad_steps": self.watch.facts()})
         self.counts = TokenCounts(**progress["counts"])
         self.evaluations = [Evaluation(**evaluation) for evaluation in progress["evaluations"]]
-        self.best = Evaluation(**progress["best"]) if progress["best"] else None
+        best = Evaluation(**progress["best"]) if progress["best"] else None
+        # It may have been rotated away since, for a better one that this run has gone back behind.
+        self.best = best if best and (best.step == step_of(checkpoint) or not self._fault_of_best(best)) else None
         self.metrics.go_on(progress["seconds"], self.counts.processed)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -381,10 +416,16 @@ class LoraTrainer(SFTTrainer):
             if self.args.process_index < len(states):  # of more processes than before, the new ones begin as they are
                 set_random_state(states[self.args.process_index])
 
+    def _fault_of_best(self, best: Evaluation) -> str | None:
+        return fault_of(self.run.checkpoints / f"step-{best.step}")
+
     def load_best(self) -> None:
         """Takes the adapter of the checkpoint with the lowest evaluation loss, where the recipe wants that."""
         wanted = self.recipe.train.load_best_model_at_end
         if not wanted or self.best is None or self.best.step == self.state.global_step:
+            return
+        if fault := self._fault_of_best(self.best):
+            self.metrics.display.note(f"warning: the best checkpoint is damaged ({fault}); the last adapter stays")
             return
         self.writer.read(self.run.checkpoints / f"step-{self.best.step}", self.model)
         self.evaluations.append(Evaluation(self.state.global_step, self.best.loss))

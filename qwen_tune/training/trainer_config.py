@@ -44,7 +44,7 @@ def sft_config(recipe: Recipe, schedule: Schedule, dtype: torch.dtype) -> SFTCon
         "save_steps": train.save_steps or 500,
         "eval_strategy": "steps" if train.eval_steps else "no",
         "eval_steps": train.eval_steps,
-        # This filter waits for the device at every micro-batch; `MetricsLog` stops on a loss that is no number.
+        # This filter waits for the device at every micro-batch; `StepWatch` looks at losses.
         "logging_nan_inf_filter": False,
         "per_device_train_batch_size": schedule.per_device_train_batch_size,
         "per_device_eval_batch_size": schedule.per_device_train_batch_size,
