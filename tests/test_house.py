@@ -16,7 +16,19 @@ from conftest import ROOT, environment
 PACKAGE = ROOT / "qwen_tune"
 MODULES = sorted(path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file())
 # Each folder may import from those before it.
-FOLDERS = ("recipe", "rows", "chatml", "runs", "model", "prepared", "merging", "publishing", "tracking", "training")
+FOLDERS = (
+    "recipe",
+    "rows",
+    "chatml",
+    "runs",
+    "model",
+    "fused",
+    "prepared",
+    "merging",
+    "publishing",
+    "tracking",
+    "training",
+)
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "pandas", "pyarrow")
 
 

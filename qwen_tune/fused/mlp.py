@@ -1,0 +1,111 @@
+"""The second half of a decoder layer: norm, gate and up projection, SwiGLU, down projection, and the residual.
+
+    n = rms_norm(h)      e = gate(n)      g = up(n)      m = silu(e) g      y = h + down(m)
+
+With σ the logistic function, silu(e) = e σ(e) and silu'(e) = σ(e) (1 + e (1 - σ(e))), so that from dm:
+
+    dg = dm silu(e)      de = dm g silu'(e)
+
+Kept are h, e and g, of which h is there anyway; n and m are computed again. The graph that it replaces keeps n, silu(e)
+and m besides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import silu
+
+from qwen_tune.fused.lora_math import Projection, StackedGradients, project, project_backward, stacks
+from qwen_tune.fused.norm import normalized, rms_norm, rms_norm_backward
+
+
+@dataclass(frozen=True)
+class MlpWeights:
+    """What of it is frozen, and the type that it is multiplied in."""
+
+    norm: Tensor
+    eps: float
+    gate: Projection
+    up: Projection
+    down: Projection
+    dtype: torch.dtype
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many projections of the norm have an adapter, and of the product."""
+        return (self.gate.rank > 0) + (self.up.rank > 0), int(self.down.rank > 0)
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: MlpWeights, hidden: Tensor, *adapters: Tensor) -> Tensor:
+        inner, outer = stacks(adapters, weights.counts, weights.dtype)
+        x = hidden.flatten(0, -2)
+        normed, rstd = rms_norm(x, weights.norm, weights.eps)
+        normed = normed.to(weights.dtype)
+        gate, up = (normed.new_empty((len(x), p.features)) for p in (weights.gate, weights.up))
+        reduced = project(normed, (weights.gate, weights.up), inner, (gate, up))
+        product = silu(gate).mul_(up)
+        down = normed.new_empty((len(x), weights.down.features))
+        product_reduced = project(product, (weights.down,), outer, (down,))
+        ctx.weights = weights
+        ctx.save_for_backward(x, rstd, gate, up, reduced, product_reduced, *adapters)
+        return (x + down).view_as(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        weights: MlpWeights = ctx.weights
+        x, rstd, gate, up, reduced, product_reduced, *adapters = ctx.saved_tensors
+        inner, outer = stacks(adapters, weights.counts, weights.dtype)
+        gradients = StackedGradients(adapters, weights.counts, gate)
+        inner_gradients, outer_gradients = gradients.stacks
+        grad = grad_output.flatten(0, -2)
+        activated = silu(gate)
+        product = activated * up
+        grad_product = project_backward(
+            (grad.to(weights.dtype),), product, product_reduced, (weights.down,), outer, outer_gradients
+        )
+        assert grad_product is not None
+        grad_up = activated.mul_(grad_product)
+        # Into the product's memory: of the wide tensors only three are there at once beside the kept ones.
+        grad_gate = torch.ops.aten.silu_backward(grad_product.mul_(up), gate, grad_input=product)
+        x_hat = normalized(x, rstd)
+        wants_input = ctx.needs_input_grad[1]
+        grad_normed = project_backward(
+            (grad_gate, grad_up),
+            x_hat.to(weights.dtype),
+            reduced,
+            (weights.gate, weights.up),
+            inner,
+            inner_gradients,
+            column_scale=weights.norm,
+            wants_input=wants_input,
+        )
+        grad_hidden = None
+        if grad_normed is not None:
+            grad_hidden = rms_norm_backward(grad_normed, x_hat, rstd, weights.norm, x.dtype, plus=grad).view_as(
+                grad_output
+            )
+        return None, grad_hidden, *gradients.in_order()
+
+
+def mlp(hidden: Tensor, weights: MlpWeights, adapters: list[Tensor]) -> Tensor:
+    """The residual stream behind the second half of a layer.
+
+    Args:
+        hidden: The residual stream before it, shape (..., hidden_size).
+        weights: The frozen part.
+        adapters: A and B of gate, up and down projection, without those that have none.
+
+    Returns:
+        Of the shape of `hidden`.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        output: Tensor = _Mlp.apply(weights, hidden, *adapters)  # type: ignore[no-untyped-call]
+    return output
