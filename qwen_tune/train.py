@@ -86,6 +86,7 @@ def train(
     from qwen_tune.prepared.packing import pack, pack_by_source
     from qwen_tune.prepared.preparation import prepare_data
     from qwen_tune.training import record, summary
+    from qwen_tune.training.fitting import fit
     from qwen_tune.training.schedule import plan_schedule
 
     dtype = training_dtype(recipe.model)
@@ -95,10 +96,11 @@ def train(
     untuned = is_untuned(base, tokenizer)
     data = prepare_data(recipe.data, ChatTemplate(tokenizer), seed=recipe.train.seed)
     packs = pack(data.train.examples, recipe.data)
-    schedule = plan_schedule(recipe.train, packing=recipe.data.packing, rows=len(packs))
-    facts = record.start_facts(recipe, overrides, base, tokenizer, data, schedule, untuned=untuned)
+    choice = fit(recipe, base, dtype)
+    schedule = plan_schedule(recipe.train, choice, rows=len(packs))
+    facts = record.start_facts(recipe, overrides, base, tokenizer, data, schedule, choice, untuned=untuned)
     facts |= check_resume(plan, run, facts, schedule.max_steps)
-    summary.show_start(recipe, run, plan, base, tokenizer, data, schedule, dtype, untuned=untuned)
+    summary.show_start(recipe, run, plan, base, tokenizer, data, schedule, choice, dtype, untuned=untuned)
     summary.show_drift(plan, facts)
     if dry_run:
         return
@@ -119,7 +121,7 @@ def train(
     summary.show_adapter(trainer.model)
     facts |= record.model_facts(trainer)
     kept = recording(run, text, plan, facts, trainer.accelerator, overwrite=overwrite, resume=recipe.train.resume)
-    with kept, advising(recipe), tracked(recipe, run.path, facts, plan) as trainer.metrics.trackers:
+    with kept, advising(recipe, choice), tracked(recipe, run.path, facts, plan) as trainer.metrics.trackers:
         before = trainer.loss_before(plan)
         trainer.train(plan.checkpoint)
         trainer.load_best()

@@ -10,7 +10,7 @@ from trl import SFTConfig
 
 from qwen_tune.errors import Problem, RecipeError, first_line
 from qwen_tune.machine import uses_gpu
-from qwen_tune.recipe.schema import Recipe, TrainSpec
+from qwen_tune.recipe.schema import Recipe
 from qwen_tune.training.schedule import Schedule
 
 
@@ -53,7 +53,7 @@ def sft_config(recipe: Recipe, schedule: Schedule, dtype: torch.dtype) -> SFTCon
         "max_grad_norm": train.max_grad_norm,
         "optim": train.optim,
         "seed": train.seed,
-        "gradient_checkpointing": checkpoints_gradients(train),
+        "gradient_checkpointing": schedule.gradient_checkpointing == "full",
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "use_cpu": on_cpu,
@@ -67,13 +67,6 @@ def sft_config(recipe: Recipe, schedule: Schedule, dtype: torch.dtype) -> SFTCon
         if not train.trainer_args:
             raise
         raise _unsuitable_arguments(error) from error
-
-
-def checkpoints_gradients(train: TrainSpec) -> bool:
-    """Whether activations are recomputed in the backward; `auto` does so on a GPU, where memory is what runs out."""
-    if train.gradient_checkpointing == "auto":
-        return uses_gpu()
-    return train.gradient_checkpointing == "full"
 
 
 def try_trainer_args(trainer: Trainer, recipe: Recipe, schedule: Schedule) -> None:
