@@ -99,10 +99,12 @@ def _attention_half(job: Job, tokens: int, masked: bool, ranks: Mapping[str, int
         if shape.head_norms:
             token += (q + k) * w + (shape.heads + shape.kv_heads) * FLOAT
     else:
-        token = (h * FLOAT + FLOAT) * needs_input + reduced + core
+        # A fused kernel keeps its output; eager attention leaves that to the layer behind it.
+        keeps_output = job.attention != "eager"
+        token = (h * FLOAT + FLOAT) * needs_input + reduced + core - (0 if keeps_output else q * w)
         token += q * w + keys_and_values
         token += _adapter_inputs(job, h, adapters, needs_input=needs_input)
-        token += _adapter_inputs(job, q, sum(name in ranks for name in _OUTPUT), kept_anyway=True)
+        token += _adapter_inputs(job, q, sum(name in ranks for name in _OUTPUT), kept_anyway=keeps_output)
         if shape.head_norms:
             token += (q + k) * FLOAT + (shape.heads + shape.kv_heads) * FLOAT
         token += _dora_results(job, ranks, _QKV + _OUTPUT)
