@@ -58,6 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     recipe_command("prepare", "Tokenize and pack a recipe's rows into the cache, where train finds them.")
 
+    planned = recipe_command("estimate", "Count a recipe's memory and time on each GPU. Loads nothing but config.json.")
+    planned.add_argument("--gpu", metavar="NAME", action="append", help="this GPU alone, such as h100-80gb; repeatable")
+    planned.add_argument("--json", action="store_true", help="one JSON line a device")
+
     trained = recipe_command("train", "Train an adapter as a recipe says.")
     trained.add_argument("--overwrite", action="store_true", help="replace the run that is in the run directory")
     trained.add_argument("--dry-run", action="store_true", help="stop before weights are loaded; write nothing")
@@ -198,6 +202,28 @@ def prepare(options: argparse.Namespace) -> None:
     pack_by_source(data.evaluation.examples, recipe.data)
     view.show_audit(audit(data, recipe.data), 0, Console())
     print(f"{len(packs):,} {'packs' if recipe.data.packing else 'samples'} to train on, in {cache_folder('prepared')}")
+
+
+def estimate(options: argparse.Namespace) -> None:
+    """`qwen-tune estimate`."""
+    import json
+
+    from qwen_tune.model.base import check_unquantized, resolve_base
+    from qwen_tune.planner.estimate import estimate as count
+    from qwen_tune.planner.estimate import lines
+    from qwen_tune.planner.gpus import find_gpu
+    from qwen_tune.recipe.files import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    gpus = [find_gpu(name) for name in options.gpu] if options.gpu else None
+    base = resolve_base(recipe.model, weights=False, max_length_tokens=recipe.data.max_length_tokens)
+    check_unquantized(base)
+    estimates = count(recipe, base, gpus)
+    if options.json:
+        for entry in estimates:
+            print(json.dumps(entry.facts()))
+        return
+    print("\n".join(lines(recipe, base, estimates)))
 
 
 def train(options: argparse.Namespace) -> None:

@@ -174,6 +174,20 @@ def started_at() -> float:
     return float(psutil.Process().create_time())
 
 
+def available_memory_bytes() -> int:
+    """What is free on this process' GPU; with several processes all of the smallest GPU's memory.
+
+    Processes must come to the same plan before they can talk to each other. What is free may differ among them; the
+    GPUs of a machine are told to all of its processes alike.
+    """
+    import torch
+
+    if world_size() == 1:
+        free, _ = torch.cuda.mem_get_info()
+        return int(free)
+    return min(int(torch.cuda.get_device_properties(gpu).total_memory) for gpu in range(torch.cuda.device_count()))
+
+
 def memory_bytes() -> int:
     """The memory in use now: of the GPU if there is one, else of this process."""
     import torch

@@ -87,6 +87,7 @@ def train(
     from qwen_tune.prepared.packing import pack, pack_by_source
     from qwen_tune.prepared.preparation import prepare_data
     from qwen_tune.training import record, summary
+    from qwen_tune.training.fitting import fit
     from qwen_tune.training.schedule import plan_schedule
 
     dtype = training_dtype(recipe.model)
@@ -96,10 +97,11 @@ def train(
     untuned = is_untuned(base, tokenizer)
     data = prepare_data(recipe.data, ChatTemplate(tokenizer), seed=recipe.train.seed)
     packs = pack(data.train.examples, recipe.data)
-    schedule = plan_schedule(recipe.train, packing=recipe.data.packing, rows=len(packs))
-    facts = record.start_facts(recipe, overrides, base, tokenizer, data, schedule, dtype, untuned=untuned)
+    choice = fit(recipe, base, dtype)
+    schedule = plan_schedule(recipe.train, choice, rows=len(packs))
+    facts = record.start_facts(recipe, overrides, base, tokenizer, data, schedule, choice, dtype, untuned=untuned)
     facts |= check_resume(plan, run, facts, schedule.max_steps)
-    summary.show_start(recipe, run, plan, base, tokenizer, data, schedule, dtype, untuned=untuned)
+    summary.show_start(recipe, run, plan, base, tokenizer, data, schedule, choice, dtype, untuned=untuned)
     summary.show_drift(plan, facts)
     if dry_run:
         return
@@ -120,7 +122,7 @@ def train(
     summary.show_adapter(trainer.model, trainer.fused)
     facts |= record.model_facts(trainer)
     kept = recording(run, text, plan, facts, trainer.accelerator, overwrite=overwrite, resume=recipe.train.resume)
-    with kept, advising(recipe), tracked(recipe, run.path, facts, plan) as trainer.metrics.trackers:
+    with kept, advising(recipe, choice), tracked(recipe, run.path, facts, plan) as trainer.metrics.trackers:
         before = trainer.loss_before(plan)
         try:
             trainer.train(plan.checkpoint)

@@ -24,6 +24,7 @@ FOLDERS = (
     "model",
     "fused",
     "prepared",
+    "planner",
     "merging",
     "publishing",
     "tracking",
@@ -49,6 +50,7 @@ def test_commands_that_answer_at_once_load_nothing_heavy():
         "    assert run_command(['--help']) == 0\n"
         "    assert run_command(['train', '--help']) == 0\n"
         "    assert run_command(['validate', 'recipes/quickstart.yaml']) == 0\n"
+        "    assert run_command(['estimate', 'recipes/quickstart.yaml']) == 0\n"
     )
     assert not loaded_modules(code) & set(HEAVY)
 

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from qwen_tune.errors import ModelError, Problem
+from qwen_tune.model.targets import ends_with_any, listed_targets, wanted_modules
 from qwen_tune.recipe.schema import LoraSpec
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
-ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
-GROUPS = {"all-linear": ATTENTION_MODULES + MLP_MODULES, "attention": ATTENTION_MODULES, "mlp": MLP_MODULES}
 EMBEDDINGS = ("embed_tokens", "lm_head")
-
-# Routers of mixtures of experts, and the towers of models that see and hear: trained only where they are named.
-ONLY_IF_NAMED = re.compile(r"(^|\.)(gate|router|shared_expert_gate|visual|vision_tower|audio_tower)(\.|$)")
 
 # Starts that take a part of the base into the adapter; what is saved is the difference to that start, as plain LoRA.
 CONVERTED_STARTS = ("pissa", "olora")
@@ -49,25 +44,8 @@ def target_modules(model: PreTrainedModel, lora: LoraSpec) -> list[str]:
     """
     output = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not output]
-    listed = lora.target_modules if isinstance(lora.target_modules, list) else GROUPS[lora.target_modules]
-    found = {name: [full for full in linear if _is_meant(name, full)] for name in listed}
-    if missing := [name for name, modules in found.items() if not modules]:
-        has = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
-        raise ModelError(
-            Problem(
-                "lora.target_modules",
-                f"{', '.join(missing)} matches no linear layer of the model; it has {has}",
-                "use these names, or one of all-linear, attention, mlp",
-            )
-        )
-    excluded = tuple(lora.exclude_modules or ())
-    wanted = {full for modules in found.values() for full in modules if not _ends_with_any(full, excluded)}
-    if not wanted:
-        what = f"{', '.join(excluded)} leaves no layer of lora.target_modules"
-        raise ModelError(Problem("lora.exclude_modules", what, "exclude fewer"))
-    for key in ("rank_pattern", "alpha_pattern"):
-        _require_matches(f"lora.{key}", getattr(lora, key), wanted)
-    mean_just_these = {full for full in linear if _ends_with_any(full, listed)} == wanted
+    listed, wanted = listed_targets(lora), wanted_modules(linear, lora)
+    mean_just_these = {full for full in linear if ends_with_any(full, listed)} == wanted
     return sorted(listed) if mean_just_these else sorted(wanted)
 
 
@@ -161,16 +139,14 @@ def _token_rows(
 def _check_whole_modules(model: PreTrainedModel, names: Sequence[str], targets: Sequence[str]) -> None:
     modules = dict(model.named_modules())
     for name in names:
-        found = {full: module for full, module in modules.items() if _ends_with_any(full, [name])}
+        found = {full: module for full, module in modules.items() if ends_with_any(full, [name])}
         what = fix = ""
         if not found:
             what, fix = f"{name} matches no module of the model", "correct it"
         elif name.rsplit(".", 1)[-1] in EMBEDDINGS and model.config.tie_word_embeddings:
             what = f"{name} is tied to the other end of the model; a copy of its own would break the tie"
             fix = "train the tokens that matter with lora.trainable_token_indices"
-        elif any(
-            _ends_with_any(inner, targets) and inner.startswith(f"{full}.") for full in found for inner in modules
-        ):
+        elif any(ends_with_any(inner, targets) and inner.startswith(f"{full}.") for full in found for inner in modules):
             what = f"{name} holds layers that get an adapter; they cannot be trained whole as well"
             fix = "name a smaller module, or take these layers out of lora.target_modules"
         elif not all(p.is_floating_point() for module in found.values() for p in module.parameters()):
@@ -190,24 +166,3 @@ def _check_tokens(model: PreTrainedModel, tokens: Sequence[int] | Mapping[str, S
         tied = " (its two ends are tied: one row a token)" if len(ends) == 1 else ""
         what = f"{other[0]} has no token rows of its own; expected {' or '.join(ends)}{tied}"
         raise ModelError(Problem("lora.trainable_token_indices", what, f"write {ends[0]}: [...]"))
-
-
-def _require_matches(key: str, patterns: Iterable[str], targets: Iterable[str]) -> None:
-    for pattern in patterns:
-        try:  # as PEFT looks them up: the end of a name, or a regular expression for it
-            matches = any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets)
-        except re.error as error:
-            raise ModelError(Problem(key, f"{pattern} is no regular expression ({error})", "correct it")) from None
-        if not matches:
-            what = f"{pattern} matches no layer that gets an adapter"
-            raise ModelError(Problem(key, what, "write the end of a module's name, such as layers.0.self_attn.q_proj"))
-
-
-def _is_meant(name: str, full: str) -> bool:
-    if not _ends_with_any(full, [name]):
-        return False
-    return ONLY_IF_NAMED.search(full) is None or ONLY_IF_NAMED.search(name) is not None
-
-
-def _ends_with_any(full: str, names: Iterable[str]) -> bool:
-    return any(full == name or full.endswith(f".{name}") for name in names)

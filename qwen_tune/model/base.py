@@ -160,6 +160,23 @@ def resolve_base(model: ModelSpec, *, weights: bool = True, max_length_tokens: i
     return base
 
 
+def check_unquantized(base: BaseCheckpoint) -> None:
+    """Looks whether the checkpoint's weights are as they were trained.
+
+    Raises:
+        ModelError: They are quantized already.
+    """
+    if stored := base.config.get("quantization_config"):
+        method = stored.get("quant_method", "unknown") if isinstance(stored, Mapping) else stored
+        raise ModelError(
+            Problem(
+                base.id,
+                f"its weights are quantized already ({method}); an adapter trained on them fits no other weights",
+                "use the checkpoint that it was made from, with model.quantization: nf4 or int8 to save memory",
+            )
+        )
+
+
 def find_base(id: str, revision: str | None = None, *, weights: bool = True) -> BaseCheckpoint:
     """Finds a checkpoint of any kind, downloading it from the Hub when it is not local.
 

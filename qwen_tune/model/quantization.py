@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qwen_tune.errors import ModelError, Problem, first_line
-from qwen_tune.model.base import BaseCheckpoint
+from qwen_tune.model.base import BaseCheckpoint, check_unquantized
 from qwen_tune.recipe.schema import ModelSpec
 
 if TYPE_CHECKING:
@@ -30,15 +30,7 @@ def check_quantization(model: ModelSpec, base: BaseCheckpoint) -> None:
     Raises:
         ModelError: bitsandbytes does not run here, or the checkpoint is quantized already.
     """
-    if stored := base.config.get("quantization_config"):
-        method = stored.get("quant_method", "unknown") if isinstance(stored, Mapping) else stored
-        raise ModelError(
-            Problem(
-                base.id,
-                f"its weights are quantized already ({method}); an adapter trained on them fits no other weights",
-                "use the checkpoint that it was made from, with model.quantization: nf4 or int8 to save memory",
-            )
-        )
+    check_unquantized(base)
     if model.quantization == "none":
         return
     if torch.backends.mps.is_available() and not torch.cuda.is_available():

@@ -14,6 +14,7 @@ from qwen_tune.machine import device_name, library_versions, peak_memory_bytes, 
 from qwen_tune.model.adapter_config import trained_modules
 from qwen_tune.model.base import BaseCheckpoint
 from qwen_tune.model.quantization import quantization_facts
+from qwen_tune.planner.choice import Choice
 from qwen_tune.prepared.preparation import PreparedData
 from qwen_tune.recipe.files import to_yaml
 from qwen_tune.recipe.schema import Recipe
@@ -35,6 +36,7 @@ def start_facts(
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
     schedule: Schedule,
+    choice: Choice,
     dtype: torch.dtype,
     *,
     untuned: bool,
@@ -64,6 +66,7 @@ def start_facts(
         "data_sets": _data_sets(recipe),
         **data.facts,
         "schedule": schedule.facts(),
+        "plan": choice.facts(),
         "masking": {"loss_on": recipe.data.loss_on, "thinking": recipe.data.thinking},
     }
     return {**facts, "fingerprint": run_fingerprint(to_yaml(recipe), facts)}
@@ -99,7 +102,7 @@ def model_facts(trainer: LoraTrainer) -> dict[str, Any]:
         },
         "attention": model.config._attn_implementation,
         "fused": asdict(trainer.fused) if trainer.fused else None,
-        "gradient_checkpointing": bool(trainer.args.gradient_checkpointing),
+        "gradient_checkpointing": trainer.schedule.gradient_checkpointing,
     }
 
 

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 
 from qwen_tune.errors import Problem, RecipeError
 from qwen_tune.machine import world_size
+from qwen_tune.planner.activations import Checkpointing
+from qwen_tune.planner.choice import Choice
 from qwen_tune.recipe.schema import TrainSpec
-
-LARGEST_AUTO_BATCH = 4  # samples a device without packing, until a planner knows what fits
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,19 @@ class Schedule:
     steps_per_epoch: int
     max_steps: int
     warmup_steps: int
+    gradient_checkpointing: Checkpointing
 
-    def facts(self) -> dict[str, int]:
+    def facts(self) -> dict[str, int | str]:
         """For run.json."""
         return asdict(self)
 
 
-def plan_schedule(train: TrainSpec, *, packing: bool, rows: int) -> Schedule:
+def plan_schedule(train: TrainSpec, choice: Choice, *, rows: int) -> Schedule:
     """Derives batch and accumulation from the global batch.
 
     Args:
         train: The recipe's train section.
-        packing: Whether rows are packs.
+        choice: The microbatch that suits the device.
         rows: Rows of one epoch.
 
     Raises:
@@ -42,12 +43,7 @@ def plan_schedule(train: TrainSpec, *, packing: bool, rows: int) -> Schedule:
     """
     num_processes = world_size()
     per_process, remainder = divmod(train.global_batch_size, num_processes)
-    wanted = train.per_device_train_batch_size
-    if wanted == "auto":
-        largest = 1 if packing else LARGEST_AUTO_BATCH
-        per_device = next((size for size in range(largest, 0, -1) if per_process % size == 0), 1)
-    else:
-        per_device = wanted
+    per_device = choice.rows
     if remainder or per_process % per_device:
         share = per_device * num_processes
         below = train.global_batch_size // share * share
@@ -73,4 +69,13 @@ def plan_schedule(train: TrainSpec, *, packing: bool, rows: int) -> Schedule:
                 "write a share, such as 0.03, or fewer steps",
             )
         )
-    return Schedule(rows, num_processes, per_device, accumulation, steps_per_epoch, max_steps, warmup_steps)
+    return Schedule(
+        rows=rows,
+        num_processes=num_processes,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
+        steps_per_epoch=steps_per_epoch,
+        max_steps=max_steps,
+        warmup_steps=warmup_steps,
+        gradient_checkpointing=choice.checkpointing,
+    )

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from qwen_tune.machine import device_name, is_main_process, world_size
 from qwen_tune.model.base import BaseCheckpoint
+from qwen_tune.planner.choice import Choice
 from qwen_tune.prepared.audit import Audit, audit
 from qwen_tune.prepared.preparation import PreparedData
 from qwen_tune.prepared.preview import Spelling, coloured, findings
@@ -42,6 +43,7 @@ def show_start(
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
     schedule: Schedule,
+    choice: Choice,
     dtype: torch.dtype,
     *,
     untuned: bool,
@@ -68,6 +70,7 @@ def show_start(
         f"{schedule.per_device_train_batch_size} x {schedule.gradient_accumulation_steps} accumulated, "
         f"about {tokens_per_step:,} tokens",
         "steps": f"{schedule.max_steps:,} ({schedule.steps_per_epoch:,} an epoch of {schedule.rows:,} {unit})",
+        "memory": _predicted(choice),
         "machine": device_name() + (f", DDP over {world_size()} processes" if world_size() > 1 else ", one process"),
         "run": str(run.path)
         + (f", going on from {plan.checkpoint.name}" if plan.checkpoint else "")
@@ -165,6 +168,15 @@ def _show_sample(console: Console, tokenizer: PreTrainedTokenizerBase, data: Pre
     pieces = Spelling(tokenizer).pieces(example.input_ids, example.labels)
     _print_table(console, [("sample", f"{example.source}, {len(example.input_ids):,} tokens")])
     console.print(Padding(coloured(pieces, console, longest_run=LONGEST_RUN), (0, 0, 0, 4)))
+
+
+def _predicted(choice: Choice) -> str:
+    """What the run is counted to take, and what was chosen for it."""
+    text = f"{choice.memory.peak / GIB:.1f} GiB at most, as counted"
+    if choice.available_bytes is not None:
+        text += f", of {choice.available_bytes / GIB:.1f} GiB that are free" + ("" if choice.fits else ": TOO LITTLE")
+    again = {"none": "nothing", "selective": "the MLP halves of layers", "full": "whole layers"}
+    return f"{text}; {again[choice.checkpointing]} computed again"
 
 
 def _targets(recipe: Recipe) -> str:

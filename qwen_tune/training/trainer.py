@@ -96,7 +96,7 @@ class LoraTrainer(SFTTrainer):
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.float()
         writer.remember_start(self.model)
-        self.fused = fuse_layers(self.model, recipe)
+        self.fused = fuse_layers(self.model, recipe, schedule)
         self.watch = StepWatch(
             model.config.get_text_config().vocab_size,
             skips=recipe.train.on_bad_step == "skip",

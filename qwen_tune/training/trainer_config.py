@@ -12,7 +12,7 @@ from trl import SFTConfig
 from qwen_tune.errors import Problem, RecipeError, first_line
 from qwen_tune.fused.install import Fused, fuse
 from qwen_tune.machine import uses_gpu
-from qwen_tune.recipe.schema import Recipe, TrainSpec
+from qwen_tune.recipe.schema import Recipe
 from qwen_tune.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def sft_config(recipe: Recipe, schedule: Schedule, dtype: torch.dtype) -> SFTCon
         "max_grad_norm": train.max_grad_norm,
         "optim": train.optim,
         "seed": train.seed,
-        "gradient_checkpointing": checkpoints_gradients(train),
+        "gradient_checkpointing": schedule.gradient_checkpointing == "full",
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "use_cpu": on_cpu,
@@ -76,20 +76,13 @@ def sft_config(recipe: Recipe, schedule: Schedule, dtype: torch.dtype) -> SFTCon
         raise _unsuitable_arguments(error) from error
 
 
-def checkpoints_gradients(train: TrainSpec) -> bool:
-    """Whether activations are recomputed in the backward; `auto` does so on a GPU, where memory is what runs out."""
-    if train.gradient_checkpointing == "auto":
-        return uses_gpu()
-    return train.gradient_checkpointing == "full"
-
-
-def fuse_layers(model: PeftModel, recipe: Recipe) -> Fused | None:
+def fuse_layers(model: PeftModel, recipe: Recipe, schedule: Schedule) -> Fused | None:
     """Lets decoder layers train in their fused form, unless the recipe has it off.
 
     Raises:
         RecipeError: The recipe wants MLPs computed again, and some of them are not fused.
     """
-    again = recipe.train.gradient_checkpointing == "selective"
+    again = schedule.gradient_checkpointing == "selective"
     fused = fuse(model, recompute_mlp=again) if recipe.model.kernels == "auto" else None
     if again and (fused is None or fused.mlp < fused.layers):
         what = f"got selective, which computes the MLPs of fused layers again: {fused or 'model.kernels is off'}"

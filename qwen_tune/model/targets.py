@@ -1,0 +1,84 @@
+"""Which modules of a model an adapter changes, by their names alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from qwen_tune.errors import ModelError, Problem
+from qwen_tune.recipe.schema import LoraSpec
+
+ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
+GROUPS = {"all-linear": ATTENTION_MODULES + MLP_MODULES, "attention": ATTENTION_MODULES, "mlp": MLP_MODULES}
+
+# Routers of mixtures of experts, and the towers of models that see and hear: trained only where they are named.
+ONLY_IF_NAMED = re.compile(r"(^|\.)(gate|router|shared_expert_gate|visual|vision_tower|audio_tower)(\.|$)")
+
+
+def listed_targets(lora: LoraSpec) -> Sequence[str]:
+    """The names that a recipe lists, or those of the group that it names."""
+    return lora.target_modules if isinstance(lora.target_modules, list) else GROUPS[lora.target_modules]
+
+
+def wanted_modules(linear: Sequence[str], lora: LoraSpec) -> set[str]:
+    """The linear layers that get an adapter.
+
+    Args:
+        linear: The whole names of a model's linear layers, without its output layer.
+        lora: The recipe's lora section.
+
+    Raises:
+        ModelError: A name that the recipe lists is none of them, or `exclude_modules` leaves none, or a pattern for
+            ranks or alphas matches none.
+    """
+    found = {name: [full for full in linear if _is_meant(name, full)] for name in listed_targets(lora)}
+    if missing := [name for name, modules in found.items() if not modules]:
+        has = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+        raise ModelError(
+            Problem(
+                "lora.target_modules",
+                f"{', '.join(missing)} matches no linear layer of the model; it has {has}",
+                "use these names, or one of all-linear, attention, mlp",
+            )
+        )
+    excluded = tuple(lora.exclude_modules or ())
+    wanted = {full for modules in found.values() for full in modules if not ends_with_any(full, excluded)}
+    if not wanted:
+        what = f"{', '.join(excluded)} leaves no layer of lora.target_modules"
+        raise ModelError(Problem("lora.exclude_modules", what, "exclude fewer"))
+    for key in ("rank_pattern", "alpha_pattern"):
+        _require_matches(f"lora.{key}", getattr(lora, key), wanted)
+    return wanted
+
+
+def rank_of(module: str, lora: LoraSpec) -> int:
+    """The rank of a module's adapter: of the first pattern that matches its name, as PEFT takes it, else `r`."""
+    return next((rank for pattern, rank in lora.rank_pattern.items() if _matches(pattern, module)), lora.r)
+
+
+def ends_with_any(full: str, names: Iterable[str]) -> bool:
+    """Whether a module's whole name is one of some names, or ends with one behind a dot."""
+    return any(full == name or full.endswith(f".{name}") for name in names)
+
+
+def _require_matches(key: str, patterns: Iterable[str], targets: Iterable[str]) -> None:
+    for pattern in patterns:
+        try:
+            matches = any(_matches(pattern, name) for name in targets)
+        except re.error as error:
+            raise ModelError(Problem(key, f"{pattern} is no regular expression ({error})", "correct it")) from None
+        if not matches:
+            what = f"{pattern} matches no layer that gets an adapter"
+            raise ModelError(Problem(key, what, "write the end of a module's name, such as layers.0.self_attn.q_proj"))
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """As PEFT looks patterns up: the end of a name, or a regular expression for it."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _is_meant(name: str, full: str) -> bool:
+    if not ends_with_any(full, [name]):
+        return False
+    return ONLY_IF_NAMED.search(full) is None or ONLY_IF_NAMED.search(name) is not None

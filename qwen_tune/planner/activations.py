@@ -1,0 +1,222 @@
+"""Bytes that a forward pass keeps for the backward, layer by layer, and what a layer's backward takes for itself.
+
+The sums list the tensors that autograd holds, each named beside its bytes a token; tests/test_planner.py compares them
+with the distinct storages that `torch.autograd.graph.saved_tensors_hooks` sees. Sources: the modelling code of Qwen2
+and Qwen3 in Transformers 5.23, PEFT 0.21's `lora.Linear` and its layers for bitsandbytes, `fused`, `training.loss`.
+
+Letters: T tokens, h hidden size, f intermediate size, q and k the widths of all query and all key heads, H and K their
+numbers, w bytes of a number (2 or 4), u the ranks of adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from qwen_tune.planner.job import Job
+
+Checkpointing = Literal["none", "selective", "full"]
+LEVELS: tuple[Checkpointing, ...] = ("none", "selective", "full")  # from the fastest to the smallest
+
+FLOAT = 4  # bytes of what is computed in float32 whatever the base's type is: norms, softmax
+LOSS_CHUNK = 256  # training.loss.CHUNK_TOKENS
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_OUTPUT = ("self_attn.o_proj",)
+_INNER = ("mlp.gate_proj", "mlp.up_proj")
+_DOWN = ("mlp.down_proj",)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of activations at their highest.
+
+    Attributes:
+        layers: Kept by decoder layers until their backward.
+        ends: Kept behind them: the last norm's, the loss's gradient, rotary tables, the mask that layers share.
+        recomputed: What one layer's backward first computes again.
+        work: What a layer's backward, or the loss, needs beside all that.
+    """
+
+    layers: int
+    ends: int
+    recomputed: int
+    work: int
+
+
+def kept(job: Job, rows: int, checkpointing: Checkpointing) -> Kept:
+    """The activations of a forward pass over some rows.
+
+    Args:
+        job: The run.
+        rows: Rows that are joined into one, of `job.row_tokens` each.
+        checkpointing: What is computed again: nothing, the MLP half of fused layers, or whole layers.
+    """
+    shape, w = job.shape, job.width
+    tokens, masked = rows * job.row_tokens, job.is_masked(rows)
+    if checkpointing == "selective" and not job.fused[1]:
+        checkpointing = "none"
+    # With checkpointing the embeddings' output gets a gradient, so that the first layer has something to go back to.
+    first_needs = checkpointing != "none" or job.adapter.trains_embeddings
+    halves = [_halves(job, tokens, masked, ranks) for ranks in job.adapter.ranks]
+    if not first_needs:
+        halves[0] = _halves(job, tokens, masked, job.adapter.ranks[0], needs_input=False)
+    boundary = tokens * shape.hidden * w
+    layers, recomputed = sum(attention + mlp for attention, mlp in halves), 0
+    if checkpointing == "full":
+        layers, recomputed = shape.layers * boundary, max(attention + mlp for attention, mlp in halves)
+    elif checkpointing == "selective":
+        recomputed = max(mlp for _, mlp in halves) - boundary
+        layers = sum(attention for attention, _ in halves) + shape.layers * boundary
+    if w == 2 and not (job.is_fused or job.quantization != "none") and checkpointing != "full":
+        # Autocast keeps its 16-bit copies of the adapters as long as the graph that it made them for.
+        layers += 2 * job.adapter.lora_parameters
+    work = max(_attention_work(job, tokens, masked), _mlp_work(job, tokens), _loss_work(job, tokens))
+    return Kept(layers, _ends(job, tokens, masked), recomputed, work)
+
+
+def _halves(
+    job: Job, tokens: int, masked: bool, ranks: Mapping[str, int], *, needs_input: bool = True
+) -> tuple[int, int]:
+    """Bytes that the attention of a layer keeps, and its MLP."""
+    return _attention_half(job, tokens, masked, ranks, needs_input=needs_input), _mlp_half(job, tokens, ranks)
+
+
+def _attention_half(job: Job, tokens: int, masked: bool, ranks: Mapping[str, int], *, needs_input: bool) -> int:
+    shape, w = job.shape, job.width
+    h, q, k = shape.hidden, shape.query, shape.key
+    adapters = sum(name in ranks for name in _QKV)
+    reduced = w * sum(ranks.get(name, 0) for name in _QKV + _OUTPUT)
+    expanded = job.attention == "eager" or masked
+    # With a mask, Transformers repeats keys and values for every query head.
+    keys_and_values = 2 * q * w if expanded and q != k else 2 * k * w
+    core = q * w + shape.heads * FLOAT  # the output, and a logarithm of a sum for every head
+    if job.fused[0]:
+        token = h * w + FLOAT + reduced + core  # the input, its norm's factor, x Aᵀ
+        # Queries and keys are turned in one piece, which is kept whole for the queries alone.
+        token += (q + k) * w + (keys_and_values if expanded and q != k else k * w)
+        if shape.head_norms:
+            token += (q + k) * w + (shape.heads + shape.kv_heads) * FLOAT
+    else:
+        # A fused kernel keeps its output; eager attention leaves that to the layer behind it.
+        keeps_output = job.attention != "eager"
+        token = (h * FLOAT + FLOAT) * needs_input + reduced + core - (0 if keeps_output else q * w)
+        token += q * w + keys_and_values
+        token += _adapter_inputs(job, h, adapters, needs_input=needs_input)
+        token += _adapter_inputs(job, q, sum(name in ranks for name in _OUTPUT), kept_anyway=keeps_output)
+        if shape.head_norms:
+            token += (q + k) * FLOAT + (shape.heads + shape.kv_heads) * FLOAT
+        token += _dora_results(job, ranks, _QKV + _OUTPUT)
+    return tokens * token + _scores(job, tokens, masked) + _dora_identities(job, ranks, _QKV + _OUTPUT)
+
+
+def _scores(job: Job, tokens: int, masked: bool) -> int:
+    """What of T x T numbers a layer keeps."""
+    if job.attention == "eager":
+        # The softmax in float32 and, in 16 bits, its copy, for every head; the logarithm of no sum.
+        copies = FLOAT + (job.width if job.width < FLOAT else 0)
+        return job.shape.heads * (tokens * tokens * copies - tokens * FLOAT)
+    # SDPA makes numbers of a mask of booleans, in every layer anew.
+    return tokens * tokens * job.width if masked else 0
+
+
+def _mlp_half(job: Job, tokens: int, ranks: Mapping[str, int]) -> int:
+    shape, w = job.shape, job.width
+    h, f = shape.hidden, shape.intermediate
+    reduced = w * sum(ranks.get(name, 0) for name in _INNER + _DOWN)
+    if job.fused[1]:
+        return tokens * (h * w + FLOAT + 2 * f * w + reduced)  # the input, its norm's factor, gate, up
+    token = h * FLOAT + FLOAT + 3 * f * w + reduced  # ..., gate, silu(gate), up
+    token += _adapter_inputs(job, h, sum(name in ranks for name in _INNER))
+    token += _adapter_inputs(job, f, sum(name in ranks for name in _DOWN))
+    token += _dora_results(job, ranks, _INNER + _DOWN)
+    return tokens * token + _dora_identities(job, ranks, _INNER + _DOWN)
+
+
+def _dora_results(job: Job, ranks: Mapping[str, int], names: tuple[str, ...]) -> int:
+    """Bytes a token that DoRA keeps besides: the base's result and the adapter's, which it weighs anew."""
+    return 2 * job.width * job.dora * sum(job.shape.layer[name].outputs for name in names if name in ranks)
+
+
+def _dora_identities(job: Job, ranks: Mapping[str, int], names: tuple[str, ...]) -> int:
+    """Bytes that PEFT's DoRA keeps whatever the tokens: it sends an identity matrix through A to get B A."""
+    return job.width * job.dora * sum(job.shape.layer[name].inputs ** 2 for name in names if name in ranks)
+
+
+def _adapter_inputs(job: Job, size: int, adapters: int, *, needs_input: bool = True, kept_anyway: bool = False) -> int:
+    """Bytes a token that PEFT's layers keep of one input, for some adapters on it.
+
+    A plain layer makes a float32 copy of a 16-bit input for each of its adapters, of which autocast keeps a 16-bit
+    one; bitsandbytes' layers, and float32, share the input itself. Dropout keeps what it left and what it drew: a byte
+    a number on a GPU, a number on a CPU.
+    """
+    w = job.width
+    shares = w == FLOAT or job.quantization != "none"
+    base = size * w if job.quantization == "int8" and not kept_anyway else 0  # its product keeps the input itself
+    if job.dropout:
+        drawn = 1 if job.on_gpu else (w if job.quantization != "none" else FLOAT)
+        return base + adapters * size * (w + drawn * needs_input)
+    if shares:
+        return base or (size * w if adapters and not kept_anyway else 0)
+    return adapters * size * w
+
+
+def _ends(job: Job, tokens: int, masked: bool) -> int:
+    shape, w = job.shape, job.width
+    labelled = int(tokens * job.labelled_share)
+    norm = tokens * (shape.hidden * FLOAT + FLOAT)  # the last norm's input in float32
+    loss = labelled * (shape.hidden * w + 8)  # its gradient, and the positions as whole numbers
+    rotary = 2 * tokens * shape.head_size * w
+    mask = tokens * tokens * (w if job.attention == "eager" else 1) if masked else 0
+    return norm + loss + rotary + mask
+
+
+def _attention_work(job: Job, tokens: int, masked: bool) -> int:
+    """The backward of a layer's first half, at its highest.
+
+    The kernel: gradients of the output, of q, and of k and v for every query head, and a float32 sum for q
+    (FlashAttention 2 and the memory-efficient kernel alike). Behind it: the gradients of q and k turned, and with norms
+    of heads three float32 tensors of that size and two narrow ones, beside the norm's own.
+    """
+    shape, w = job.shape, job.width
+    h, q, k = shape.hidden, shape.query, shape.key
+    kernel = q * (4 * w + FLOAT) + h * w
+    heads = (q + k) * (3 * w + (3 * FLOAT if shape.head_norms else 0)) + 2 * h * w + h * FLOAT
+    scores = 0
+    if job.attention == "eager":
+        scores = shape.heads * tokens * tokens * (2 * FLOAT + w)
+    return tokens * max(kernel, heads) + scores
+
+
+def _mlp_work(job: Job, tokens: int) -> int:
+    """The backward of a layer's second half, at its highest.
+
+    Fused: three tensors of width f beside the kept ones; of width h the normed input and two temporaries in float32,
+    the gradient that comes, the one that goes, and two on the way. PEFT's: in 16 bits the gradient of the product in
+    the base's type, once more through the adapter, and its float32 copy; in float32 three; dropout adds one.
+    """
+    shape, w = job.shape, job.width
+    h, f = shape.hidden, shape.intermediate
+    narrow = h * (4 * w + 3 * FLOAT)
+    if job.fused[1]:
+        return tokens * (3 * f * w + narrow)
+    wide = 2 * w + FLOAT if w < FLOAT else 3 * FLOAT
+    # DoRA's forward makes B A, the weight, their sum and its rows' squares, in float32.
+    dense = job.dora * FLOAT * (4 * h * f + f * f)
+    return tokens * (f * (wide + FLOAT * job.dropout) + narrow) + dense
+
+
+def _loss_work(job: Job, tokens: int) -> int:
+    """The loss, chunk by chunk: logits in the base's type, in float32, and their exponentials in the base's type again.
+
+    Beside them stand the hidden states of all tokens and of the labelled ones. A trained output matrix has logits and
+    gradients of both types, and the matrix and its gradient in 16 bits.
+    """
+    shape, w = job.shape, job.width
+    chunk = min(LOSS_CHUNK, tokens)
+    narrow = w < FLOAT
+    logits = chunk * shape.vocabulary * (2 * w + FLOAT if narrow else FLOAT)
+    if job.adapter.trains_head:
+        logits = chunk * shape.vocabulary * (2 * w + 2 * FLOAT) + (2 * w if narrow else FLOAT) * shape.head
+    return logits + int(tokens * (1 + job.labelled_share)) * shape.hidden * w

@@ -1,0 +1,373 @@
+"""The planner's sums against what torch, PEFT and bitsandbytes really keep, and what it chooses from them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import get_peft_model
+from planned import CONFIGS, config, job, made_recipe
+from torch import nn
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+
+from qwen_tune.errors import ModelError, QwenTuneError
+from qwen_tune.fused.install import fuse
+from qwen_tune.model.adapter_config import lora_config
+from qwen_tune.planner.activations import LEVELS, LOSS_CHUNK, kept
+from qwen_tune.planner.adapter import read_adapter
+from qwen_tune.planner.choice import LARGEST_MASKED_TOKENS, choose, levels, usable_bytes
+from qwen_tune.planner.gpus import GIB, GPUS, find_gpu
+from qwen_tune.planner.job import Job, read_job
+from qwen_tune.planner.memory import int8_bytes, memory, nf4_bytes, optimizer_bytes
+from qwen_tune.planner.shape import Shape, read_shape
+from qwen_tune.planner.speed import flops, tokens_per_second
+from qwen_tune.recipe.files import load_recipe
+from qwen_tune.training.loss import CHUNK_TOKENS, add_labelled_loss
+
+# PEFT and TRL use names that Transformers is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+TOKENS = 32
+SHARE = 0.5
+# Two layers of Qwen2.5-0.5B and of Qwen3-0.6B; the vocabulary changes nothing of what is kept.
+LAYERS = {
+    "qwen2": {**config("qwen2", 896, 4864, 2, 14, 2, 512), "tie_word_embeddings": True},
+    "qwen3": {**config("qwen3", 1024, 3072, 2, 16, 8, 512), "tie_word_embeddings": True},
+}
+
+
+def model_of(kind: str, dtype: torch.dtype, attention: str, **lora: Any) -> nn.Module:
+    """Such layers with the labelled loss and an adapter on them."""
+    sizes = {key: value for key, value in LAYERS[kind].items() if key != "model_type"}
+    made = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[kind](**sizes)
+    model = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation=attention)
+    add_labelled_loss(model)
+    model = get_peft_model(model, lora_config(model, made_recipe(lora=lora).lora))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    return model.train()
+
+
+def kept_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of the distinct storages, without parameters, that a forward keeps for its backward."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    found: dict[int, int] = {}
+    alive: list[torch.Tensor] = []  # so that no place is given twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    labels = int(TOKENS * SHARE)
+    inputs = {
+        "input_ids": torch.randint(0, 500, (1, TOKENS)),
+        "position_ids": torch.cat([torch.arange(TOKENS // 2)] * 2)[None],
+        "labelled": torch.arange(labels),
+        "targets": torch.randint(0, 500, (labels,)),
+    }
+    narrow = dtype == torch.bfloat16
+    computing = torch.autocast("cpu", dtype) if narrow else contextlib.nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), computing:
+        model(**inputs)
+    return sum(found.values())
+
+
+def small_job(kind: str, dtype: torch.dtype, attention: str, *, fused: bool, **lora: Any) -> Job:
+    """What the planner makes of the same."""
+    recipe = made_recipe(
+        model={"attention": attention, "kernels": "auto" if fused else "off"},
+        data={"max_length_tokens": TOKENS},
+        lora=lora,
+    )
+    name: Any = str(dtype).removeprefix("torch.")
+    counted = read_job(recipe, read_shape(LAYERS[kind], kind), dtype=name, on_gpu=False)
+    return replace(counted, labelled_share=SHARE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    ("attention", "checkpointing", "fused", "lora"),
+    [
+        ("sdpa", "none", False, {}),
+        ("sdpa", "none", True, {}),
+        ("sdpa", "full", False, {}),
+        ("sdpa", "full", True, {}),
+        ("sdpa", "none", False, {"lora_dropout": 0.05}),
+        ("sdpa", "none", False, {"use_dora": True}),
+        ("sdpa", "none", False, {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 4}),
+        ("sdpa", "none", True, {"target_modules": "attention", "rank_pattern": {"layers.0.self_attn.q_proj": 64}}),
+        ("eager", "none", False, {}),
+        ("eager", "none", True, {}),
+    ],
+    ids=str,
+)
+def test_what_a_forward_keeps_is_what_is_counted(kind, dtype, attention, checkpointing, fused, lora):
+    model = model_of(kind, dtype, attention, **lora)
+    if fused:
+        assert (fuse(model).attention, fuse(model).mlp) == (2, 2)
+    if checkpointing == "full":
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    counted_job = small_job(kind, dtype, attention, fused=fused, **lora)
+    counted = kept(counted_job, 1, checkpointing)
+    # The mask that layers share, and rotary tables behind a checkpoint, are held but not by the graph.
+    held = TOKENS * TOKENS * (counted_job.width if attention == "eager" else 1)
+    held += 2 * TOKENS * counted_job.shape.head_size * counted_job.width if checkpointing == "full" else 0
+    assert counted.layers + counted.ends - held == pytest.approx(kept_bytes(model, dtype), rel=0.05)
+    if fused and not lora:
+        assert counted.layers + counted.ends - held == kept_bytes(model, dtype)  # to the byte
+
+
+def test_parameters_are_those_of_the_model():
+    for kind, sizes in LAYERS.items():
+        shape = read_shape(sizes, kind)
+        model = model_of(kind, torch.float32, "sdpa", rank_pattern={"v_proj": 5}, target_modules=["v_proj", "up_proj"])
+        frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+        assert shape.parameters == frozen
+        recipe = made_recipe(lora={"rank_pattern": {"v_proj": 5}, "target_modules": ["v_proj", "up_proj"]})
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        assert read_adapter(shape, recipe.lora).parameters == trained
+
+
+def test_what_is_trained_beside_the_adapter_is_counted():
+    shape = read_shape(CONFIGS["Qwen/Qwen2.5-7B"], "base")
+    plain = read_adapter(shape, made_recipe().lora)
+    assert plain.parameters == plain.lora_parameters == 40_370_176
+    whole = read_adapter(shape, made_recipe(lora={"modules_to_save": ["lm_head", "norm"]}).lora)
+    assert whole.parameters - plain.parameters == 152064 * 3584 + 3584
+    assert whole.trains_head
+    rows = read_adapter(
+        shape, made_recipe(lora={"trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [1]}}).lora
+    )
+    assert rows.parameters - plain.parameters == 3 * 3584
+    without = read_adapter(shape, made_recipe(lora={"exclude_modules": ["k_proj"]}).lora)
+    assert plain.parameters - without.parameters == 28 * 16 * (3584 + 512)
+    dora = read_adapter(shape, made_recipe(lora={"use_dora": True}).lora)
+    assert dora.parameters - plain.parameters == sum(linear.outputs for linear in shape.linears.values())
+    with pytest.raises(ModelError, match="towers matches no module"):
+        read_adapter(shape, made_recipe(lora={"modules_to_save": ["towers"]}).lora)
+
+
+def test_quantized_matrices_have_the_bytes_that_bitsandbytes_gives_them():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    for outputs, inputs in ((896, 896), (128, 896), (4864, 896), (96, 40)):
+        weight = torch.randn(outputs, inputs)
+        packed, state = functional.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=True)
+        tables = (state.code, state.absmax, state.offset, state.state2.absmax, state.state2.code)
+        real = packed.nbytes + sum(tensor.nbytes for tensor in tables)
+        assert nf4_bytes(outputs, inputs) == real
+        values, scales, _ = functional.int8_vectorwise_quant(weight.half())
+        assert int8_bytes(outputs, inputs) == values.nbytes + scales.nbytes
+
+
+def test_optimizers_remember_what_is_counted():
+    from bitsandbytes.optim import AdamW8bit
+
+    counted_job = small_job("qwen2", torch.float32, "sdpa", fused=True)
+    tensors = [nn.Parameter(torch.zeros(shape)) for shape in counted_job.adapter.tensors]
+    for tensor in tensors:
+        tensor.grad = torch.ones_like(tensor)
+    optimizer = torch.optim.AdamW(tensors)
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for value in state.values() if value.numel() > 1]
+    assert optimizer_bytes(counted_job) == sum(tensor.nbytes for tensor in states)
+    small = AdamW8bit(tensors)
+    try:
+        small.step()
+    except (NotImplementedError, RuntimeError):
+        pytest.skip("bitsandbytes has no 8-bit optimizer on this CPU")
+    names = ("state1", "state2", "absmax1", "absmax2")
+    states = [value for state in small.state.values() for name, value in state.items() if name in names]
+    assert optimizer_bytes(replace(counted_job, optim="adamw_8bit")) == sum(tensor.nbytes for tensor in states)
+
+
+def test_every_optimizer_of_the_schema_is_counted():
+    from typing import get_args
+
+    from qwen_tune.recipe.schema import TrainSpec
+
+    counted_job = small_job("qwen2", torch.float32, "sdpa", fused=True)
+    for name in get_args(TrainSpec.model_fields["optim"].annotation):
+        assert optimizer_bytes(replace(counted_job, optim=name)) >= 0
+    assert optimizer_bytes(replace(counted_job, optim="sgd")) == 0
+
+
+def test_the_loss_counts_the_chunk_that_it_has():
+    assert LOSS_CHUNK == CHUNK_TOKENS
+
+
+def test_operations_are_those_of_the_published_table():
+    """The table of limits: GFLOP a token at r=16 on all linear layers, 4,096 tokens, every token labelled."""
+    expected = {
+        "Qwen2.5-0.5B-Instruct": 2.65,
+        "Qwen2.5-1.5B-Instruct": 7.52,
+        "Qwen2.5-7B-Instruct": 31.4,
+        "Qwen3-8B": 34.8,
+    }
+    for name, gflops in expected.items():
+        counted_job = replace(job(made_recipe(model={"base": f"Qwen/{name}"})), attention="varlen")
+        assert flops(counted_job, 1, "none") / 1e9 == pytest.approx(gflops, rel=0.01)
+        assert 1.3 < flops(counted_job, 1, "full") / flops(counted_job, 1, "none") < 1.5
+    counted_job = replace(job(made_recipe()), attention="varlen")
+    assert tokens_per_second(counted_job, find_gpu("h100"), 1, "none") == pytest.approx(14_110, rel=0.01)
+
+
+jobs = st.builds(
+    lambda base, quantization, attention, dropout, packing, length, dtype: job(
+        made_recipe(
+            model={"base": base, "quantization": quantization, "attention": attention},
+            data={"packing": packing, "max_length_tokens": length},
+            lora={"lora_dropout": dropout},
+        ),
+        dtype=dtype,
+    ),
+    st.sampled_from(sorted(CONFIGS)),
+    st.sampled_from(["none", "int8", "nf4"]),
+    st.sampled_from(["auto", "eager", "varlen"]),
+    st.sampled_from([0.0, 0.1]),
+    st.booleans(),
+    st.sampled_from([8, 100, 512, 1024, 4096, 32768]),
+    st.sampled_from(["bfloat16", "float32"]),
+)
+
+
+@settings(deadline=None, max_examples=20)
+@given(jobs, st.integers(1, 200), st.integers(1, 64), st.sampled_from(["auto", "none", "full"]))
+def test_a_plan_fits_divides_and_gets_no_worse_with_memory(counted_job, gib, batch, checkpointing):
+    train = made_recipe(train={"global_batch_size": batch, "gradient_checkpointing": checkpointing}).train
+    choice = choose(counted_job, train, gib * GIB)
+    assert batch % choice.rows == 0
+    assert choice.rows == 1 or choice.rows * counted_job.row_tokens <= 16_384
+    if counted_job.is_masked(choice.rows):
+        assert choice.rows == 1 or choice.rows * counted_job.row_tokens <= LARGEST_MASKED_TOKENS
+    smallest = memory(counted_job, 1, "full" if checkpointing == "auto" else checkpointing).peak
+    assert choice.fits == (choice.memory.peak <= usable_bytes(gib * GIB))
+    assert choice.fits or smallest > usable_bytes(gib * GIB)
+    larger = choose(counted_job, train, 2 * gib * GIB)
+    if choice.fits:
+        assert larger.fits
+        # Less is computed again, or as much with as many rows.
+        order = (LEVELS.index(choice.checkpointing), -choice.rows)
+        assert (LEVELS.index(larger.checkpointing), -larger.rows) <= order
+    assert choose(counted_job, train, None).fits
+
+
+@settings(deadline=None, max_examples=15)
+@given(jobs)
+def test_computing_more_again_takes_less_memory(counted_job):
+    peaks = [memory(counted_job, 1, level).peak for level in LEVELS]
+    assert peaks == sorted(peaks, reverse=True)
+    assert all(size >= 0 for level in LEVELS for size in memory(counted_job, 1, level).parts().values())
+
+
+def test_half_a_layer_is_computed_again_only_where_it_is_fused():
+    plain, stock = job(made_recipe()), job(made_recipe(model={"kernels": "off"}))
+    assert "selective" not in levels(stock, "auto")
+    assert levels(plain, "selective") == ("selective",)
+    saved = kept(plain, 1, "none").layers - kept(plain, 1, "selective").layers
+    wide = 2 * plain.shape.intermediate * plain.width * plain.row_tokens * plain.shape.layers
+    assert saved == pytest.approx(wide, rel=0.01)
+    assert kept(stock, 1, "none").layers == kept(stock, 1, "selective").layers
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_state_the_memory_that_is_counted(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    stated = re.findall(r"about (\d+) GB on a GPU(?:, (\d+) GB on a CPU)?", path.read_text(encoding="utf-8"))
+    if path.stem == "quickstart":
+        return
+    recipe = load_recipe(path)
+    least = memory(job(recipe), 1, "full").peak / 1e9
+    assert float(stated[0][0]) == pytest.approx(least, rel=0.1, abs=0.5)
+    if stated[0][1]:
+        on_cpu = memory(job(recipe, on_gpu=False), 1, "none").peak / 1e9
+        assert float(stated[0][1]) == pytest.approx(on_cpu, rel=0.1, abs=0.5)
+
+
+def test_gpus_are_found_by_their_names():
+    assert find_gpu("h100-80gb") is find_gpu("H100") is find_gpu("NVIDIA H100")
+    assert find_gpu("RTX 4090").name == "rtx4090-24gb"
+    with pytest.raises(QwenTuneError, match=r"several are called\. Fix: write a100-40gb or a100-80gb"):
+        find_gpu("a100")
+    with pytest.raises(QwenTuneError, match="h200-141gb"):
+        find_gpu("h220")
+    with pytest.raises(QwenTuneError, match="t4-16gb has no bfloat16"):
+        find_gpu("t4").dtype("bfloat16")
+    assert find_gpu("t4").dtype("auto") == "float32"
+    assert len({gpu.name for gpu in GPUS}) == len(GPUS)
+
+
+def test_a_config_without_a_size_is_refused():
+    with pytest.raises(ModelError, match="hidden_size is None; expected a positive whole number"):
+        read_shape({"model_type": "qwen2", "num_attention_heads": 4}, "base")
+    assert isinstance(read_shape(CONFIGS["Qwen/Qwen3-8B"], "base"), Shape)
+
+
+def test_estimate_tells_every_gpu_and_the_parts(qwen_tune):
+    told = qwen_tune("estimate", "recipes/quickstart.yaml")
+    assert told.returncode == 0, told.stderr
+    assert [line.split()[0] for line in told.stdout.splitlines()[3 : 3 + len(GPUS) + 1]] == [
+        *(g.name for g in GPUS),
+        "cpu",
+    ]
+    assert "weights of the base" in told.stdout
+    assert "not measured" in told.stdout
+
+
+def test_estimate_as_json_and_for_a_run_of_known_length(qwen_tune):
+    told = qwen_tune(
+        "estimate", "recipes/quickstart.yaml", "train.max_steps=100", "--gpu", "h100", "--gpu", "RTX 4090", "--json"
+    )
+    first, second = (json.loads(line) for line in told.stdout.splitlines())
+    assert (first["device"], second["device"]) == ("h100-80gb", "rtx4090-24gb")
+    assert first["fits"]
+    assert first["fused"]
+    assert sum(first["predicted_bytes"].values()) == first["predicted_peak_bytes"]
+    assert first["hours"] == pytest.approx(100 * 256 / first["tokens_per_second"] / 3600)
+
+
+def test_estimate_refuses_what_it_does_not_know(qwen_tune, tmp_path):
+    unknown = qwen_tune("estimate", "recipes/quickstart.yaml", "--gpu", "h220")
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert "Fix: write h200-141gb" in unknown.stderr
+    missing = qwen_tune("estimate", "recipes/quickstart.yaml", f"model.base={tmp_path}/none")
+    assert missing.returncode == 2
+    assert "is not there" in missing.stderr
+    target = qwen_tune("estimate", "recipes/quickstart.yaml", "lora.target_modules=[c_attn]")
+    assert target.returncode == 2
+    assert "matches no linear layer" in target.stderr
+
+
+def test_a_run_records_its_plan(trained):
+    path, output = trained
+    facts = json.loads((path / "run.json").read_text())
+    plan = facts["plan"]
+    assert (plan["per_device_train_batch_size"], plan["gradient_checkpointing"]) == (1, "none")
+    assert plan["predicted_peak_bytes"] == sum(plan["predicted_bytes"].values())
+    assert "GiB at most, as counted" in output
+    assert facts["gradient_checkpointing"] == "none"
+
+
+def test_advice_on_memory_that_ran_out_is_in_numbers():
+    from qwen_tune.errors import TrainingError
+    from qwen_tune.training.shortages import advising
+
+    recipe = made_recipe(train={"gradient_checkpointing": "none"})
+    choice = choose(job(recipe), recipe.train, 24 * GIB)
+    with pytest.raises(TrainingError) as caught, advising(recipe, choice):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    text = str(caught.value)
+    assert re.search(r"train\.gradient_checkpointing=full \(\d+\.\d GiB\); or model\.quantization=nf4 \(\d+\.\d", text)
+    assert f"{choice.memory.peak / GIB:.1f} GiB were counted" in text
