@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from training_bench.cases import Case
-from training_bench.rows import IGNORED, Row, labelled
+from training_bench.rows import IDS, IGNORED, Row, labelled
 
 WINDOWS = 3
 ADAPTER_SCALE = 0.05
@@ -113,12 +113,10 @@ class Gauges(TrainerCallback):
 
 def count(batch: Mapping[str, Tensor]) -> tuple[int, int, int]:
     """Real tokens of a batch, all that are computed, and those with loss."""
-    every = batch["input_ids"].numel()
-    mask = batch.get("attention_mask")
-    real = every if mask is None else int(mask.sum())
-    if "labelled" in batch:
-        return real, every, batch["labelled"].numel()
-    return real, every, int((batch["labels"] != IGNORED).sum())
+    ids = batch["input_ids"]
+    real = int((ids < IDS).sum())  # no row has the padding's id, so this holds for packs that are padded, too
+    labels = batch["labelled"].numel() if "labelled" in batch else int((batch["labels"] != IGNORED).sum())
+    return real, ids.numel(), labels
 
 
 def probe_loss(trainer: Any, batch: Mapping[str, Any], labels: int) -> dict[str, Any]:

@@ -56,8 +56,8 @@ SHAPES = {
         Shape("0.5b", 896, 4864, 24, 14, 2, 151936, True),
         Shape("1.5b", 1536, 8960, 28, 12, 2, 151936, True),
         Shape("7b", 3584, 18944, 28, 28, 4, 152064, False),
-        # For a CPU: a quarter of 0.5b's width and half of its layers, with its share of operations in the head.
-        Shape("0.5b-small", 224, 1216, 12, 14, 2, 18992, True),
+        # For a CPU: a quarter of 0.5b's width and of its layers, with its share of operations in the head.
+        Shape("0.5b-small", 224, 1216, 6, 14, 2, 9496, True),
     )
 }
 
