@@ -61,6 +61,9 @@ def main() -> None:
         return
     if options.preset is None:
         parser.error("--preset is needed")
+    known = [case.name for case in PRESETS[options.preset].cases]
+    if unknown := set(options.only or ()) - set(known):
+        parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         bench = Bench(options, Path(folder))
         bench.run()
@@ -88,7 +91,10 @@ class Bench:
 
     def run(self) -> None:
         """Round by round through all cases, as long as there is time."""
-        self.machine = self.child({"do": "machine"})
+        try:
+            self.machine = self.child({"do": "machine"})
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            sys.exit(f"the machine could not be looked at: {self.why(error, 'machine')}")
         cuda = not self.machine["device"].startswith("cpu")
         absent = self.absent(cuda)
         for side, reason in absent.items():

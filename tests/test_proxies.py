@@ -108,6 +108,7 @@ def test_no_step_reads_a_number_from_the_device(workspace, monkeypatch):
     called; the sampler, the collator and the random states of the loader handle what never was on a GPU.
     """
     asked = {steps: reads(workspace, monkeypatch, steps) for steps in (2, 5)}
+    assert asked[5][LOGGING]  # what reads is seen
     a_step = {place: (asked[5][place] - asked[2][place]) / 3 for place in asked[5]}
     assert {place: count for place, count in a_step.items() if count and place != LOGGING} == {STOCK: MICRO_BATCHES}
 
