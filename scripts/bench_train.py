@@ -1,11 +1,19 @@
-"""Training speed and memory of qwen-tune and of TRL as it comes, in turns, on the same rows, base and adapter.
+"""Training speed and memory of qwen-tune, TRL and Unsloth, in turns, on the same rows, bases and adapters.
 
-    .venv/bin/python scripts/bench_train.py BASE_DIR ROWS.json [--max-length 512] [--steps 8] [--rounds 2]
+    python scripts/bench_train.py --preset cpu
+    python scripts/bench_train.py --preset gpu [--unsloth-site FOLDER] [--budget-seconds 480] [--out FILE]
 
-Rows are instruction/output pairs. Both sides train a LoRA of rank 16 on all linear layers on packs, without gradient
-checkpointing, one pack a step, in float32 on a CPU and bfloat16 on a GPU, with loss on the answers. Each measurement is
-a process of its own; the first two steps are not counted. Prints one JSON line with tokens per second, peak memory and
-their ratios.
+Bases have the true shapes of Qwen2.5 and random weights, made here. Rows are random token ids with the lengths of
+chats, the same for all sides, with loss on a little over half of them. Every side trains a LoRA of rank 16 (alpha 32,
+no dropout) on all linear layers in a process of its own; a step has as nearly as a side allows the tokens of one pack.
+Only real tokens count, not padding; the first steps do not, nor do loading and preparing rows. Speeds are medians over
+three windows of steps and all rounds; the limit is that of the largest matrix product of this machine, measured first,
+over the fewest operations that a token takes (`training_bench/shapes.py`).
+
+Before the first step each side computes loss and gradient over the same few rows with the same adapters: a side that
+differs from qwen-tune by more than the tolerance gets no ratio, and the exit code is 1, as it is for a loss that is no
+number and a gradient of zero. What was not run is in the result, with the reason. Prints progress on stderr and one
+JSON line at the end; with --out also after every measurement, so that a run that is cut off leaves what it had.
 """
 
 from __future__ import annotations
@@ -13,185 +21,262 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-WARM_UP_STEPS = 2
-MEASURED = ("tokens_per_second", "peak_memory_bytes")
+from training_bench.cases import PRESETS, SIDES, TOLERANCES, Case
+from training_bench.rows import describe, draw_rows, labelled, write_rows
+from training_bench.shapes import ALPHA, RANK, SHAPES, flops_per_token
+from training_bench.sides import rows_needed, run_job
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = "bench_train result: "
+LONGEST_SECONDS = 300  # of one measurement
+OVERTIME = 1.2  # what was begun within the budget is ended behind so many times of it
 
 
 def main() -> None:
-    """Runs both sides in turns and prints the result."""
+    """Runs cases and sides in turns and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", type=Path)
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--side", choices=["trl", "qwen-tune"], help="measure one side in this process")
+    parser.add_argument("--preset", choices=PRESETS)
+    parser.add_argument("--rounds", type=int, help="times that every side is measured in a case")
+    parser.add_argument("--budget-seconds", type=float, help="start nothing new behind so many")
+    parser.add_argument("--only", nargs="*", help="cases by name, such as '7b bfloat16 4096'")
+    parser.add_argument("--sides", nargs="*", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--unsloth-site", type=Path, help="folder of packages with Unsloth and what it wants")
+    parser.add_argument("--work", type=Path, help="where bases are written (15 GB for 7b); default: TMPDIR")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.side:
-        measure = measure_trl if options.side == "trl" else measure_qwen_tune
-        print(json.dumps(measure(options)))
+    if options.job:
+        print(RESULT + json.dumps(run_job(json.loads(options.job))))
         return
-    results: dict[str, list[dict[str, float]]] = {"trl": [], "qwen-tune": []}
-    for _ in range(options.rounds):
-        for side, measurements in results.items():
-            command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            measurements.append(json.loads(output.splitlines()[-1]))
-            print(f"{side}: {measurements[-1]}", file=sys.stderr)
-    print(json.dumps(summary(options, results)))
+    if options.preset is None:
+        parser.error("--preset is needed")
+    known = [case.name for case in PRESETS[options.preset].cases]
+    if unknown := set(options.only or ()) - set(known):
+        parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        bench = Bench(options, Path(folder))
+        bench.run()
+    print(json.dumps(bench.result))
+    sys.exit(not bench.good())
 
 
-def summary(options: argparse.Namespace, results: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Medians of both sides and their ratios (above 1: qwen-tune is better)."""
+class Bench:
+    """One run: what is left of the budget, what was measured, and what was not."""
 
-    def median(side: str, key: str) -> float:
-        return statistics.median(measurement[key] for measurement in results[side])
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options = options
+        self.folder = folder
+        self.preset = PRESETS[options.preset]
+        self.cases = [case for case in self.preset.cases if not options.only or case.name in options.only]
+        self.rounds = options.rounds or self.preset.rounds
+        self.budget = options.budget_seconds or self.preset.budget_seconds
+        self.start = time.monotonic()
+        self.measured: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        self.not_run: list[dict[str, Any]] = []
+        self.failed: list[dict[str, Any]] = []
+        self.lengths: dict[str, tuple[list[int], int]] = {}
+        self.machine: dict[str, Any] = {}
+        self.result: dict[str, Any] = {}
 
-    return {
-        "base": options.base.name,
-        "rows": options.rows.name,
-        "max_length": options.max_length,
-        "steps": options.steps,
-        "rounds": options.rounds,
-        **{f"{side} {key}": median(side, key) for side in results for key in MEASURED},
-        "speed_ratio": median("qwen-tune", "tokens_per_second") / median("trl", "tokens_per_second"),
-        "memory_ratio": median("trl", "peak_memory_bytes") / median("qwen-tune", "peak_memory_bytes"),
-    }
+    def run(self) -> None:
+        """Round by round through all cases, as long as there is time."""
+        try:
+            self.machine = self.child({"do": "machine"})
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            sys.exit(f"the machine could not be looked at: {self.why(error, 'machine')}")
+        cuda = not self.machine["device"].startswith("cpu")
+        absent = self.absent(cuda)
+        for side, reason in absent.items():
+            self.not_run.append({"side": side, "reason": reason})
+        sides = [side for side in self.options.sides if side not in absent]
+        for number in range(1, self.rounds + 1):
+            for case in self.cases:
+                if cuda == (case.held == "float32"):
+                    self.leave_out(case, "all", number, "needs a GPU" if not cuda else "is for a CPU")
+                    continue
+                for side in sides:
+                    if any(entry["case"] == case.name and entry["side"] == side for entry in self.failed):
+                        continue
+                    if self.elapsed() > self.budget:
+                        self.leave_out(case, side, number, f"the budget of {self.budget:.0f} s was used")
+                        continue
+                    self.measure(case, side, number)
+                    self.write()
+        self.write()
 
+    def measure(self, case: Case, side: str, number: int) -> None:
+        """One side of a case once."""
+        began = self.elapsed()
+        try:
+            job = {"do": "measure", "side": side, "case": case.facts(), **self.files(case)}
+            found = self.child(job, self.options.unsloth_site if side == "unsloth" else None)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            why = self.why(error, f"{case.name}-{side}".replace(" ", "-"))
+            self.failed.append({"case": case.name, "side": side, "round": number, "why": why})
+            self.say(f"{case.name}: {side} failed: {why}")
+            return
+        self.measured.setdefault(case.name, {}).setdefault(side, []).append(found)
+        speed = statistics.median(found["tokens_per_second"])
+        self.say(f"{case.name}: {side} {speed:,.0f} tokens/s, {self.elapsed() - began:.0f} s in all")
 
-def measure_qwen_tune(options: argparse.Namespace) -> dict[str, float]:
-    """Trains through the package's own entry and reads the run's metrics."""
-    from qwen_tune.train import train
+    def why(self, error: subprocess.CalledProcessError | subprocess.TimeoutExpired, name: str) -> str:
+        """The line that says why a process failed; all that it said goes to a file beside --out."""
+        text = error.stderr or ""
+        text = text.decode(errors="replace") if isinstance(text, bytes) else text
+        if self.options.out:
+            self.options.out.with_name(f"{self.options.out.stem}-{name}.log").write_text(text)
+        if isinstance(error, subprocess.TimeoutExpired):
+            return f"took more than {error.timeout:.0f} s"
+        lines = [line.strip() for line in text.splitlines() if line.strip()] or [str(error)]
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupted)\b", line)]
+        return (errors or lines)[-1][:300]
 
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = Path(folder) / "bench.yaml"
-        recipe.write_text(
-            json.dumps(
+    def files(self, case: Case) -> dict[str, str]:
+        """The base and the rows of a case, made when they are first needed."""
+        base, rows = self.folder / case.shape, self.folder / f"{case.name.replace(' ', '-')}.jsonl"
+        if not (base / "config.json").exists():
+            self.child({"do": "base", "base": str(base), "shape": case.shape})
+        if not rows.exists():
+            drawn = draw_rows(case.length, rows_needed(case))
+            write_rows(rows, drawn)
+            self.lengths[case.name] = [len(row["input_ids"]) for row in drawn], labelled(drawn)
+        return {"base": str(base), "rows": str(rows)}
+
+    def child(self, job: Mapping[str, Any], site: Path | None = None) -> Any:
+        """What a process of its own answers."""
+        paths = [*([str(site)] if site else []), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        if site:
+            # Two versions of a library must not meet: of the other packages only the interpreter's own stay.
+            paths.pop()
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "TOKENIZERS_PARALLELISM": "false",
+            "QWEN_TUNE_CACHE": str(self.folder / "cache"),
+            "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
+        }
+        command = [sys.executable, "-W", "ignore", __file__, "--job", json.dumps(job)]
+        done = subprocess.run(
+            command,
+            check=True,
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=self.folder,
+            timeout=min(LONGEST_SECONDS, max(60, OVERTIME * self.budget - self.elapsed())),
+        )
+        [answer] = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
+        return json.loads(answer.removeprefix(RESULT))
+
+    def absent(self, cuda: bool) -> dict[str, str]:
+        """Sides that this machine cannot run, and why."""
+        site = self.options.unsloth_site
+        reasons = {}
+        if not cuda:
+            reasons |= dict.fromkeys(("trl-liger", "unsloth"), "runs on a GPU alone")
+        if find_spec("liger_kernel") is None:
+            reasons["trl-liger"] = "no package liger_kernel"
+        if not (site and (site / "unsloth").is_dir()) and find_spec("unsloth") is None:
+            reasons["unsloth"] = "no package unsloth; --unsloth-site names a folder that has it"
+        return {side: reason for side, reason in reasons.items() if side in self.options.sides}
+
+    def leave_out(self, case: Case, side: str, number: int, reason: str) -> None:
+        """Notes what was not run."""
+        self.not_run.append({"case": case.name, "side": side, "round": number, "reason": reason})
+
+    def elapsed(self) -> float:
+        """Seconds since this began."""
+        return time.monotonic() - self.start
+
+    def say(self, text: str) -> None:
+        """Progress."""
+        print(f"{self.elapsed():5.0f} s  {text}", file=sys.stderr, flush=True)
+
+    def write(self) -> None:
+        """The result so far."""
+        self.result = {
+            "preset": self.options.preset,
+            "seconds": round(self.elapsed()),
+            "machine": self.machine,
+            "adapter": {"r": RANK, "alpha": ALPHA, "dropout": 0, "on": "all seven linear layers"},
+            "sides": {side: SIDES[side] for side in self.options.sides},
+            "cases": [self.summary(case) for case in self.cases if case.name in self.measured],
+            "failed": self.failed,
+            "not_run": self.not_run,
+        }
+        if self.options.out:
+            self.options.out.write_text(json.dumps(self.result, indent=1) + "\n")
+
+    def summary(self, case: Case) -> dict[str, Any]:
+        """Of a case: each side's medians and spread, and the ratios to qwen-tune."""
+        lengths, labels = self.lengths[case.name]
+        least = flops_per_token(SHAPES[case.shape], lengths, labels)
+        limit = self.machine["ceiling_flops"] / least
+        sides = {side: combined(found, limit) for side, found in self.measured[case.name].items()}
+        ours = sides.get("ours")
+        tolerances = TOLERANCES[case.held]
+        ratios: dict[str, Any] = {}
+        for side, other in sides.items():
+            if ours is None or side == "ours":
+                continue
+            differences = [abs(other["probe"][key] / ours["probe"][key] - 1) for key in ("loss", "grad_norm")]
+            other["probe_differs_by"] = differences
+            agrees = all(one <= most for one, most in zip(differences, tolerances, strict=True))
+            memory = next(key for key in ("peak_allocated_bytes", "peak_rss_bytes") if key in ours)
+            ratios[f"ours/{side}"] = (
                 {
-                    "run": {"dir": f"{folder}/run"},
-                    "model": {"base": str(options.base.resolve())},
-                    "data": {"train": [{"path": str(options.rows)}], "max_length_tokens": options.max_length},
-                    "train": {"max_steps": options.steps, "global_batch_size": 1, "gradient_checkpointing": "none"},
+                    "speed": round(ours["tokens_per_second"] / other["tokens_per_second"], 3),
+                    "memory": round(ours[memory] / other[memory], 3),
                 }
+                if agrees
+                else None
             )
-        )
-        train(recipe)
-        lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-    counted = lines[WARM_UP_STEPS:]
-    tokens = counted[-1]["tokens"] - lines[WARM_UP_STEPS - 1]["tokens"]
-    before = lines[WARM_UP_STEPS - 1]["tokens"]
-    seconds = 0.0
-    for line in counted:
-        seconds += (line["tokens"] - before) / line["tokens_per_second"]
-        before = line["tokens"]
-    return {"tokens_per_second": tokens / seconds, "peak_memory_bytes": peak_memory_bytes(), "loss": lines[-1]["loss"]}
+        return {
+            "case": case.name,
+            **case.facts(),
+            "rows": describe(case.length),
+            "tokens_per_step_wanted": case.length,
+            "flops_per_token": round(least),
+            "limit_tokens_per_second": round(limit),
+            "tolerances": {"loss": tolerances[0], "grad_norm": tolerances[1]},
+            "sides": sides,
+            "ratios": ratios,
+        }
+
+    def good(self) -> bool:
+        """Whether something was measured, nothing failed, and all sides compute the same."""
+        cases = self.result["cases"]
+        agree = all(ratio is not None for case in cases for ratio in case["ratios"].values())
+        return bool(cases) and agree and not self.failed
 
 
-def measure_trl(options: argparse.Namespace) -> dict[str, float]:
-    """Trains with TRL's own packing, collator, loss head and defaults."""
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    cuda = torch.cuda.is_available()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    rows = [as_prompt_and_completion(row) for row in json.loads(options.rows.read_text(encoding="utf-8"))]
-    model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.bfloat16 if cuda else torch.float32)
-    clock = Clock()
-
-    class Timer(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            clock.step_ended()
-
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = SFTTrainer(
-            model,
-            args=SFTConfig(
-                output_dir=folder,
-                packing=True,
-                max_length=options.max_length,
-                per_device_train_batch_size=1,
-                gradient_accumulation_steps=1,
-                gradient_checkpointing=False,
-                max_steps=options.steps,
-                learning_rate=2e-4,
-                bf16=cuda,
-                use_cpu=not cuda,
-                save_strategy="no",
-                report_to="none",
-                logging_steps=1,
-                disable_tqdm=True,
-            ),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(options.base),
-            peft_config=LoraConfig(
-                task_type="CAUSAL_LM",
-                r=16,
-                lora_alpha=32,
-                target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-            ),
-            callbacks=[Timer()],
-        )
-        collate = trainer.data_collator
-
-        def counting_collate(examples: list[Any]) -> Any:
-            batch = collate(examples)
-            clock.batches.append(batch["input_ids"].numel())
-            return batch
-
-        trainer.data_collator = counting_collate
-        trainer.train()
+def combined(found: list[dict[str, Any]], limit: float) -> dict[str, Any]:
+    """Medians over windows and rounds; what is the same every time as it is."""
+    speeds = [speed for one in found for speed in one["tokens_per_second"]]
+    speed = statistics.median(speeds)
+    peaks = {key: max(one[key] for one in found) for key in found[0] if key.startswith("peak_") and key != "peak_of"}
     return {
-        "tokens_per_second": clock.tokens_per_second(),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "loss": trainer.state.log_history[-2]["loss"],
+        **{key: round(value, 4) if isinstance(value, float) else value for key, value in found[0].items()},
+        "tokens_per_second": round(speed, 1),
+        "share_of_limit": round(speed / limit, 4),
+        "spread": round((max(speeds) - min(speeds)) / speed, 3),
+        "windows": [round(speed, 1) for speed in speeds],
+        "rounds": len(found),
+        **peaks,
     }
-
-
-class Clock:
-    """Tokens and times of a run's steps."""
-
-    def __init__(self) -> None:
-        self.batches: list[int] = []
-        self.ends: list[float] = []
-
-    def step_ended(self) -> None:
-        """Notes the time."""
-        self.ends.append(time.perf_counter())
-
-    def tokens_per_second(self) -> float:
-        """Over all steps behind the warm-up."""
-        tokens = sum(self.batches[WARM_UP_STEPS : len(self.ends)])
-        return tokens / (self.ends[-1] - self.ends[WARM_UP_STEPS - 1])
-
-
-def as_prompt_and_completion(row: dict[str, str]) -> dict[str, Any]:
-    """An Alpaca row as TRL takes it for loss on the answer alone."""
-    question = f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
-    return {
-        "prompt": [{"role": "user", "content": question}],
-        "completion": [{"role": "assistant", "content": row["output"]}],
-    }
-
-
-def peak_memory_bytes() -> int:
-    """Of the GPU if there is one, else of this process."""
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

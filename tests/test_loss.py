@@ -1,8 +1,22 @@
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from qwen_tune.training.loss import CHUNK_TOKENS, TokenRows, add_noise, embed, summed_nll, summed_nll_through
+from qwen_tune.training.loss import (
+    CHUNK_TOKENS,
+    TokenRows,
+    add_labelled_loss,
+    add_noise,
+    embed,
+    summed_nll,
+    summed_nll_through,
+)
+
+# PEFT 0.21 uses names that Transformers 5.23 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
 
 @pytest.mark.parametrize("tokens", [0, 1, CHUNK_TOKENS, CHUNK_TOKENS + 1, 3 * CHUNK_TOKENS - 5])
@@ -128,3 +142,35 @@ def test_noise_is_bounded_by_each_samples_own_length():
         assert 0.97 * most < part.abs().max() <= most * 1.0001
         assert abs(part.mean()) < 0.1 * most
     assert add_noise(embedded, boundaries, alpha=5.0).dtype == torch.bfloat16
+
+
+def test_a_model_with_tied_heads_gets_the_plain_loss_and_gradients_over_several_chunks(monkeypatch):
+    def exact_norm(self, x):  # Transformers' own rounds to float32 even in a float64 model
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    monkeypatch.setattr(Qwen2RMSNorm, "forward", exact_norm)
+    torch.manual_seed(6)
+    sizes = {"vocab_size": 400, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    config = Qwen2Config(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.3
+    )
+    model = Qwen2ForCausalLM(config).double()
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    add_labelled_loss(model)
+    tuned = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear")).double()
+    trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.randint(0, 400, (3, 401))
+    learned = torch.rand(3, 400) < 0.55
+    assert learned.sum() > 2 * CHUNK_TOKENS
+    logits = tuned(input_ids=ids[:, :-1], use_cache=False).logits
+    plain = cross_entropy(logits[learned], ids[:, 1:][learned], reduction="sum")
+    labelled = learned.flatten().nonzero().squeeze(1)
+    ours = tuned(input_ids=ids[:, :-1], labelled=labelled, targets=ids[:, 1:].flatten()[labelled])
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-12, abs=1e-10)
+    for one, other in zip(
+        torch.autograd.grad(ours / 700, trained), torch.autograd.grad(plain / 700, trained), strict=True
+    ):
+        assert other.abs().max() > 1e-3
+        assert torch.allclose(one, other, rtol=0, atol=1e-10)

@@ -1,0 +1,134 @@
+"""What makes training fast on a GPU, counted where there is none: tokens, bytes, floating-point operations, waits.
+
+Bytes that a decoder layer keeps, and its operations, are counted in test_fused.py. Times are not gated: two cores that
+others use as well say little about them.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from live_bytes import LiveBytes, extra_bytes_of_loss, our_loss, plain_loss, trl_loss
+from step_flops import step_flops
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qwen_tune.prepared.packing import best_fit_decreasing
+from qwen_tune.train import train
+
+sys.path.append(str(ROOT / "scripts"))
+
+from training_bench.rows import ROWS_A_BATCH, draw_lengths
+from training_bench.shapes import SHAPES, flops_per_token
+
+# TRL 1.16 and PEFT 0.21 use names that Transformers 5.23 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+@pytest.mark.parametrize("capacity", [512, 4096])
+def test_packs_have_next_to_no_padding_and_batches_have_much(capacity):
+    lengths = np.array(draw_lengths(capacity, 4000))
+    packs = len(np.unique(best_fit_decreasing(lengths, capacity)))
+    batches = lengths.reshape(-1, ROWS_A_BATCH)  # in the order of the draw, as a shuffled data set has them
+    assert packs * capacity / lengths.sum() <= 1.01
+    assert (batches.max(axis=1) * ROWS_A_BATCH).sum() / lengths.sum() >= 1.5
+
+
+def test_live_bytes_are_those_of_storages_that_are_held():
+    with LiveBytes() as counted:
+        one = torch.zeros(1000)
+        view = one[10:]
+        del one
+        assert counted.live == 4000
+        view = view + 1  # both are there for a moment
+        assert (counted.live, counted.peak) == (990 * 4, 4000 + 990 * 4)
+        view += 1
+        assert counted.peak == 4000 + 990 * 4
+    del view
+    assert counted.live == 0
+
+
+def test_the_loss_holds_a_tenth_of_the_plain_ones_memory_and_a_fifth_of_trls():
+    ours = extra_bytes_of_loss(our_loss)
+    assert extra_bytes_of_loss(plain_loss) >= 10 * ours
+    assert extra_bytes_of_loss(trl_loss) >= 5 * ours
+
+
+def test_a_training_step_takes_few_more_operations_than_it_must():
+    ours = step_flops(ours=True)
+    assert 1 <= ours <= 1.08
+    assert step_flops(ours=False, checkpointing=True) > 1.4  # the count sees what is computed twice or for nothing
+
+
+@pytest.mark.parametrize(("name", "giga"), [("0.5b", 2.65), ("1.5b", 7.52), ("7b", 31.4)])
+def test_the_fewest_operations_a_token_are_those_counted_by_hand(name, giga):
+    """One sample of 4,096 tokens, loss on all of them."""
+    assert flops_per_token(SHAPES[name], [4096], 4096) / 1e9 == pytest.approx(giga, rel=0.01)
+
+
+class Waits(TorchDispatchMode):
+    """Counts reads of a number out of a tensor, for which a GPU would be waited for, by who asks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function._schema.name == "aten::_local_scalar_dense":
+            self.asked[asker()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def asker() -> str:
+    """The innermost place outside torch, as `file:function`; LOGGING for whatever happens while a step is logged."""
+    outside = (str(Path(torch.__file__).parent), __file__)
+    frames = [one for one in traceback.extract_stack() if not one.filename.startswith(outside)]
+    places = [f"{'/'.join(Path(one.filename).parts[-2:])}:{one.name}" for one in frames]
+    return LOGGING if LOGGING in places else places[-1]
+
+
+# With a mask (SDPA, on a CPU) Transformers asks once a micro-batch whether its positions start anew anywhere. Under
+# `varlen` no mask is made.
+LOGGING = "training/trainer.py:log"
+STOCK = "transformers/masking_utils.py:find_packed_sequence_indices"
+MICRO_BATCHES = 2
+
+
+def test_no_step_reads_a_number_from_the_device(workspace, monkeypatch):
+    """Neither a step of ours nor, but for the mask, of the stock loop: what is read is read when something is logged.
+
+    `tolist`, `cpu` and `numpy` copy without asking torch's dispatcher on a CPU, so they are counted where they are
+    called; the sampler, the collator and the random states of the loader handle what never was on a GPU.
+    """
+    asked = {steps: reads(workspace, monkeypatch, steps) for steps in (2, 5)}
+    assert asked[5][LOGGING]  # what reads is seen
+    a_step = {place: (asked[5][place] - asked[2][place]) / 3 for place in asked[5]}
+    assert {place: count for place, count in a_step.items() if count and place != LOGGING} == {STOCK: MICRO_BATCHES}
+
+
+def reads(workspace, monkeypatch, steps):
+    monkeypatch.chdir(workspace)
+    waits = Waits()
+    with monkeypatch.context() as patched, waits:
+        for name in ("tolist", "cpu", "numpy"):
+            patched.setattr(torch.Tensor, name, counting(getattr(torch.Tensor, name), waits.asked))
+        train(
+            "recipe.yaml",
+            ["data.eval=null", f"train.max_steps={steps}", "train.logging_steps=1000", f"run.dir=run-{steps}"],
+        )
+    return waits.asked
+
+
+def counting(method, asked):
+    def counted(tensor, *args, **kwargs):
+        asked[asker()] += 1
+        return method(tensor, *args, **kwargs)
+
+    return counted
