@@ -3,113 +3,27 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import types
 
 import pytest
 import torch
-from conftest import environment
-from layer_costs import LINEAR, adapted_layers, angles, forward, layer_costs
+from layer_costs import LINEAR
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
-    Qwen2Config,
-    Qwen2ForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from tuned_models import FUSED, KINDS, SIZES, batch, error, nodes, packed, randomize, results, tuned
 
 from qwen_tune.fused import attention, norm, rotation
 from qwen_tune.fused import mlp as fused_mlp
 from qwen_tune.fused.install import fuse, unfuse
 from qwen_tune.fused.lora_math import Projection
-from qwen_tune.fused.trial import STEPS, compile_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-
-FUSED = {"_InputsBackward", "_OutputBackward", "_MlpBackward"}
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-KINDS = {
-    "qwen2": lambda **more: Qwen2ForCausalLM(Qwen2Config(**{**SIZES, **more})),
-    # Heads that are wider together than the residual stream, as in Qwen3-0.6B.
-    "qwen3": lambda **more: Qwen3ForCausalLM(Qwen3Config(**{**SIZES, "head_dim": 8, **more})),
-}
-
-
-def randomize(model, dtype):
-    """Values in every parameter that a start would leave at zero or one, with float32 or wider adapters."""
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        if name.endswith("norm.weight"):
-            values = 1 + 0.3 * values
-        elif "lora_" in name or name.endswith("bias"):
-            values = 0.3 * values
-        else:
-            values = values / parameter.shape[-1] ** 0.5
-        wide = dtype if dtype == torch.float64 or "lora_" not in name else torch.float32
-        parameter.data = values.to(wide)
-    return model
-
-
-def tuned(kind="qwen2", dtype=torch.float64, *, sizes=None, **lora):
-    """A tiny model with an adapter whose B is not zero, ready to train."""
-    settings = {"r": 3, "lora_alpha": 5, "target_modules": list(LINEAR), **lora}
-    model = get_peft_model(KINDS[kind](**(sizes or {})), LoraConfig(task_type="CAUSAL_LM", **settings))
-    return randomize(model, dtype).train()
-
-
-def batch(rows=2, tokens=11):
-    ids = torch.randint(0, SIZES["vocab_size"], (rows, tokens), generator=torch.Generator().manual_seed(5))
-    return {"input_ids": ids, "labels": ids, "use_cache": False}
-
-
-def packed():
-    """Three samples in one row, told apart by their positions alone."""
-    lengths = (4, 1, 8)
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    return {**batch(rows=1, tokens=sum(lengths)), "position_ids": positions}
-
-
-def results(model, inputs):
-    """Logits, loss, and the gradients of everything that is trained, by name; and the graph's own functions in it."""
-    model.zero_grad(set_to_none=True)
-    outputs = model(**inputs)
-    used = nodes(outputs.loss) & FUSED
-    outputs.loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert all(gradient is not None for gradient in found.values())
-    return {"logits": outputs.logits.detach(), "loss": outputs.loss.detach(), **found}, used
-
-
-def nodes(tensor):
-    names, waiting, seen = set(), [tensor.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            names.add(node.name())
-            waiting += [following for following, _ in node.next_functions]
-    return names
-
-
-def error(ours, theirs):
-    """The largest difference of any two tensors, relative to the largest value in it."""
-    assert ours.keys() == theirs.keys()
-    assert all(ours[name].dtype == theirs[name].dtype for name in theirs)
-    return max(((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()).item() for name in theirs)
 
 
 @pytest.fixture
@@ -474,87 +388,3 @@ def test_uninitialized_memory_is_never_read():
     finally:
         torch.use_deterministic_algorithms(False)
     assert error(ours, wanted) == 0
-
-
-def test_bytes_kept_and_operations_of_a_layer_of_qwen2_5_0_5b():
-    model = adapted_layers(torch.bfloat16, layers=1)
-    theirs = layer_costs(model, torch.bfloat16)
-    fuse(model)
-    ours = layer_costs(model, torch.bfloat16)
-    assert ours.bytes <= 28_000
-    assert theirs.bytes / ours.bytes >= 2.2
-    assert ours.operations <= 0.75 * theirs.operations
-    assert ours.computing <= 0.5 * theirs.computing
-
-
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_an_mlp_that_is_computed_again_gives_the_same_bits(kind):
-    model = tuned(kind, torch.float32)
-    fuse(model)
-    once, _ = results(model, packed())
-    fuse(model, recompute_mlp=True)
-    again, used = results(model, packed())
-    assert used == FUSED
-    assert error(again, once) == 0
-
-
-def test_bytes_kept_where_the_mlp_is_computed_again():
-    model = adapted_layers(torch.bfloat16, layers=1)
-    fuse(model)
-    kept = layer_costs(model, torch.bfloat16).bytes
-    fuse(model, recompute_mlp=True)
-    # Without two tensors of the intermediate size, of two bytes a number.
-    assert layer_costs(model, torch.bfloat16).bytes == kept - 2 * 2 * 4864
-
-
-def test_steps_that_cannot_be_compiled_stay_as_they_are(tmp_path):
-    """In a process of its own: the compiler is looked for once."""
-    script = (
-        "import torch\n"
-        "from qwen_tune.fused.trial import STEPS, compile_steps\n"
-        "print(compile_steps(torch.device('cpu'), torch.float32), any(step.compiled for step in STEPS))\n"
-    )
-    variables = environment(CXX="/bin/false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
-    result = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=True)
-    assert result.stdout.startswith("they cannot be compiled here (")
-    assert result.stdout.endswith("False\n")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_steps_that_are_compiled_give_the_same(dtype):
-    """On a CPU, where compiling them takes half a minute; `auto` does it on a GPU alone."""
-    try:
-        assert compile_steps(torch.device("cpu"), dtype) is None
-        model = tuned(dtype=torch.float32)
-        fuse(model)
-        compiled, used = results(model, packed())
-        assert used == FUSED
-    finally:
-        for step in STEPS:
-            step.stay_plain()
-    plain, _ = results(model, packed())
-    assert error(compiled, plain) < 1e-5
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_it_is_as_near_to_float32_as_peft():
-    model = adapted_layers(torch.bfloat16).cuda()
-    hidden = torch.randn(1, 64, 896, device="cuda").bfloat16()
-
-    def run(model, hidden):
-        model.zero_grad(set_to_none=True)
-        hidden = hidden.detach().clone().requires_grad_()
-        output = forward(model, hidden, angles(model, hidden))
-        output.float().square().sum().backward()
-        return [output.detach(), hidden.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
-
-    exact = run(copy.deepcopy(model).float(), hidden.float())
-    theirs = run(model, hidden)
-    fused = fuse(model)
-    assert (fused.reasons, fused.plain) == ({}, None)
-    ours = run(model, hidden)
-    distances = [
-        sum(((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)) for found in (ours, theirs)
-    ]
-    assert distances[0] < 1.1 * distances[1]

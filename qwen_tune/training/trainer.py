@@ -7,7 +7,6 @@ one respect, named in its docstring.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,11 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, TrainerControl, TrainerState
-from trl import SFTTrainer
+from transformers import PrinterCallback, TrainerState
 
 from qwen_tune.errors import Interrupted, Problem, RunError, TrainingError
 from qwen_tune.machine import is_main_process
 from qwen_tune.model.adapter_writer import AdapterWriter
-from qwen_tune.model.answers import greedy_answer
 from qwen_tune.prepared.packing import Packs
 from qwen_tune.recipe.schema import Recipe
 from qwen_tune.runs.checkpoints import fault_of, step_of
@@ -32,7 +29,7 @@ from qwen_tune.runs.directory import RunDir
 from qwen_tune.runs.resume import Plan
 from qwen_tune.training.bad_steps import BadStep, StepWatch
 from qwen_tune.training.batches import PackCollator, SeededOrder, StepRows, count_fillers, pack_dataset
-from qwen_tune.training.evaluation import Evaluation, evaluations_without_gain
+from qwen_tune.training.evaluation import EvaluatingTrainer, Evaluation
 from qwen_tune.training.loss import add_labelled_loss
 from qwen_tune.training.progress import Display, MetricsLog
 from qwen_tune.training.saving import SavedCheckpoints
@@ -45,7 +42,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PROMPT_ANSWER_TOKENS = 128
 PROGRESS = "progress.json"
 TRAINER_STATE = "trainer_state.json"  # Transformers looks for it under this name
 
@@ -58,14 +54,12 @@ class TokenCounts:
     padding: int = 0
 
 
-class LoraTrainer(SFTTrainer):
+class LoraTrainer(EvaluatingTrainer):
     """Trains an adapter on rows of `pack_dataset`."""
 
     loss_is_scaled_for_ga = True
 
-    metrics: MetricsLog
     optimizer: Any
-    control: TrainerControl
 
     def __init__(
         self,
@@ -87,7 +81,7 @@ class LoraTrainer(SFTTrainer):
         self.stop = StopRequest(recipe.train.max_hours)
         self.stop_agreed = False
         self.saved = SavedCheckpoints(run, recipe.train.save_total_limit, lambda text: self.metrics.display.note(text))
-        self.evaluations: list[Evaluation] = []
+        self.evaluations = []
         self.best: Evaluation | None = None  # of those that have a checkpoint
         add_labelled_loss(model, neftune_noise_alpha=recipe.train.neftune_noise_alpha)
         super().__init__(model=model, **kwargs)
@@ -117,7 +111,7 @@ class LoraTrainer(SFTTrainer):
         """
         if checkpoint is not None:
             self._load_progress(checkpoint)
-            if step_of(checkpoint) >= self.schedule.max_steps or self._patience_is_over():
+            if step_of(checkpoint) >= self.schedule.max_steps or self.patience_is_over():
                 self.writer.read(checkpoint, self.model)
                 self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
                 return
@@ -258,88 +252,14 @@ class LoraTrainer(SFTTrainer):
             self.run.record({"losses": {"eval_before": before}})
         return before
 
-    def evaluation_loss(self) -> float | None:
-        """The loss on the held-out rows in nats a token; None without such rows."""
-        if not self.eval_dataset:
-            return None
-        if not self.evaluations or self.evaluations[-1].step != self.state.global_step:
-            self.evaluate()
-        return self.evaluations[-1].loss
-
-    @torch.no_grad()
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Evaluation loss as the sum over all labelled tokens divided by their number, in all and for each source.
-
-        The stock loss averages the means of batches, so that a batch of few tokens counts like one of many. Logits are
-        never gathered. Random numbers are as they were behind it, so that how often it happens changes no training.
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """See `EvaluatingTrainer`.
 
         Raises:
-            TrainingError: It is no number, or a step before it would ruin the model.
+            TrainingError: The loss is no number, or a step before it would ruin the model.
         """
         self._require_good_steps()
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with self.metrics.paused(), torch.random.fork_rng(devices):
-            self.model.eval()
-            # a row a source: summed loss, labelled tokens
-            sums = torch.zeros((len(self.eval_dataset), 2), dtype=torch.float64, device=self.args.device)
-            for row, name in zip(sums, self.eval_dataset, strict=True):
-                for inputs in self.get_eval_dataloader(name):
-                    inputs = self._prepare_inputs(inputs)
-                    with self.accelerator.autocast():
-                        row[0] += self.compute_loss(self.model, inputs)
-                    row[1] += inputs["targets"].shape[0]
-            if self.accelerator.num_processes > 1:
-                sums = self.accelerator.reduce(sums, reduction="sum")
-            nll, tokens = sums.sum(dim=0).tolist()
-            metrics = {f"{metric_key_prefix}_loss": nll / max(tokens, 1)}
-            for name, (source_nll, source_tokens) in zip(self.eval_dataset, sums.tolist(), strict=True):
-                metrics[f"{metric_key_prefix}_{name}_loss"] = source_nll / max(source_tokens, 1)
-            self._require_number(metrics[f"{metric_key_prefix}_loss"])
-            self.evaluations.append(Evaluation(self.state.global_step, metrics[f"{metric_key_prefix}_loss"]))
-            self.log(dict(metrics))
-            self._answer_prompts()
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._stop_early()
-        return metrics
-
-    def _require_number(self, loss: float) -> None:
-        if math.isfinite(loss):
-            return
-        step, where = self.state.global_step, f"step {self.state.global_step}"
-        fix = "lower train.learning_rate, and go on from an earlier checkpoint with train.resume="
-        if not step:
-            where, fix = self.recipe.model.base, "download the base again, or take a wider model.dtype"
-        what = f"the loss on the held-out rows is no number {'behind it' if step else 'before anything was trained'}"
-        raise TrainingError(Problem(where, what, fix), met_by_all=True)
-
-    def _stop_early(self) -> None:
-        if self._patience_is_over():
-            self.control.should_training_stop = self.control.should_log = True
-            self.control.should_save = self.recipe.train.save_steps is not None
-            patience = self.recipe.train.early_stopping_patience
-            self.metrics.display.note(f"stopping early: {patience} evaluations without a lower loss")
-
-    def _patience_is_over(self) -> bool:
-        train = self.recipe.train
-        if train.early_stopping_patience is None:
-            return False
-        without_gain = evaluations_without_gain(self.evaluations, train.early_stopping_threshold)
-        return without_gain >= train.early_stopping_patience
-
-    def _answer_prompts(self) -> None:
-        if not is_main_process():
-            return
-        for prompt in self.recipe.train.eval_prompts:
-            with self.accelerator.autocast():  # modules that are trained whole are float32 in a bfloat16 model
-                answer = greedy_answer(
-                    self.model,
-                    self.processing_class,
-                    [{"role": "user", "content": prompt}],
-                    max_new_tokens=PROMPT_ANSWER_TOKENS,
-                )
-            self.metrics.show_answer(self.state.global_step, prompt, answer)
+        return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """A checkpoint of safetensors and JSON, whole or not at all; the stock one pickles its arguments and states.
