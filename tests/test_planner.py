@@ -104,6 +104,7 @@ def small_job(kind: str, dtype: torch.dtype, attention: str, *, fused: bool, **l
         ("sdpa", "none", True, {}),
         ("sdpa", "full", False, {}),
         ("sdpa", "full", True, {}),
+        ("sdpa", "selective", True, {}),
         ("sdpa", "none", False, {"lora_dropout": 0.05}),
         ("sdpa", "none", False, {"use_dora": True}),
         ("sdpa", "none", False, {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 4}),
@@ -116,7 +117,8 @@ def small_job(kind: str, dtype: torch.dtype, attention: str, *, fused: bool, **l
 def test_what_a_forward_keeps_is_what_is_counted(kind, dtype, attention, checkpointing, fused, lora):
     model = model_of(kind, dtype, attention, **lora)
     if fused:
-        assert (fuse(model).attention, fuse(model).mlp) == (2, 2)
+        found = fuse(model, recompute_mlp=checkpointing == "selective")
+        assert (found.attention, found.mlp) == (2, 2)
     if checkpointing == "full":
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()

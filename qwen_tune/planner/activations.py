@@ -57,8 +57,8 @@ def kept(job: Job, rows: int, checkpointing: Checkpointing) -> Kept:
     tokens, masked = rows * job.row_tokens, job.is_masked(rows)
     if checkpointing == "selective" and not job.fused[1]:
         checkpointing = "none"
-    # With checkpointing the embeddings' output gets a gradient, so that the first layer has something to go back to.
-    first_needs = checkpointing != "none" or job.adapter.trains_embeddings
+    # With whole layers the embeddings' output gets a gradient, so that the first one has something to go back to.
+    first_needs = checkpointing == "full" or job.adapter.trains_embeddings
     halves = [_halves(job, tokens, masked, ranks) for ranks in job.adapter.ranks]
     if not first_needs:
         halves[0] = _halves(job, tokens, masked, job.adapter.ranks[0], needs_input=False)
@@ -67,8 +67,8 @@ def kept(job: Job, rows: int, checkpointing: Checkpointing) -> Kept:
     if checkpointing == "full":
         layers, recomputed = shape.layers * boundary, max(attention + mlp for attention, mlp in halves)
     elif checkpointing == "selective":
-        recomputed = max(mlp for _, mlp in halves) - boundary
-        layers = sum(attention for attention, _ in halves) + shape.layers * boundary
+        recomputed = tokens * 2 * shape.intermediate * w  # gate and up
+        layers -= shape.layers * recomputed
     if w == 2 and not (job.is_fused or job.quantization != "none") and checkpointing != "full":
         # Autocast keeps its 16-bit copies of the adapters as long as the graph that it made them for.
         layers += 2 * job.adapter.lora_parameters
