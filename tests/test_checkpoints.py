@@ -179,10 +179,10 @@ def test_what_could_hold_a_secret_is_for_its_owner_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("QWEN_TUNE_CACHE", str(tmp_path / "cache"))
     before = os.umask(0)
     try:
-        path = run(folder, monkeypatch, "train.max_steps=1", "tracking.report_to=[tensorboard]")
+        path = run(folder, monkeypatch, "train.max_steps=1", "train.save_steps=1", "tracking.report_to=[tensorboard]")
     finally:
         os.umask(before)
-    for name in ("run.json", "recipe.yaml", "logs", "../cache/prepared"):
+    for name in ("run.json", "recipe.yaml", "logs", "checkpoints/step-1/manifest.json", "../cache/prepared"):
         assert (path / name).stat().st_mode & 0o077 == 0, name
     # An adapter is made to be read by others.
     for name in ("adapter", "adapter/adapter_model.safetensors", "adapter/README.md", "metrics.jsonl"):

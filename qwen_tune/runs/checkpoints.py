@@ -43,6 +43,7 @@ def save_checkpoint(folder: Path, step: int, facts: dict[str, Any], write: Calla
         write(temporary)
         contents = {"step": step, **facts, "files": _flushed(temporary)}
         manifest = temporary / MANIFEST
+        manifest.touch(mode=0o600)  # as recipe.yaml, whose words are in it
         manifest.write_text(json.dumps({**contents, OWN_HASH: _hash_of(contents)}, indent=2) + "\n", encoding="utf-8")
         flush(manifest)
         flush(temporary)
