@@ -292,7 +292,7 @@ def with_texts(shape, texts) -> Conversation:
     return Conversation("rows.jsonl:1", "rows", tuple(messages))
 
 
-@for_each_template(examples=40)
+@for_each_template(examples=25)
 def test_plans_render_what_the_template_renders(renderers, name, drawn):
     options = {
         "loss_on": drawn.draw(st.sampled_from(["assistant", "assistant", "last_turn", "all"])),
