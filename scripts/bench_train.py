@@ -32,7 +32,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from training_bench.cases import PRESETS, SIDES, TOLERANCES, Case
+from training_bench.cases import COMPARED, PRESETS, SIDES, TOLERANCES, Case
 from training_bench.rows import describe, draw_rows, labelled, write_rows
 from training_bench.shapes import ALPHA, RANK, SHAPES, flops_per_token
 from training_bench.sides import rows_needed, run_job
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="times that every side is measured in a case")
     parser.add_argument("--budget-seconds", type=float, help="start nothing new behind so many")
     parser.add_argument("--only", nargs="*", help="cases by name, such as '7b bfloat16 4096'")
-    parser.add_argument("--sides", nargs="*", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--sides", nargs="*", choices=SIDES, default=COMPARED)
     parser.add_argument("--unsloth-site", type=Path, help="folder of packages with Unsloth and what it wants")
     parser.add_argument("--work", type=Path, help="where bases are written (15 GB for 7b); default: TMPDIR")
     parser.add_argument("--out", type=Path)

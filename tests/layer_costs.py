@@ -85,22 +85,27 @@ def forward(model: PeftModel, hidden: Tensor, rotations: tuple[Tensor, Tensor]) 
 
 def layer_costs(model: PeftModel, dtype: torch.dtype, tokens: tuple[int, int] = (8, 24)) -> Costs:
     """The costs of a layer; bytes are the difference of two lengths, so that what is kept once does not count."""
-    (few, _), (many, operations) = (_measure(model, dtype, length) for length in tokens)
+    operations = Operations()
+    few = bytes_kept(model, dtype, tokens[0])
+    many = bytes_kept(model, dtype, tokens[1], operations)
     layers = len(model.base_model.model.layers)
     kept = (many - few) / (tokens[1] - tokens[0]) / layers
     return Costs(kept, operations.every / layers, operations.computing / layers)
 
 
-def _measure(model: PeftModel, dtype: torch.dtype, tokens: int) -> tuple[int, Operations]:
+def bytes_kept(
+    model: PeftModel, dtype: torch.dtype, tokens: int, operations: AbstractContextManager[Any] | None = None
+) -> int:
+    """Bytes of all storages that the layers keep between their forward and their backward, without parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     device = next(model.parameters()).device
     hidden = torch.randn(1, tokens, QWEN2_5_0_5B["hidden_size"], dtype=dtype, device=device).requires_grad_()
     rotations = angles(model, hidden)
     kept: list[Tensor] = []
     model.zero_grad(set_to_none=True)
-    with Operations() as operations:
+    with operations or nullcontext():
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             output = forward(model, hidden, rotations)
         output.backward(torch.ones_like(output))
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
-    return sum(size for place, size in storages.items() if place not in parameters), operations
+    return sum(size for place, size in storages.items() if place not in parameters)

@@ -20,7 +20,7 @@ from qwen_tune.merging.verification import compare_merged
 from qwen_tune.model.attention import VARLEN, needs_no_mask
 from qwen_tune.model.chat import ChatModel
 from qwen_tune.train import train
-from qwen_tune.training.batches import PackCollator
+from qwen_tune.training.batches import BatchShape, PackCollator
 from qwen_tune.training.loss import add_labelled_loss
 
 pytestmark = [
@@ -64,9 +64,10 @@ def test_steps_in_bfloat16_learn_and_merge(workspace, monkeypatch, quantization,
         assert model.answer([{"role": "user", "content": "Who keeps the lighthouse?"}], max_new_tokens=8)
 
 
+@pytest.mark.parametrize("shape", [None, BatchShape(tokens=100, samples=8, longest=40)], ids=["as it is", "filled"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config], ids=["qwen2", "qwen3"])
-def test_every_token_of_a_pack_costs_what_it_costs_alone(config, attention):
+def test_every_token_of_a_pack_costs_what_it_costs_alone(config, attention, shape):
     torch.manual_seed(0)
     dtype = torch.bfloat16 if attention not in ("eager", "sdpa") else torch.float32
     model = AutoModelForCausalLM.from_config(config(**SHAPE), attn_implementation=attention).to("cuda", dtype).eval()
@@ -79,7 +80,8 @@ def test_every_token_of_a_pack_costs_what_it_costs_alone(config, attention):
         "lengths": [len(ids) for ids in samples],
     }
     batch = {
-        key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in PackCollator()([pack]).items()
+        key: value.cuda() if isinstance(value, torch.Tensor) else value
+        for key, value in PackCollator(shape)([pack]).items()
     }
     with torch.no_grad():
         alone = []
@@ -98,6 +100,17 @@ def test_every_token_of_a_pack_costs_what_it_costs_alone(config, attention):
     tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-4
     assert (packed - expected).abs().max() < tolerance
     assert total.item() == pytest.approx(expected.sum().item(), rel=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_layers_compiled_as_a_whole_learn_the_same(workspace, monkeypatch, quantization, checkpointing):
+    same = (f"model.quantization={quantization}", f"train.gradient_checkpointing={checkpointing}")
+    plain = run(workspace, monkeypatch, "plain", *same)
+    whole = run(workspace, monkeypatch, "whole", *same, "train.torch_compile=true")
+    assert (whole["fused"]["whole"], whole["attention"]) == (True, VARLEN)
+    for name in ("train_first", "train_last", "eval_after"):
+        assert whole["losses"][name] == pytest.approx(plain["losses"][name], rel=2e-2)
 
 
 def test_going_on_gives_the_same_losses(workspace, monkeypatch):

@@ -153,6 +153,16 @@ def test_batch_leaves_no_remainder(train: dict[str, Any], remainder: str, fix: s
     assert not rules(train={**train, "global_batch_size": int(fix.split()[-1])})
 
 
+def test_compiled_layers_want_packs_and_fused_layers():
+    compiled = {"torch_compile": True}
+    assert not rules(train=compiled)
+    [unpacked] = rules(train=compiled, data={"train": [{"path": "rows.jsonl"}], "packing": False})
+    [off] = rules(train=compiled, model={"base": "Qwen/Qwen3-0.6B", "kernels": "off"})
+    assert unpacked.path == off.path == ("train", "torch_compile")
+    assert "each length of a row" in unpacked.what
+    assert "the layers that it turns off" in off.what
+
+
 def test_epochs_and_steps_exclude_each_other() -> None:
     assert not rules(train={"max_steps": 10})
     assert not rules(train={"max_steps": 10, "num_train_epochs": None})

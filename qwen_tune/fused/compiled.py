@@ -25,8 +25,10 @@ class OneKernel(Generic[Arguments, Result]):
         self.compiled: Callable[Arguments, Result] | None = None
 
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        """Calls it."""
-        return (self.compiled or self.plain)(*args, **kwargs)
+        """Calls it; inside of what is being compiled as a whole it is as it was written."""
+        if self.compiled is None or torch.compiler.is_compiling():
+            return self.plain(*args, **kwargs)
+        return self.compiled(*args, **kwargs)
 
     def compile(self) -> None:
         """Has it compiled at its next call, once for any number of tokens."""

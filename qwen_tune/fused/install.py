@@ -25,6 +25,7 @@ from qwen_tune.fused.attention import InputWeights, attention_inputs, attention_
 from qwen_tune.fused.lora_math import Projection
 from qwen_tune.fused.mlp import MlpWeights, mlp
 from qwen_tune.fused.reading import NotFused, check_untouched, product_dtype, read_projection
+from qwen_tune.fused.regional import compiled
 
 LAYERS = (qwen2.Qwen2DecoderLayer, qwen3.Qwen3DecoderLayer)
 ATTENTIONS = (qwen2.Qwen2Attention, qwen3.Qwen3Attention)
@@ -42,6 +43,7 @@ class Fused:
         mlp: Layers whose second half is fused.
         reasons: Why halves are not, each with the number of halves.
         plain: Why the element-wise steps of fused halves are not compiled to a kernel each; None where they are.
+        whole: Whether fused layers are compiled as a whole.
     """
 
     layers: int
@@ -49,20 +51,24 @@ class Fused:
     mlp: int
     reasons: Mapping[str, int]
     plain: str | None
+    whole: bool = False
 
     def __str__(self) -> str:
         why = "".join(f"; {count} not: {reason}" for reason, count in self.reasons.items())
-        compiled = "" if self.plain else ", their element-wise steps compiled"
+        compiled = ", their element-wise steps compiled" if self.plain is None else ""
+        compiled = ", compiled as a whole (in the first step, for about a minute)" if self.whole else compiled
         return f"{self.attention} attentions and {self.mlp} MLPs of {self.layers} layers fused{compiled}{why}"
 
 
-def fuse(model: nn.Module, *, recompute_mlp: bool = False) -> Fused:
+def fuse(model: nn.Module, *, recompute_mlp: bool = False, compile_layers: bool = False) -> Fused:
     """Lets decoder layers train in their fused form, where they have one; `unfuse` undoes it.
 
     Args:
         model: A model of Transformers with or without PEFT around it; adapters added later are seen as well.
         recompute_mlp: Whether gate and up projection are computed again in the backward, to keep less.
+        compile_layers: Whether layers are compiled as a whole. PEFT's own halves may not let themselves be.
     """
+    body = compiled(_halves) if compile_layers else _halves
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     reasons: Counter[str] = Counter()
     counts: Counter[str] = Counter()
@@ -70,7 +76,7 @@ def fuse(model: nn.Module, *, recompute_mlp: bool = False) -> Fused:
         if type(layer) not in LAYERS:
             reasons[f"{type(layer).__name__} is not a layer that is known here"] += 2
             continue
-        layer.recomputes_mlp = recompute_mlp
+        layer.recomputes_mlp, layer.body = recompute_mlp, body
         fused = 0
         for name, read in (("attention", _read_attention), ("mlp", _read_mlp)):
             try:
@@ -81,12 +87,14 @@ def fuse(model: nn.Module, *, recompute_mlp: bool = False) -> Fused:
                 reasons[str(reason)] += 1
         if fused and "forward" not in vars(layer):
             layer.forward = types.MethodType(_forward, layer)
-    plain = _compile_for(model) if counts else "nothing is fused"
-    return Fused(len(layers), counts["attention"], counts["mlp"], dict(reasons), plain)
+    plain = _compile_steps(model, compile_layers) if counts["attention"] + counts["mlp"] else "nothing is fused"
+    return Fused(len(layers), counts["attention"], counts["mlp"], dict(reasons), plain, compile_layers)
 
 
-def _compile_for(model: nn.Module) -> str | None:
+def _compile_steps(model: nn.Module, whole: bool) -> str | None:
     """Compiles the element-wise steps where that pays; else why it does not."""
+    if whole:
+        return "they are compiled with their layers"
     weight = next(model.parameters())
     if weight.device.type != "cuda":
         return "on a CPU a step of a layer takes far longer than starting it"
@@ -101,7 +109,8 @@ def unfuse(model: nn.Module) -> None:
         own = vars(module).get("forward")
         if isinstance(own, types.MethodType) and own.__func__ is _forward:
             del module.forward
-        vars(module).pop("recomputes_mlp", None)
+        for name in ("recomputes_mlp", "body"):
+            vars(module).pop(name, None)
 
 
 def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -110,8 +119,8 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any
         return type(self).forward(self, hidden_states, *args, **kwargs)
     if self.gradient_checkpointing:
         # As the class's own forward does it, which this one stands in front of.
-        return self._gradient_checkpointing_func(partial(_halves, self, **kwargs), hidden_states)
-    return _halves(self, hidden_states, **kwargs)
+        return self._gradient_checkpointing_func(partial(self.body, self, **kwargs), hidden_states)
+    return self.body(self, hidden_states, **kwargs)
 
 
 def _halves(layer: Any, hidden: Tensor, **kwargs: Any) -> Tensor:

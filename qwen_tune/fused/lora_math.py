@@ -124,7 +124,10 @@ def project(x: Tensor, projections: Sequence[Projection], stack: Stack, outputs:
     """
     for projection, output in zip(projections, outputs, strict=True):
         weight = projection.dense(x.dtype).t()
-        if projection.bias is None:
+        if torch.compiler.is_compiling():
+            # Rows that lie apart cannot be written to there; the copy becomes part of a kernel that reads them.
+            output.copy_(x @ weight if projection.bias is None else torch.addmm(projection.bias.to(x.dtype), x, weight))
+        elif projection.bias is None:
             torch.mm(x, weight, out=output)
         else:
             torch.addmm(projection.bias.to(x.dtype), x, weight, out=output)

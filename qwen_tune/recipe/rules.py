@@ -77,6 +77,7 @@ def findings(recipe: Recipe) -> list[Finding]:
         _sources,
         _adapter,
         _batch,
+        _compiler,
         _steps,
         _allowed_drift,
         _trainer_args,
@@ -202,6 +203,16 @@ def _batch(recipe: Recipe) -> Iterator[Finding]:
         fix = f"write {below} or {above}" if below else f"write {above}"
         sources: tuple[KeyPath, ...] = (("train", "per_device_train_batch_size"), ("train", "num_processes"))
         yield Finding(("train", "global_batch_size"), what, fix, sources)
+
+
+def _compiler(recipe: Recipe) -> Iterator[Finding]:
+    path: KeyPath = ("train", "torch_compile")
+    if recipe.train.torch_compile and not recipe.data.packing:
+        what = "got true beside data.packing: false; each length of a row would be compiled anew"
+        yield Finding(path, what, "write packing: true, or torch_compile: false", (("data", "packing"),))
+    if recipe.train.torch_compile and recipe.model.kernels == "off":
+        what = "got true beside model.kernels: off; what is compiled are the layers that it turns off"
+        yield Finding(path, what, "write kernels: auto, or torch_compile: false", (("model", "kernels"),))
 
 
 def _steps(recipe: Recipe) -> Iterator[Finding]:

@@ -315,6 +315,10 @@ class TrainSpec(Section):
     """What is computed again in the backward pass to save memory: whole decoder layers, or gate and up projection of
     fused ones (`selective`: most of the memory for a third of the work)."""
 
+    torch_compile: bool = False
+    """Compile decoder layers, each as a whole, and fill every micro-batch up to one shape: fewer kernels to start where
+    micro-batches are small on a GPU, for a minute at the start. Needs packing and `model.kernels: auto`."""
+
     optim: Literal[
         "adamw_torch",
         "adamw_torch_fused",

@@ -86,6 +86,42 @@ class Counts:
     padding: int
 
 
+@dataclass(frozen=True)
+class BatchShape:
+    """What every micro-batch is filled up to, so that kernels made for one shape do for all.
+
+    Attributes:
+        tokens: Of a micro-batch.
+        samples: Of a micro-batch, those of the filling and empty ones among them.
+        longest: Tokens of the longest sample that there may be.
+    """
+
+    tokens: int
+    samples: int
+    longest: int
+
+    @classmethod
+    def holding(cls, packs: Packs, rows: int, max_length: int) -> BatchShape:
+        """The shape that any so many of these packs fit into.
+
+        Args:
+            packs: The rows.
+            rows: How many a micro-batch has at most.
+            max_length: Tokens that a pack holds.
+        """
+        # The most samples of a pack are known, not which packs will meet; the filling takes one for each row at most.
+        return cls(rows * max_length, rows * (int(packs.sizes.max(initial=1)) + 1), max_length)
+
+    def filling(self, lengths: Sequence[int]) -> list[int]:
+        """The samples without loss that fill up a micro-batch of these; boundaries of empty ones are added to it."""
+        whole, rest = divmod(self.tokens - sum(lengths), self.longest)
+        samples = [self.longest] * whole + [rest] * (rest > 0)
+        empty = self.samples - len(lengths) - len(samples)
+        assert whole >= 0, f"{sum(lengths)} tokens in a micro-batch of {self.tokens}"
+        assert empty >= 0, f"{len(lengths)} samples in a micro-batch of {self.samples}"
+        return samples + [0] * empty
+
+
 class StepRows:
     """Which rows an optimizer step is made of, in all processes: the order is known without having been gone through.
 
@@ -96,11 +132,15 @@ class StepRows:
         schedule: Batch and steps.
         fillers: Rows without loss behind them.
         seed: The recipe's.
+        shape: What micro-batches are filled up to; None for as long as their rows are.
     """
 
-    def __init__(self, packs: Packs, schedule: Schedule, fillers: int, seed: int) -> None:
+    def __init__(
+        self, packs: Packs, schedule: Schedule, fillers: int, seed: int, shape: BatchShape | None = None
+    ) -> None:
         self.packs = packs
         self.schedule = schedule
+        self.shape = shape
         self.sampler = SeededOrder(len(packs), fillers, seed)
         self._orders: dict[int, list[int]] = {}
 
@@ -125,8 +165,8 @@ class StepRows:
             batches = batches[process :: self.schedule.num_processes]
         rows = np.array([row for batch in batches for row in batch], np.int64)
         real = rows[rows < len(self.packs)]
-        padding = len(rows) - len(real)
         labels, tokens = (int(sums[real].sum()) for sums in (self.packs.supervised, self.packs.lengths))
+        padding = len(batches) * self.shape.tokens - tokens if self.shape else len(rows) - len(real)
         return Counts(labels, tokens + padding, padding)
 
     def places(self, step: int, batches: Sequence[int] | None = None) -> list[str]:
@@ -142,7 +182,15 @@ class PackCollator:
 
     Position ids start at 0 with every sample; that (with no attention mask and no cache) is what makes Transformers
     build a mask in which no sample sees another.
+
+    Args:
+        shape: What the row is filled up to, with samples without loss; None for as long as it is.
+        pad_id: The token of the filling.
     """
+
+    def __init__(self, shape: BatchShape | None = None, pad_id: int = 0) -> None:
+        self.shape = shape
+        self.pad_id = pad_id
 
     def __call__(self, packs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Makes a batch.
@@ -154,9 +202,15 @@ class PackCollator:
         Returns:
             `input_ids` and `position_ids` of shape (1, tokens); `labelled`, the positions whose next token carries
             loss, and `targets`, those next tokens, both of shape (labels,); `cu_seq_lens_q/k` of shape (samples + 1,)
-            and `max_length_q/k` for attention kernels that take them.
+            and `max_length_q/k` for attention kernels that take them. All but `labelled` and `targets` are alike for
+            all batches of a `BatchShape`.
         """
         lengths = [int(length) for pack in packs for length in pack["lengths"]]
+        if self.shape:
+            filling = self.shape.filling(lengths)
+            packs = [*packs, {"input_ids": [self.pad_id] * sum(filling), "labels": [IGNORED] * sum(filling)}]
+            lengths += filling
+        longest = self.shape.longest if self.shape else max(lengths)
         input_ids, labels = (
             torch.from_numpy(np.concatenate([np.asarray(pack[name], np.int64) for pack in packs]))
             for name in ("input_ids", "labels")
@@ -170,6 +224,6 @@ class PackCollator:
             "targets": labels[learned],
             "cu_seq_lens_q": boundaries,
             "cu_seq_lens_k": boundaries,
-            "max_length_q": max(lengths),
-            "max_length_k": max(lengths),
+            "max_length_q": longest,
+            "max_length_k": longest,
         }

@@ -15,6 +15,7 @@ from qwen_tune.errors import Problem, TrainingError
 from qwen_tune.machine import is_main_process
 from qwen_tune.model.answers import greedy_answer
 from qwen_tune.recipe.schema import Recipe
+from qwen_tune.training.batches import PackCollator
 from qwen_tune.training.progress import MetricsLog
 
 PROMPT_ANSWER_TOKENS = 128
@@ -45,6 +46,7 @@ class EvaluatingTrainer(SFTTrainer):
     metrics: MetricsLog
     control: TrainerControl
     evaluations: list[Evaluation]
+    data_collator: Any
 
     def evaluation_loss(self) -> float | None:
         """The loss on the held-out rows in nats a token; None without such rows."""
@@ -53,6 +55,14 @@ class EvaluatingTrainer(SFTTrainer):
         if not self.evaluations or self.evaluations[-1].step != self.state.global_step:
             self.evaluate()
         return self.evaluations[-1].loss
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The stock one; its rows stay as long as they are where those of training are filled up."""
+        filling, self.data_collator = self.data_collator, PackCollator()
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = filling
 
     @torch.no_grad()
     def evaluate(

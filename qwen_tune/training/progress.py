@@ -94,7 +94,7 @@ class MetricsLog(TrainerCallback):
             self.display.evaluation(state.global_step, losses)
         if not logs or "loss" not in logs:
             return
-        now, tokens = time.perf_counter(), self.trainer.counts.processed
+        now, tokens = time.perf_counter(), self.trainer.counts.real
         seconds, step_tokens = now - self._last_time, tokens - self._last_tokens
         self._last_time, self._last_tokens = now, tokens
         self.seconds += seconds

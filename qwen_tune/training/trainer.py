@@ -20,6 +20,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerState
 
 from qwen_tune.errors import Interrupted, Problem, RunError, TrainingError
+from qwen_tune.fused.regional import naming_the_key
 from qwen_tune.machine import is_main_process
 from qwen_tune.model.adapter_writer import AdapterWriter
 from qwen_tune.prepared.packing import Packs
@@ -28,7 +29,7 @@ from qwen_tune.runs.checkpoints import fault_of, step_of
 from qwen_tune.runs.directory import RunDir
 from qwen_tune.runs.resume import Plan
 from qwen_tune.training.bad_steps import BadStep, StepWatch
-from qwen_tune.training.batches import PackCollator, SeededOrder, StepRows, count_fillers, pack_dataset
+from qwen_tune.training.batches import BatchShape, PackCollator, SeededOrder, StepRows, count_fillers, pack_dataset
 from qwen_tune.training.evaluation import EvaluatingTrainer, Evaluation
 from qwen_tune.training.loss import add_labelled_loss
 from qwen_tune.training.progress import Display, MetricsLog
@@ -48,10 +49,15 @@ TRAINER_STATE = "trainer_state.json"  # Transformers looks for it under this nam
 
 @dataclass
 class TokenCounts:
-    """Tokens that went through the model, over all processes; `padding` are those of rows without any loss."""
+    """Tokens that went through the model, over all processes; `padding` are those among them that no row has."""
 
     processed: int = 0
     padding: int = 0
+
+    @property
+    def real(self) -> int:
+        """Those of rows."""
+        return self.processed - self.padding
 
 
 class LoraTrainer(EvaluatingTrainer):
@@ -107,7 +113,7 @@ class LoraTrainer(EvaluatingTrainer):
 
         Raises:
             Interrupted: It was asked to stop.
-            TrainingError: A step that would ruin the model; see `bad_steps`.
+            TrainingError: A step that would ruin the model (see `bad_steps`), or layers that cannot be compiled.
         """
         if checkpoint is not None:
             self._load_progress(checkpoint)
@@ -116,7 +122,7 @@ class LoraTrainer(EvaluatingTrainer):
                 self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
                 return
         try:
-            with self.stop.listening(quiet=not is_main_process()):
+            with self.stop.listening(quiet=not is_main_process()), naming_the_key():
                 super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             self.metrics.display.stop()
@@ -318,7 +324,7 @@ class LoraTrainer(EvaluatingTrainer):
         best = Evaluation(**progress["best"]) if progress["best"] else None
         # It may have been rotated away since, for a better one that this run has gone back behind.
         self.best = best if best and (best.step == step_of(checkpoint) or not self._fault_of_best(best)) else None
-        self.metrics.go_on(progress["seconds"], self.counts.processed)
+        self.metrics.go_on(progress["seconds"], self.counts.real)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """From safetensors and JSON."""
@@ -384,17 +390,20 @@ def build_trainer(
     rows = schedule.num_processes * schedule.per_device_train_batch_size if schedule.num_processes > 1 else 1
     pad_id = int(tokenizer.pad_token_id)
     evaluation = {name: pack_dataset(source, multiple=rows, pad_id=pad_id) for name, source in evaluation_packs.items()}
+    shape = None
+    if recipe.train.torch_compile:
+        shape = BatchShape.holding(packs, schedule.per_device_train_batch_size, recipe.data.max_length_tokens)
     trainer = LoraTrainer(
         model,
         recipe=recipe,
         run=run,
         schedule=schedule,
         writer=writer,
-        rows=StepRows(packs, schedule, count_fillers(len(packs), rows), recipe.train.seed),
+        rows=StepRows(packs, schedule, count_fillers(len(packs), rows), recipe.train.seed, shape),
         args=sft_config(recipe, schedule, model.dtype),
         train_dataset=pack_dataset(packs, multiple=rows, pad_id=pad_id),
         eval_dataset=evaluation or None,
-        data_collator=PackCollator(),
+        data_collator=PackCollator(shape, pad_id),
         processing_class=tokenizer,
         peft_config=adapter,
     )

@@ -80,13 +80,17 @@ def fuse_layers(model: PeftModel, recipe: Recipe, schedule: Schedule) -> Fused |
     """Lets decoder layers train in their fused form, unless the recipe has it off.
 
     Raises:
-        RecipeError: The recipe wants MLPs computed again, and some of them are not fused.
+        RecipeError: The recipe wants MLPs computed again or layers compiled, and some of them are not fused.
     """
     again = schedule.gradient_checkpointing == "selective"
-    fused = fuse(model, recompute_mlp=again) if recipe.model.kernels == "auto" else None
+    whole = recipe.train.torch_compile
+    fused = fuse(model, recompute_mlp=again, compile_layers=whole) if recipe.model.kernels == "auto" else None
     if again and (fused is None or fused.mlp < fused.layers):
         what = f"got selective, which computes the MLPs of fused layers again: {fused or 'model.kernels is off'}"
         raise RecipeError(Problem("train.gradient_checkpointing", what, "write full"))
+    if whole and fused and fused.reasons:
+        what = f"got true, which compiles fused layers: {fused}"
+        raise RecipeError(Problem("train.torch_compile", what, "write false"))
     return fused
 
 

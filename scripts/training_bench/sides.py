@@ -110,12 +110,14 @@ def measure(side: str, case: Case, base: Path, rows: Path) -> dict[str, Any]:
     data = read_rows(rows)
     probe = probe_rows(data, case.length)
     with tempfile.TemporaryDirectory() as folder:
-        if side == "ours":
-            return train_ours(case, base, rows, probe, Path(folder))
+        if side.startswith("ours"):
+            return train_ours(case, base, rows, probe, Path(folder), compiled=side == "ours-compiled")
         return train_trl(side, case, base, data, probe, Path(folder))
 
 
-def train_ours(case: Case, base: Path, rows: Path, probe: Sequence[Row], folder: Path) -> dict[str, Any]:
+def train_ours(
+    case: Case, base: Path, rows: Path, probe: Sequence[Row], folder: Path, *, compiled: bool
+) -> dict[str, Any]:
     """The package's own entry, with gauges on the trainer that it builds."""
     from qwen_tune.machine import prepare_process
 
@@ -145,6 +147,7 @@ def train_ours(case: Case, base: Path, rows: Path, probe: Sequence[Row], folder:
             "learning_rate": LEARNING_RATE,
             "logging_steps": steps(case),
             "gradient_checkpointing": case.checkpointing,
+            "torch_compile": compiled,
         },
         "export": {"merge": False},
     }
