@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModel, AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from qwen_tune.errors import ModelError
 from qwen_tune.model.attention import VARLEN, choose_attention, needs_no_mask
@@ -57,6 +60,41 @@ def test_without_boundaries_it_is_sdpa_with_its_mask(config):
             assert torch.equal(model(**inputs).logits, ours(**inputs).logits)
         inputs = {"input_ids": ids, "attention_mask": padded, "max_new_tokens": 6, "do_sample": False}
         assert torch.equal(model.generate(**inputs), ours.generate(**inputs))
+
+
+class Called(TorchDispatchMode):
+    """The names of aten's and other operations, and how often each was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        self.names[function._schema.name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config], ids=["qwen2", "qwen3"])
+@pytest.mark.parametrize("window", [None, 16])
+def test_packs_go_through_flash_attention_without_a_mask(config, window):
+    """On tensors without numbers, which check arguments and shapes as a GPU would; only a GPU can compute them."""
+    windows = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0} if window else {}
+    with torch.device("meta"):
+        model = AutoModel.from_config(
+            config(**SHAPE, **windows), attn_implementation=VARLEN, dtype=torch.bfloat16
+        ).train()
+        batch = {name: torch.zeros(1, 30, dtype=torch.long) for name in ("input_ids", "position_ids")}
+        boundaries = {f"cu_seq_lens_{side}": torch.zeros(4, dtype=torch.int32) for side in "qk"}
+    assert set(model.config.layer_types) == {"sliding_attention" if window else "full_attention"}
+    lengths = {"max_length_q": 12, "max_length_k": 12}
+    with Called() as called:
+        masks = dict.fromkeys(model.config.layer_types)
+        output = model(**batch, **boundaries, **lengths, attention_mask=masks, use_cache=False)
+        output.last_hidden_state.sum().backward()
+    assert called.names["torch_attn::_varlen_attn"] == called.names["torch_attn::_varlen_attn_backward"] == 2
+    assert not any("scaled_dot_product" in name or "item" in name for name in called.names)
+    shapes = {tuple(p.grad.shape) == tuple(p.shape) for p in model.parameters()}
+    assert shapes == {True}
 
 
 def test_only_boundaries_make_a_mask_unneeded():

@@ -116,9 +116,9 @@ def measure(side: str, case: Case, base: Path, rows: Path) -> dict[str, Any]:
 
 
 def train_ours(
-    case: Case, base: Path, rows: Path, probe: Sequence[Row], folder: Path, *, compiled: bool
+    case: Case, base: Path, rows: Path, probe: Sequence[Row], folder: Path, *, compiled: bool, watcher: Any = None
 ) -> dict[str, Any]:
-    """The package's own entry, with gauges on the trainer that it builds."""
+    """The package's own entry, with gauges on the trainer that it builds, and a callback where one is given."""
     from qwen_tune.machine import prepare_process
 
     prepare_process()
@@ -133,6 +133,8 @@ def train_ours(
         trainer = build(*args, **kwargs)
         installed.append(Gauges(trainer, case, probe, lambda trainer, rows: [as_one_pack(rows, "lengths")]))
         installed[0].install()
+        if watcher is not None:
+            trainer.add_callback(watcher)
         return trainer
 
     trainers.build_trainer = build_with_gauges
