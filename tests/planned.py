@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen_tune.planner.job import Job, read_job
+from qwen_tune.planner.job import Job, attention_on, read_job
 from qwen_tune.planner.shape import read_shape
 from qwen_tune.recipe.schema import Recipe
 
@@ -48,5 +48,6 @@ def made_recipe(**sections: dict[str, Any]) -> Recipe:
 def job(recipe: Recipe, *, processes: int = 1, on_gpu: bool = True, dtype: str | None = None) -> Job:
     """What a recipe with one of the bases above is to the planner."""
     shape = read_shape(CONFIGS[recipe.model.base], recipe.model.base)
-    own = dtype or ("bfloat16" if on_gpu else "float32")
-    return read_job(recipe, shape, dtype=own, processes=processes, on_gpu=on_gpu)  # type: ignore[arg-type]
+    own: Any = dtype or ("bfloat16" if on_gpu else "float32")
+    attention = attention_on(recipe.model.attention, own, shape.head_size, flash=on_gpu) or "sdpa"
+    return read_job(recipe, shape, dtype=own, attention=attention, processes=processes, on_gpu=on_gpu)

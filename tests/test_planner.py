@@ -15,17 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from planned import CONFIGS, config, job, made_recipe
+from step_flops import NOT_COUNTED
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from qwen_tune.errors import ModelError, QwenTuneError
 from qwen_tune.fused.install import fuse
 from qwen_tune.model.adapter_config import lora_config
+from qwen_tune.model.attention import LARGEST_HEAD as CHOSEN_LARGEST_HEAD
 from qwen_tune.planner.activations import LEVELS, LOSS_CHUNK, kept
 from qwen_tune.planner.adapter import read_adapter
 from qwen_tune.planner.choice import LARGEST_MASKED_TOKENS, choose, levels, usable_bytes
 from qwen_tune.planner.gpus import GIB, GPUS, find_gpu
-from qwen_tune.planner.job import Job, read_job
+from qwen_tune.planner.job import LARGEST_HEAD, Job, attention_on, read_job
 from qwen_tune.planner.memory import int8_bytes, memory, nf4_bytes, optimizer_bytes
 from qwen_tune.planner.shape import Shape, read_shape
 from qwen_tune.planner.speed import flops, tokens_per_second
@@ -91,7 +94,7 @@ def small_job(kind: str, dtype: torch.dtype, attention: str, *, fused: bool, **l
         lora=lora,
     )
     name: Any = str(dtype).removeprefix("torch.")
-    counted = read_job(recipe, read_shape(LAYERS[kind], kind), dtype=name, on_gpu=False)
+    counted = read_job(recipe, read_shape(LAYERS[kind], kind), dtype=name, attention=attention, on_gpu=False)
     return replace(counted, labelled_share=SHARE)
 
 
@@ -109,6 +112,7 @@ def small_job(kind: str, dtype: torch.dtype, attention: str, *, fused: bool, **l
         ("sdpa", "none", False, {"use_dora": True}),
         ("sdpa", "none", False, {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 4}),
         ("sdpa", "none", True, {"target_modules": "attention", "rank_pattern": {"layers.0.self_attn.q_proj": 64}}),
+        ("sdpa", "none", False, {"modules_to_save": ["1.mlp.down_proj", "1.self_attn.v_proj"]}),
         ("eager", "none", False, {}),
         ("eager", "none", True, {}),
     ],
@@ -132,6 +136,41 @@ def test_what_a_forward_keeps_is_what_is_counted(kind, dtype, attention, checkpo
         assert counted.layers + counted.ends - held == kept_bytes(model, dtype)  # to the byte
 
 
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {"modules_to_save": ["1.mlp.down_proj"]},
+        {"modules_to_save": ["up_proj"]},
+        {"modules_to_save": ["o_proj"]},
+        {"modules_to_save": ["0.self_attn.q_proj", "1.mlp.gate_proj"]},
+        {"modules_to_save": ["input_layernorm"]},
+        {"modules_to_save": ["1.post_attention_layernorm"]},
+        {"modules_to_save": ["norm"]},
+        {"modules_to_save": ["lm_head"]},
+        {"lora_dropout": 0.1},
+        {"use_dora": True},
+        {"bias": "all"},
+        {"bias": "lora_only", "target_modules": ["v_proj", "up_proj"]},
+        {"bias": "lora_only", "target_modules": ["up_proj"]},
+        {"target_modules": ["q_proj"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_what_is_counted_as_fused_is_what_is_fused(kind, lora):
+    sizes = {**LAYERS[kind], "tie_word_embeddings": False}
+    made = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[kind](**{k: v for k, v in sizes.items() if k != "model_type"})
+    recipe = made_recipe(lora=lora)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(made)
+        model = get_peft_model(base, lora_config(base, recipe.lora))
+    found = fuse(model)
+    counted = read_job(recipe, read_shape(sizes, kind), dtype="float32", attention="sdpa", on_gpu=False)
+    assert [sum(halves) for halves in zip(*counted.fused, strict=True)] == [found.attention, found.mlp]
+    assert ("selective" in levels(counted, "auto")) == (found.mlp == found.layers)
+
+
 def test_parameters_are_those_of_the_model():
     for kind, sizes in LAYERS.items():
         shape = read_shape(sizes, kind)
@@ -147,9 +186,11 @@ def test_what_is_trained_beside_the_adapter_is_counted():
     shape = read_shape(CONFIGS["Qwen/Qwen2.5-7B"], "base")
     plain = read_adapter(shape, made_recipe().lora)
     assert plain.parameters == plain.lora_parameters == 40_370_176
-    whole = read_adapter(shape, made_recipe(lora={"modules_to_save": ["lm_head", "norm"]}).lora)
+    whole = read_adapter(shape, made_recipe(lora={"modules_to_save": ["lm_head", "model.norm"]}).lora)
     assert whole.parameters - plain.parameters == 152064 * 3584 + 3584
     assert whole.trains_head
+    norms = read_adapter(shape, made_recipe(lora={"modules_to_save": ["norm"]}).lora)
+    assert norms.parameters - plain.parameters == (2 * 28 + 1) * 3584
     rows = read_adapter(
         shape, made_recipe(lora={"trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [1]}}).lora
     )
@@ -224,6 +265,23 @@ def test_operations_are_those_of_the_published_table():
         assert 1.3 < flops(counted_job, 1, "full") / flops(counted_job, 1, "none") < 1.5
     counted_job = replace(job(made_recipe()), attention="varlen")
     assert tokens_per_second(counted_job, find_gpu("h100"), 1, "none") == pytest.approx(14_110, rel=0.01)
+
+
+@pytest.mark.parametrize("lora", [{}, {"target_modules": ["gate_proj", "down_proj"], "r": 64}], ids=str)
+def test_operations_of_what_is_computed_again_are_counted(lora):
+    tokens, extra = 64, []
+    model = model_of("qwen2", torch.float32, "sdpa", **lora)
+    for again in (False, True):
+        fuse(model, recompute_mlp=again)
+        counter = FlopCounterMode(display=False, custom_mapping=NOT_COUNTED)
+        inputs = {"input_ids": torch.zeros(1, tokens, dtype=torch.long), "position_ids": torch.arange(tokens)[None]}
+        labels = {"labelled": torch.arange(4), "targets": torch.zeros(4, dtype=torch.long)}
+        with counter:
+            model(**inputs, **labels).backward()
+        extra.append(counter.get_total_flops() / tokens)
+    counted_job = small_job("qwen2", torch.float32, "sdpa", fused=True, **lora)
+    difference = flops(counted_job, 1, "selective") - flops(counted_job, 1, "none")
+    assert difference == pytest.approx(extra[1] - extra[0])
 
 
 jobs = st.builds(
@@ -338,6 +396,38 @@ def test_estimate_as_json_and_for_a_run_of_known_length(qwen_tune):
     assert first["fused"]
     assert sum(first["predicted_bytes"].values()) == first["predicted_peak_bytes"]
     assert first["hours"] == pytest.approx(100 * 256 / first["tokens_per_second"] / 3600)
+
+
+def test_estimate_leaves_out_what_cannot_compute_it(qwen_tune):
+    """FlashAttention needs a GPU with its instructions and 16 bits; such rows would promise what `train` refuses."""
+    told = qwen_tune("estimate", "recipes/quickstart.yaml", "model.attention=varlen", "--json")
+    devices = [json.loads(line)["device"] for line in told.stdout.splitlines()]
+    assert "l4-24gb" in devices
+    assert not {"t4-16gb", "cpu"} & set(devices)
+    refused = qwen_tune("estimate", "recipes/quickstart.yaml", "model.attention=flash_attention_2", "--gpu", "t4")
+    assert refused.returncode == 2
+    assert "t4-16gb does not compute flash_attention_2" in refused.stderr
+    nowhere = qwen_tune("estimate", "recipes/quickstart.yaml", "model.attention=varlen", "model.dtype=float32")
+    assert nowhere.returncode == 2
+    assert "no device that is known here computes. Fix: write attention: auto" in nowhere.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "head", "flash", "found"),
+    [
+        ("auto", "bfloat16", 128, True, "varlen"),
+        ("auto", "float16", 128, True, "varlen"),
+        ("auto", "float16", 128, False, "sdpa"),
+        ("auto", "float32", 128, True, "sdpa"),
+        ("auto", "bfloat16", 512, True, "sdpa"),
+        ("flash_attention_2", "float16", 128, True, "varlen"),
+        ("varlen", "bfloat16", 128, False, None),
+        ("eager", "float32", 128, False, "eager"),
+    ],
+)
+def test_attention_is_planned_as_it_is_chosen(asked, dtype, head, flash, found):
+    assert attention_on(asked, dtype, head, flash=flash) == found
+    assert LARGEST_HEAD == CHOSEN_LARGEST_HEAD
 
 
 def test_estimate_refuses_what_it_does_not_know(qwen_tune, tmp_path):

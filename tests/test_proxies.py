@@ -1,6 +1,6 @@
 """What makes training fast on a GPU, counted where there is none: tokens, bytes, floating-point operations, waits.
 
-Bytes that a decoder layer keeps, and its operations, are counted in test_fused.py. Times are not gated: two cores that
+Bytes that a decoder layer keeps, and its operations, are counted in test_fused_costs.py. Times are not gated: two cores that
 others use as well say little about them.
 """
 
@@ -97,31 +97,42 @@ def asker() -> str:
 # With a mask (SDPA, on a CPU) Transformers asks once a micro-batch whether its positions start anew anywhere. Under
 # `varlen` no mask is made.
 LOGGING = "training/trainer.py:log"
+COLLATOR = "training/batches.py:__call__"
 STOCK = "transformers/masking_utils.py:find_packed_sequence_indices"
 MICRO_BATCHES = 2
 
 
-def test_no_step_reads_a_number_from_the_device(workspace, monkeypatch):
+@pytest.mark.parametrize("trained", ["lora.trainable_token_indices=null", "lora.trainable_token_indices=[5, 7]"])
+def test_no_step_reads_a_number_from_the_device(workspace, monkeypatch, trained):
     """Neither a step of ours nor, but for the mask, of the stock loop: what is read is read when something is logged.
 
     `tolist`, `cpu` and `numpy` copy without asking torch's dispatcher on a CPU, so they are counted where they are
-    called; the sampler, the collator and the random states of the loader handle what never was on a GPU.
+    called; the sampler, the collator and the random states of the loader handle what never was on a GPU. A tensor that is made
+    of a list would be waited for as well, on its way there: only the collator makes some.
     """
-    asked = {steps: reads(workspace, monkeypatch, steps) for steps in (2, 5)}
+    asked = {steps: reads(workspace, monkeypatch, steps, trained) for steps in (2, 5)}
     assert asked[5][LOGGING]  # what reads is seen
     a_step = {place: (asked[5][place] - asked[2][place]) / 3 for place in asked[5]}
-    assert {place: count for place, count in a_step.items() if count and place != LOGGING} == {STOCK: MICRO_BATCHES}
+    found = {place: count for place, count in a_step.items() if count and place not in (LOGGING, COLLATOR)}
+    assert found == {STOCK: MICRO_BATCHES}
 
 
-def reads(workspace, monkeypatch, steps):
+def reads(workspace, monkeypatch, steps, *overrides):
     monkeypatch.chdir(workspace)
     waits = Waits()
     with monkeypatch.context() as patched, waits:
         for name in ("tolist", "cpu", "numpy"):
             patched.setattr(torch.Tensor, name, counting(getattr(torch.Tensor, name), waits.asked))
+        patched.setattr(torch, "tensor", counting(torch.tensor, waits.asked))
         train(
             "recipe.yaml",
-            ["data.eval=null", f"train.max_steps={steps}", "train.logging_steps=1000", f"run.dir=run-{steps}"],
+            [
+                "data.eval=null",
+                f"train.max_steps={steps}",
+                "train.logging_steps=1000",
+                f"run.dir=run-{steps}",
+                *overrides,
+            ],
         )
     return waits.asked
 

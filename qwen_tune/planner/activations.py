@@ -24,7 +24,7 @@ LOSS_CHUNK = 256  # training.loss.CHUNK_TOKENS
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _OUTPUT = ("self_attn.o_proj",)
-_INNER = ("mlp.gate_proj", "mlp.up_proj")
+INNER = ("mlp.gate_proj", "mlp.up_proj")
 _DOWN = ("mlp.down_proj",)
 
 
@@ -55,13 +55,13 @@ def kept(job: Job, rows: int, checkpointing: Checkpointing) -> Kept:
     """
     shape, w = job.shape, job.width
     tokens, masked = rows * job.row_tokens, job.is_masked(rows)
-    if checkpointing == "selective" and not job.fused[1]:
+    if checkpointing == "selective" and not job.fuses_every_mlp:
         checkpointing = "none"
     # With whole layers the embeddings' output gets a gradient, so that the first one has something to go back to.
     first_needs = checkpointing == "full" or job.adapter.trains_embeddings
-    halves = [_halves(job, tokens, masked, ranks) for ranks in job.adapter.ranks]
-    if not first_needs:
-        halves[0] = _halves(job, tokens, masked, job.adapter.ranks[0], needs_input=False)
+    halves = [
+        _halves(job, tokens, masked, layer, needs_input=layer > 0 or first_needs) for layer in range(shape.layers)
+    ]
     boundary = tokens * shape.hidden * w
     layers, recomputed = sum(attention + mlp for attention, mlp in halves), 0
     if checkpointing == "full":
@@ -69,21 +69,29 @@ def kept(job: Job, rows: int, checkpointing: Checkpointing) -> Kept:
     elif checkpointing == "selective":
         recomputed = tokens * 2 * shape.intermediate * w  # gate and up
         layers -= shape.layers * recomputed
-    if w == 2 and not (job.is_fused or job.quantization != "none") and checkpointing != "full":
-        # Autocast keeps its 16-bit copies of the adapters as long as the graph that it made them for.
-        layers += 2 * job.adapter.lora_parameters
+    if w == 2 and checkpointing != "full":
+        # Autocast keeps its 16-bit copies of what is trained as long as the graph that it made them for.
+        copied = 0 if job.is_fused or job.quantization != "none" else job.adapter.lora_parameters
+        layers += 2 * (copied + sum(shape.modules[name] for name in job.adapter.whole & shape.linears.keys()))
     work = max(_attention_work(job, tokens, masked), _mlp_work(job, tokens), _loss_work(job, tokens))
     return Kept(layers, _ends(job, tokens, masked), recomputed, work)
 
 
-def _halves(
-    job: Job, tokens: int, masked: bool, ranks: Mapping[str, int], *, needs_input: bool = True
-) -> tuple[int, int]:
+def _halves(job: Job, tokens: int, masked: bool, layer: int, *, needs_input: bool) -> tuple[int, int]:
     """Bytes that the attention of a layer keeps, and its MLP."""
-    return _attention_half(job, tokens, masked, ranks, needs_input=needs_input), _mlp_half(job, tokens, ranks)
+    # What is trained as a whole keeps its input as an adapter does, and nothing else.
+    whole = {name: 0 for name in job.shape.layer if f"model.layers.{layer}.{name}" in job.adapter.whole}
+    ranks = {**whole, **job.adapter.ranks[layer]}
+    attention, mlp = job.fused[layer]
+    return (
+        _attention_half(job, tokens, masked, ranks, fused=attention, needs_input=needs_input),
+        _mlp_half(job, tokens, ranks, fused=mlp),
+    )
 
 
-def _attention_half(job: Job, tokens: int, masked: bool, ranks: Mapping[str, int], *, needs_input: bool) -> int:
+def _attention_half(
+    job: Job, tokens: int, masked: bool, ranks: Mapping[str, int], *, fused: bool, needs_input: bool
+) -> int:
     shape, w = job.shape, job.width
     h, q, k = shape.hidden, shape.query, shape.key
     adapters = sum(name in ranks for name in _QKV)
@@ -92,7 +100,7 @@ def _attention_half(job: Job, tokens: int, masked: bool, ranks: Mapping[str, int
     # With a mask, Transformers repeats keys and values for every query head.
     keys_and_values = 2 * q * w if expanded and q != k else 2 * k * w
     core = q * w + shape.heads * FLOAT  # the output, and a logarithm of a sum for every head
-    if job.fused[0]:
+    if fused:
         token = h * w + FLOAT + reduced + core  # the input, its norm's factor, x Aᵀ
         # Queries and keys are turned in one piece, which is kept whole for the queries alone.
         token += (q + k) * w + (keys_and_values if expanded and q != k else k * w)
@@ -121,27 +129,27 @@ def _scores(job: Job, tokens: int, masked: bool) -> int:
     return tokens * tokens * job.width if masked else 0
 
 
-def _mlp_half(job: Job, tokens: int, ranks: Mapping[str, int]) -> int:
+def _mlp_half(job: Job, tokens: int, ranks: Mapping[str, int], *, fused: bool) -> int:
     shape, w = job.shape, job.width
     h, f = shape.hidden, shape.intermediate
-    reduced = w * sum(ranks.get(name, 0) for name in _INNER + _DOWN)
-    if job.fused[1]:
+    reduced = w * sum(ranks.get(name, 0) for name in INNER + _DOWN)
+    if fused:
         return tokens * (h * w + FLOAT + 2 * f * w + reduced)  # the input, its norm's factor, gate, up
     token = h * FLOAT + FLOAT + 3 * f * w + reduced  # ..., gate, silu(gate), up
-    token += _adapter_inputs(job, h, sum(name in ranks for name in _INNER))
+    token += _adapter_inputs(job, h, sum(name in ranks for name in INNER))
     token += _adapter_inputs(job, f, sum(name in ranks for name in _DOWN))
-    token += _dora_results(job, ranks, _INNER + _DOWN)
-    return tokens * token + _dora_identities(job, ranks, _INNER + _DOWN)
+    token += _dora_results(job, ranks, INNER + _DOWN)
+    return tokens * token + _dora_identities(job, ranks, INNER + _DOWN)
 
 
 def _dora_results(job: Job, ranks: Mapping[str, int], names: tuple[str, ...]) -> int:
     """Bytes a token that DoRA keeps besides: the base's result and the adapter's, which it weighs anew."""
-    return 2 * job.width * job.dora * sum(job.shape.layer[name].outputs for name in names if name in ranks)
+    return 2 * job.width * job.dora * sum(job.shape.layer[name].outputs for name in names if ranks.get(name))
 
 
 def _dora_identities(job: Job, ranks: Mapping[str, int], names: tuple[str, ...]) -> int:
     """Bytes that PEFT's DoRA keeps whatever the tokens: it sends an identity matrix through A to get B A."""
-    return job.width * job.dora * sum(job.shape.layer[name].inputs ** 2 for name in names if name in ranks)
+    return job.width * job.dora * sum(job.shape.layer[name].inputs ** 2 for name in names if ranks.get(name))
 
 
 def _adapter_inputs(job: Job, size: int, adapters: int, *, needs_input: bool = True, kept_anyway: bool = False) -> int:
@@ -199,7 +207,7 @@ def _mlp_work(job: Job, tokens: int) -> int:
     shape, w = job.shape, job.width
     h, f = shape.hidden, shape.intermediate
     narrow = h * (4 * w + 3 * FLOAT)
-    if job.fused[1]:
+    if job.fuses_every_mlp:
         return tokens * (3 * f * w + narrow)
     wide = 2 * w + FLOAT if w < FLOAT else 3 * FLOAT
     # DoRA's forward makes B A, the weight, their sum and its rows' squares, in float32.

@@ -8,7 +8,7 @@ from functools import cached_property
 from math import prod
 
 from qwen_tune.errors import ModelError, Problem
-from qwen_tune.model.targets import ends_with_any, rank_of, wanted_modules
+from qwen_tune.model.targets import rank_of, wanted_modules
 from qwen_tune.planner.shape import Shape
 from qwen_tune.recipe.schema import LoraSpec
 
@@ -21,6 +21,7 @@ class Adapter:
         ranks: Of each layer's linear layers that have an adapter, by their names in the layer.
         lora: Shapes of the adapters' matrices.
         others: Shapes of all else: DoRA's magnitudes, biases, whole modules, token rows.
+        whole: The modules that are trained as a whole, by their full names.
         trains_embeddings: Whether the input of the first layer gets a gradient.
         trains_head: Whether the output matrix is trained as a whole.
     """
@@ -28,6 +29,7 @@ class Adapter:
     ranks: tuple[Mapping[str, int], ...]
     lora: tuple[tuple[int, int], ...]
     others: tuple[tuple[int, ...], ...]
+    whole: frozenset[str]
     trains_embeddings: bool
     trains_head: bool
 
@@ -75,7 +77,7 @@ def read_adapter(shape: Shape, lora: LoraSpec) -> Adapter:
                 others += [(linear.outputs,)] if lora.use_dora else []
             if linear.bias and (lora.bias == "all" or (lora.bias == "lora_only" and rank is not None)):
                 others.append((linear.outputs,))
-    whole = {name for wanted_name in lora.modules_to_save or () for name in _parts(shape, wanted_name)}
+    whole = frozenset(name for wanted_name in lora.modules_to_save or () for name in _parts(shape, wanted_name))
     others += [(shape.modules[name],) for name in sorted(whole)]
     tokens = lora.trainable_token_indices or ()
     rows = sum(map(len, tokens.values())) if isinstance(tokens, Mapping) else len(tokens)
@@ -84,18 +86,22 @@ def read_adapter(shape: Shape, lora: LoraSpec) -> Adapter:
         ranks=tuple(ranks),
         lora=tuple(matrices),
         others=tuple(others),
+        whole=whole,
         trains_embeddings=bool(rows) or "model.embed_tokens" in whole,
         trains_head="lm_head" in whole,
     )
 
 
 def _parts(shape: Shape, name: str) -> list[str]:
-    """The modules with parameters that a name in `modules_to_save` means: itself, or all that it holds."""
+    """The modules with parameters that a name in `modules_to_save` means: those that end in it, or all that they hold.
+
+    PEFT looks for no dot before it, so that `norm` means `input_layernorm` and `q_norm` as well.
+    """
     found = []
     for full in shape.modules:
         words = full.split(".")
         holders = (".".join(words[:count]) for count in range(1, len(words) + 1))
-        if any(ends_with_any(holder, [name]) for holder in holders):
+        if any(holder.endswith(name) for holder in holders):
             found.append(full)
     if not found:
         raise ModelError(Problem("lora.modules_to_save", f"{name} matches no module of the model", "correct it"))

@@ -63,7 +63,7 @@ def levels(job: Job, asked: str) -> tuple[Checkpointing, ...]:
     """
     if asked != "auto":
         return tuple(level for level in LEVELS if level == asked)
-    return tuple(level for level in LEVELS if level != "selective" or job.fused[1])
+    return tuple(level for level in LEVELS if level != "selective" or job.fuses_every_mlp)
 
 
 def batch_sizes(job: Job, asked: int | str, per_process: int) -> list[int]:

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_tune.errors import QwenTuneError
+from qwen_tune.errors import Problem, QwenTuneError
 from qwen_tune.model.base import BaseCheckpoint
 from qwen_tune.planner.choice import Choice, choose
 from qwen_tune.planner.gpus import GIB, GPUS, Gpu
-from qwen_tune.planner.job import read_job
+from qwen_tune.planner.job import attention_on, read_job
 from qwen_tune.planner.shape import read_shape
 from qwen_tune.planner.speed import EFFICIENCY, tokens_per_second
 from qwen_tune.recipe.schema import Recipe
@@ -56,7 +56,7 @@ class Estimate:
             "memory_bytes": self.gpu.memory_bytes if self.gpu else None,
             **self.choice.facts(),
             "dtype": self.choice.job.dtype,
-            "fused": all(self.choice.job.fused),
+            "fused": all(all(halves) for halves in self.choice.job.fused),
             "tokens_per_second": self.tokens_per_second,
             "hours": self.hours,
         }
@@ -74,17 +74,22 @@ def estimate(recipe: Recipe, base: BaseCheckpoint, gpus: Sequence[Gpu] | None = 
     for gpu in GPUS if gpus is None else gpus:
         try:
             dtype = gpu.dtype(recipe.model.dtype)
+            attention = gpu.attention(recipe.model.attention, dtype, shape.head_size)
         except QwenTuneError:
             if gpus is None:
                 continue
             raise
-        job = read_job(recipe, shape, dtype=dtype, processes=processes)
+        job = read_job(recipe, shape, dtype=dtype, attention=attention, processes=processes)
         choice = choose(job, recipe.train, gpu.memory_bytes)
         speed = processes * tokens_per_second(job, gpu, choice.rows, choice.checkpointing)
         found.append(Estimate(gpu, choice, speed, _run_tokens(recipe)))
-    if gpus is None and recipe.model.dtype in ("auto", "float32"):
-        job = read_job(recipe, shape, dtype="float32", processes=processes, on_gpu=False)
+    on_cpu = attention_on(recipe.model.attention, "float32", shape.head_size, flash=False)
+    if gpus is None and on_cpu and recipe.model.dtype in ("auto", "float32"):
+        job = read_job(recipe, shape, dtype="float32", attention=on_cpu, processes=processes, on_gpu=False)
         found.append(Estimate(None, choose(job, recipe.train, None), None, _run_tokens(recipe)))
+    if not found:
+        what = f"got {recipe.model.attention} in {recipe.model.dtype}, which no device that is known here computes"
+        raise QwenTuneError(Problem("model.attention", what, "write attention: auto"))
     return found
 
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from qwen_tune.errors import Problem, QwenTuneError
-from qwen_tune.planner.job import Dtype
+from qwen_tune.planner.job import Attention, Dtype, attention_on
 
 GIB = 1 << 30
 
@@ -49,6 +49,19 @@ class Gpu:
         if asked == "auto":
             return "bfloat16" if self.has_bfloat16 else "float32"
         return "float16" if asked == "float16" else "bfloat16" if asked == "bfloat16" else "float32"
+
+    def attention(self, asked: str, dtype: Dtype, head_size: int) -> Attention:
+        """What `model.attention` comes to on it.
+
+        Raises:
+            QwenTuneError: The recipe asks for one that it does not have.
+        """
+        # Ampere brought both.
+        found = attention_on(asked, dtype, head_size, flash=self.has_bfloat16)
+        if found is None:
+            what = f"{self.name} does not compute {asked} with heads of {head_size} channels in {dtype}"
+            raise QwenTuneError(Problem("model.attention", what, "write attention: auto"))
+        return found
 
 
 # In the order of their memory. NVIDIA's data sheets; products without sparsity.

@@ -12,6 +12,9 @@ from qwen_tune.recipe.schema import Recipe
 Dtype = Literal["bfloat16", "float16", "float32"]
 Attention = Literal["eager", "sdpa", "varlen"]
 
+LARGEST_HEAD = 256  # model.attention.LARGEST_HEAD
+ATTENTION_PARTS, MLP_PARTS = ("input_layernorm", "self_attn."), ("post_attention_layernorm", "mlp.")
+
 LABELLED_SHARE = 1.0  # of tokens: the most; what rows really label is known once they are prepared
 
 
@@ -27,7 +30,7 @@ class Job:
         attention: How attention is computed; `varlen` stands for every kernel that takes the samples' boundaries.
         packing: Whether a row of the data is a pack of samples.
         row_tokens: The longest row in tokens.
-        fused: Whether decoder layers train in their fused form, by halves: attention, MLP.
+        fused: Of each decoder layer, whether its halves train in their fused form: attention, MLP.
         dropout: Whether the adapters have some.
         dora: Whether they are DoRA.
         optim: The optimizer's name.
@@ -43,7 +46,7 @@ class Job:
     attention: Attention
     packing: bool
     row_tokens: int
-    fused: tuple[bool, bool]
+    fused: tuple[tuple[bool, bool], ...]
     dropout: bool
     dora: bool
     optim: str
@@ -59,20 +62,28 @@ class Job:
     @property
     def is_fused(self) -> bool:
         """Whether any half of a layer is."""
-        return any(self.fused)
+        return any(any(halves) for halves in self.fused)
+
+    @property
+    def fuses_every_mlp(self) -> bool:
+        """Whether the second halves of all layers are."""
+        return all(mlp for _, mlp in self.fused)
 
     def is_masked(self, rows: int) -> bool:
         """Whether attention over some rows, joined into one, needs a matrix that keeps samples apart."""
         return self.attention != "varlen" and (self.packing or rows > 1)
 
 
-def read_job(recipe: Recipe, shape: Shape, *, dtype: Dtype, processes: int = 1, on_gpu: bool = True) -> Job:
+def read_job(
+    recipe: Recipe, shape: Shape, *, dtype: Dtype, attention: Attention, processes: int = 1, on_gpu: bool = True
+) -> Job:
     """What a recipe is to the planner.
 
     Args:
         recipe: The recipe.
         shape: Its base.
         dtype: What `model.dtype` comes to on the device.
+        attention: What `model.attention` comes to there; see `attention_on`.
         processes: Processes of the run.
         on_gpu: Whether the device is one.
 
@@ -85,10 +96,10 @@ def read_job(recipe: Recipe, shape: Shape, *, dtype: Dtype, processes: int = 1, 
         adapter=adapter,
         dtype=dtype,
         quantization=recipe.model.quantization,
-        attention=_attention(recipe, dtype, on_gpu=on_gpu),
+        attention=attention,
         packing=recipe.data.packing,
         row_tokens=recipe.data.max_length_tokens,
-        fused=_fused(recipe, shape),
+        fused=_fused(recipe, shape, adapter),
         dropout=recipe.lora.lora_dropout > 0,
         dora=recipe.lora.use_dora,
         optim=recipe.train.optim,
@@ -97,23 +108,43 @@ def read_job(recipe: Recipe, shape: Shape, *, dtype: Dtype, processes: int = 1, 
     )
 
 
-def _attention(recipe: Recipe, dtype: Dtype, *, on_gpu: bool) -> Attention:
-    """What `model.attention` comes to: `model.attention.choose_attention`, told from what GPUs with bfloat16 have."""
-    name = recipe.model.attention
-    if name == "auto":
-        return "varlen" if on_gpu and dtype == "bfloat16" else "sdpa"
-    return name if name in ("eager", "sdpa") else "varlen"
+def attention_on(asked: str, dtype: Dtype, head_size: int, *, flash: bool) -> Attention | None:
+    """What `model.attention` comes to on a device, as `model.attention.choose_attention` finds it out on a real one.
+
+    Args:
+        asked: The recipe's.
+        dtype: The type of the model.
+        head_size: Channels of a head.
+        flash: Whether the device is a GPU with FlashAttention's instructions: of compute capability 8.0 or more.
+
+    Returns:
+        None where the device does not have what the recipe asks for.
+    """
+    if asked in ("eager", "sdpa"):
+        return "eager" if asked == "eager" else "sdpa"
+    if flash and dtype != "float32" and head_size <= LARGEST_HEAD:
+        return "varlen"
+    return "sdpa" if asked == "auto" else None
 
 
-def _fused(recipe: Recipe, shape: Shape) -> tuple[bool, bool]:
-    """Whether the halves of a layer are fused: what `fused.reading` and `fused.install` find, told from the recipe."""
+def _fused(recipe: Recipe, shape: Shape, adapter: Adapter) -> tuple[tuple[bool, bool], ...]:
+    """Which halves of layers are fused: what `fused.reading` and `fused.install` find, told from the recipe."""
     lora = recipe.lora
     plain = (
         recipe.model.kernels == "auto"
         and recipe.model.quantization != "int8"
         and lora.lora_dropout == 0
         and not lora.use_dora
-        and lora.bias == "none"
-        and not any("norm" in name or "layers" in name for name in lora.modules_to_save or ())
     )
-    return plain, plain and shape.activation == "silu"
+    biases = {name for name, linear in shape.layer.items() if linear.bias and lora.bias != "none"}
+
+    def is_fused(layer: int, parts: tuple[str, str]) -> bool:
+        of_layer = f"model.layers.{layer}."
+        changed = {name.removeprefix(of_layer) for name in adapter.whole if name.startswith(of_layer)}
+        changed |= biases if lora.bias == "all" else biases & adapter.ranks[layer].keys()
+        return plain and not any(name.startswith(part) for name in changed for part in parts)
+
+    silu = shape.activation == "silu"
+    return tuple(
+        (is_fused(layer, ATTENTION_PARTS), silu and is_fused(layer, MLP_PARTS)) for layer in range(shape.layers)
+    )

@@ -80,9 +80,9 @@ class Shape:
         return self.layers * sum(linear.parameters for linear in self.layer.values())
 
     @property
-    def mlp(self) -> int:
-        """Those of them that are in the MLPs."""
-        return self.layers * 3 * self.hidden * self.intermediate
+    def gate_and_up(self) -> int:
+        """Those of them that the MLPs begin with."""
+        return self.layers * 2 * self.hidden * self.intermediate
 
     @property
     def head(self) -> int:
@@ -133,7 +133,8 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
         intermediate=size("intermediate_size"),
         layers=size("num_hidden_layers"),
         heads=heads,
-        kv_heads=size("num_key_value_heads", heads),
+        # Where the key is missing it is 32, where it is null as many as heads.
+        kv_heads=size("num_key_value_heads", heads if "num_key_value_heads" in config else 32),
         head_size=size("head_dim", 128 if qwen3 else hidden // heads),
         vocabulary=size("vocab_size"),
         tied=bool(config.get("tie_word_embeddings", False)),

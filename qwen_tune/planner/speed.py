@@ -6,7 +6,7 @@ kernels wait for their launches, and short rows.
 
 from __future__ import annotations
 
-from qwen_tune.planner.activations import Checkpointing
+from qwen_tune.planner.activations import INNER, Checkpointing
 from qwen_tune.planner.gpus import Gpu
 from qwen_tune.planner.job import Job
 
@@ -32,15 +32,23 @@ def flops(job: Job, rows: int, checkpointing: Checkpointing) -> float:
 
     4 N_body + 4 N_head (share of tokens with labels) + 6 N_lora + 3.5 attention: the base is frozen, so that its
     products need two passes and not three; the attention's backward makes its scores anew. Checkpointing adds the
-    forward of what is computed again: 2 N_body and an attention, or 2 N_mlp.
+    forward of what is computed again: 2 N_body, 2 N_lora and an attention, or gate and up projection alone.
     """
     shape, attention = job.shape, attention_flops(job, rows)
     total = 4 * shape.body + 4 * shape.head * job.labelled_share + 6 * job.adapter.lora_parameters + 3.5 * attention
     if checkpointing == "full":
         total += 2 * shape.body + 2 * job.adapter.lora_parameters + attention
     elif checkpointing == "selective":
-        total += 2 * shape.mlp
+        total += 2 * (shape.gate_and_up + _inner_adapters(job))
     return total
+
+
+def _inner_adapters(job: Job) -> int:
+    """Parameters of the adapters on gate and up projections."""
+    inner = [(name, linear) for name, linear in job.shape.layer.items() if name in INNER]
+    return sum(
+        ranks.get(name, 0) * (linear.inputs + linear.outputs) for ranks in job.adapter.ranks for name, linear in inner
+    )
 
 
 def tokens_per_second(job: Job, gpu: Gpu, rows: int, checkpointing: Checkpointing) -> float:
@@ -49,7 +57,7 @@ def tokens_per_second(job: Job, gpu: Gpu, rows: int, checkpointing: Checkpointin
     seconds = flops(job, rows, checkpointing) / (rate * 1e12 * EFFICIENCY)
     if job.quantization == "nf4":
         # Every matrix is unpacked in the forward, in the backward, and in a forward that is done again.
-        passes = 3 if checkpointing == "full" else 2
-        moved = passes * NF4_BYTES_MOVED * job.shape.body
+        again = {"none": 0, "selective": job.shape.gate_and_up, "full": job.shape.body}[checkpointing]
+        moved = NF4_BYTES_MOVED * (2 * job.shape.body + again)
         seconds += moved / (gpu.bandwidth * 1e9) / (rows * job.row_tokens)
     return 1 / seconds

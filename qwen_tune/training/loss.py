@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import types
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -173,7 +174,13 @@ def trained_rows(module: nn.Module) -> TokenRows | None:
         return None
     (name,) = adapter.active_adapters
     rows: Tensor = adapter.trainable_tokens_delta[name]
-    return TokenRows(torch.tensor(adapter.token_indices[name], device=rows.device), rows)
+    return TokenRows(_on_device(tuple(adapter.token_indices[name]), rows.device), rows)
+
+
+@lru_cache(maxsize=16)
+def _on_device(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """The ids as a tensor, made once: to copy them there makes the GPU wait."""
+    return torch.tensor(ids, device=device)
 
 
 def frozen_weight(module: nn.Module) -> Tensor:
