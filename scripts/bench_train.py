@@ -11,9 +11,11 @@ three windows of steps and all rounds; the limit is that of the largest matrix p
 over the fewest operations that a token takes (`training_bench/shapes.py`).
 
 Before the first step each side computes loss and gradient over the same few rows with the same adapters: a side that
-differs from qwen-tune by more than the tolerance gets no ratio, and the exit code is 1, as it is for a loss that is no
-number and a gradient of zero. What was not run is in the result, with the reason. Prints progress on stderr and one
-JSON line at the end; with --out also after every measurement, so that a run that is cut off leaves what it had.
+differs from qwen-tune by more than the tolerance in any round gets no ratio, and one that trains other parameters, on
+another share of labels, or under other checkpointing than the case says (`training_bench/fairness.py`). The exit code
+is 1 then, as it is for a loss that is no number and a gradient of zero. What was not run is in the result, with the
+reason. Prints progress on stderr and one JSON line at the end; with --out also after every measurement, so that a run
+that is cut off leaves what it had.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from training_bench.cases import COMPARED, PRESETS, SIDES, TOLERANCES, Case
+from training_bench.cases import COMPARED, PRESETS, SIDES, Case
+from training_bench.fairness import TOLERANCES, probe_differences, unlike
 from training_bench.rows import describe, draw_rows, labelled, write_rows
 from training_bench.shapes import ALPHA, RANK, SHAPES, flops_per_token
 from training_bench.sides import rows_needed, run_job
@@ -232,16 +235,16 @@ class Bench:
         for side, other in sides.items():
             if ours is None or side == "ours":
                 continue
-            differences = [abs(other["probe"][key] / ours["probe"][key] - 1) for key in ("loss", "grad_norm")]
-            other["probe_differs_by"] = differences
-            agrees = all(one <= most for one, most in zip(differences, tolerances, strict=True))
+            rounds = self.measured[case.name]["ours"], self.measured[case.name][side]
+            other["probe_differs_by"] = probe_differences(*rounds)
+            other["no_ratio_because"] = unlike(side, case.held, *rounds)
             memory = next(key for key in ("peak_allocated_bytes", "peak_rss_bytes") if key in ours)
             ratios[f"ours/{side}"] = (
                 {
                     "speed": round(ours["tokens_per_second"] / other["tokens_per_second"], 3),
                     "memory": round(ours[memory] / other[memory], 3),
                 }
-                if agrees
+                if not other["no_ratio_because"]
                 else None
             )
         return {

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 from transformers.utils import is_flash_attn_2_available
 
 from qwen_tune.chatml.template import IGNORED
+from qwen_tune.fused.install import fuse
 from qwen_tune.merging.merge import merge
 from qwen_tune.merging.verification import compare_merged
 from qwen_tune.model.attention import VARLEN, needs_no_mask
@@ -111,6 +113,40 @@ def test_layers_compiled_as_a_whole_learn_the_same(workspace, monkeypatch, quant
     assert (whole["fused"]["whole"], whole["attention"]) == (True, VARLEN)
     for name in ("train_first", "train_last", "eval_after"):
         assert whole["losses"][name] == pytest.approx(plain["losses"][name], rel=2e-2)
+
+
+@pytest.mark.parametrize("trained", [None, [5, 7]], ids=["rows frozen", "rows trained"])
+def test_nothing_in_a_step_waits_for_the_gpu(trained):
+    from transformers import Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, attn_implementation=VARLEN)).to("cuda", torch.bfloat16)
+    add_labelled_loss(model, neftune_noise_alpha=5.0)
+    settings = LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=trained)
+    model = get_peft_model(model, settings).train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    fuse(model)
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    row = {"input_ids": list(range(5, 65)), "labels": [IGNORED, *range(6, 65)], "lengths": [60]}
+    batch = PackCollator()([row])
+    batch = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(**batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # what is made once, kernels among it, may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_going_on_gives_the_same_losses(workspace, monkeypatch):

@@ -1,7 +1,7 @@
 """What makes training fast on a GPU, counted where there is none: tokens, bytes, floating-point operations, waits.
 
-Bytes that a decoder layer keeps, and its operations, are counted in test_fused_costs.py. Times are not gated: two cores that
-others use as well say little about them.
+Bytes that a decoder layer keeps, and its operations, are counted in test_fused_costs.py. Times are not gated: two cores
+that others use as well say little about them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from qwen_tune.train import train
 
 sys.path.append(str(ROOT / "scripts"))
 
+from training_bench.fairness import unlike
 from training_bench.rows import ROWS_A_BATCH, draw_lengths
 from training_bench.shapes import SHAPES, flops_per_token
 
@@ -107,8 +108,8 @@ def test_no_step_reads_a_number_from_the_device(workspace, monkeypatch, trained)
     """Neither a step of ours nor, but for the mask, of the stock loop: what is read is read when something is logged.
 
     `tolist`, `cpu` and `numpy` copy without asking torch's dispatcher on a CPU, so they are counted where they are
-    called; the sampler, the collator and the random states of the loader handle what never was on a GPU. A tensor that is made
-    of a list would be waited for as well, on its way there: only the collator makes some.
+    called; the sampler, the collator and the random states of the loader handle what never was on a GPU. A tensor that
+    is made of a list would be waited for as well, on its way there: only the collator makes some.
     """
     asked = {steps: reads(workspace, monkeypatch, steps, trained) for steps in (2, 5)}
     assert asked[5][LOGGING]  # what reads is seen
@@ -143,3 +144,35 @@ def counting(method, asked):
         return method(tensor, *args, **kwargs)
 
     return counted
+
+
+MEASURED: dict[str, Any] = {
+    "probe": {"loss": 9.0, "grad_norm": 2.0},
+    "labelled_share": 0.55,
+    "trained_parameters": 1000,
+    "checkpoints": False,
+    "peak_of": "training",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"probe": {"loss": 9.001, "grad_norm": 2.0}}, "the loss before training differs by 0.00011"),
+        ({"probe": {"loss": 9.0, "grad_norm": 2.1}}, "the gradient norm before training differs by 0.05"),
+        ({"probe": {"loss": float("nan"), "grad_norm": 2.0}}, "the loss before training differs by nan"),
+        ({"labelled_share": 1.0}, "0.78 of the tokens have loss, and 0.55 of ours"),
+        ({"trained_parameters": 5}, "trained_parameters are 1000 and 5"),
+        ({"peak_of": "process"}, "peak_of are process and training"),
+        ({"checkpoints": True}, "only one of them computes layers again"),
+    ],
+)
+@pytest.mark.parametrize("number", [0, 1])
+def test_sides_that_do_other_work_get_no_ratio(change, reason, number):
+    """Also where they do it in a later round alone."""
+    rounds = [MEASURED, MEASURED]
+    assert unlike("trl-packed", "float32", rounds, rounds) == []
+    changed = [MEASURED | change if index == number else MEASURED for index in range(2)]
+    assert unlike("trl-packed", "float32", rounds, changed) == [reason]
+    as_it_comes = unlike("trl", "float32", rounds, changed)
+    assert as_it_comes == ([] if "checkpoints" in change else [reason])

@@ -1,7 +1,8 @@
 """Decoder layers compiled as a whole: one graph that all layers of a model share (regional compilation).
 
 Against steps that are kernels of their own it saves starting them, which decides where a micro-batch is small. It wants
-batches of one shape (`BatchShape`): each further shape is compiled again, for half a minute or more.
+batches of one shape (`BatchShape`): each further shape is compiled again, for half a minute or more. Under SDPA a batch
+that is one sample without filling has no mask and counts as one; under `varlen` none has a mask.
 """
 
 from __future__ import annotations

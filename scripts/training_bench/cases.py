@@ -70,7 +70,3 @@ PRESETS = {
         480,
     ),
 }
-
-# Relative differences that sides may have over the same rows with the same adapters: loss a token, gradient norm.
-# A pack whose samples see each other moved them by 0.2 % and 8.2 % (0.5b-small, 512 tokens): the gradient tells more.
-TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (5e-3, 3e-2), "nf4": (5e-3, 3e-2)}
