@@ -265,7 +265,7 @@ def test_the_first_twenty_problems_are_listed_and_the_others_counted(tmp_path):
         b"\n\n" + LINE + b" \n\t\n",
         LINE.strip(),
         b"  " + LINE,
-        gzip.compress(LINE),
+        gzip.compress(LINE, mtime=0),
         pyarrow.compress(LINE, "zstd", asbytes=True),
         row(messages=json.dumps(GOOD["messages"])),
         row(**GOOD, images=[], tools=None, system="", chat_template_kwargs={"enable_thinking": None}),
