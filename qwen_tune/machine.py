@@ -77,6 +77,15 @@ def uses_gpu() -> bool:
     return not refused and torch.cuda.is_available()
 
 
+def repeats_key_heads() -> bool:
+    """Whether `varlen_attn` of the installed torch takes no fewer key heads than query heads, so that we repeat them.
+
+    torch 2.12 brought `enable_gqa`. Told from the version, so that a plan can be made without importing torch.
+    """
+    major, minor = version("torch").split(".")[:2]
+    return (int(major), int(minor)) < (2, 12)
+
+
 def usable_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from qwen_tune.model.shape import read_shape
 from qwen_tune.planner.job import Job, attention_on, read_job
-from qwen_tune.planner.shape import read_shape
 from qwen_tune.recipe.schema import Recipe
 
 

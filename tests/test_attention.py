@@ -1,17 +1,26 @@
-"""Which attention is chosen, and that the one for packs is right where there are none. The rest needs a GPU."""
+"""Which attention is chosen, and that the one for packs is right. Its kernel needs a GPU; what calls it does not."""
 
 from __future__ import annotations
 
-from collections import Counter
+import inspect
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from flash_on_cpu import FlashOnCpu
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
+from qwen_tune.chatml.template import IGNORED
 from qwen_tune.errors import ModelError
+from qwen_tune.fused.install import fuse
+from qwen_tune.machine import repeats_key_heads
 from qwen_tune.model.attention import VARLEN, choose_attention, needs_no_mask
 from qwen_tune.recipe.schema import ModelSpec
+from qwen_tune.training.batches import PackCollator
+from qwen_tune.training.loss import add_labelled_loss
+
+# PEFT uses names that Transformers is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 SHAPE = {
     "vocab_size": 300,
@@ -62,39 +71,65 @@ def test_without_boundaries_it_is_sdpa_with_its_mask(config):
         assert torch.equal(model.generate(**inputs), ours.generate(**inputs))
 
 
-class Called(TorchDispatchMode):
-    """The names of aten's and other operations, and how often each was called."""
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config], ids=["qwen2", "qwen3"])
+@pytest.mark.parametrize("window", [None, 6])
+def test_every_token_of_a_pack_costs_what_it_costs_alone(config, window, fused):
+    """With gradients, by FlashAttention's formula in the place of its kernel, on any torch that we take."""
+    windows = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0} if window else {}
+    samples = [torch.randint(3, 300, (length,)).tolist() for length in (9, 1, 17, 5)]
+    losses, gradients = {}, {}
+    for attention in ("eager", VARLEN):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config(**SHAPE, **windows), attn_implementation=attention)
+        assert set(model.config.layer_types) == {"sliding_attention" if window else "full_attention"}
+        add_labelled_loss(model)
+        tuned = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
+        if fused:
+            assert fuse(tuned).reasons == {}
+        if attention == "eager":  # each sample alone
+            batches = [PackCollator()([pack([ids])]) for ids in samples if len(ids) > 1]
+            losses[attention] = sum(tuned(**batch) for batch in batches)
+            losses[attention].backward()
+        else:
+            batch = PackCollator()([pack(samples)])
+            with FlashOnCpu() as flash:
+                losses[attention] = tuned(**batch, attention_mask=dict.fromkeys(model.config.layer_types))
+                losses[attention].backward()
+            kv_heads = SHAPE["num_attention_heads" if repeats_key_heads() else "num_key_value_heads"]
+            assert flash.key_heads == [kv_heads] * 2
+            assert not any("scaled_dot_product" in name or "item" in name for name in flash.names)
+        gradients[attention] = {n: p.grad for n, p in tuned.named_parameters() if p.requires_grad}
+    torch.testing.assert_close(losses[VARLEN], losses["eager"])
+    torch.testing.assert_close(gradients[VARLEN], gradients["eager"], rtol=1e-4, atol=1e-4)
 
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
 
-    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
-        self.names[function._schema.name] += 1
-        return function(*args, **(kwargs or {}))
+def pack(samples: list[list[int]]) -> dict[str, list[int]]:
+    return {
+        "input_ids": [token for ids in samples for token in ids],
+        "labels": [IGNORED if index == 0 else token for ids in samples for index, token in enumerate(ids)],
+        "lengths": [len(ids) for ids in samples],
+    }
+
+
+def test_key_heads_are_repeated_just_where_torch_cannot_group_them():
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert repeats_key_heads() == ("enable_gqa" not in inspect.signature(varlen_attn).parameters)
 
 
 @pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config], ids=["qwen2", "qwen3"])
-@pytest.mark.parametrize("window", [None, 16])
-def test_packs_go_through_flash_attention_without_a_mask(config, window):
-    """On tensors without numbers, which check arguments and shapes as a GPU would; only a GPU can compute them."""
-    windows = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0} if window else {}
+def test_packs_go_through_flash_attention_without_a_mask(config):
+    """On tensors without numbers, which torch's own checks of arguments and shapes see as a GPU would."""
     with torch.device("meta"):
-        model = AutoModel.from_config(
-            config(**SHAPE, **windows), attn_implementation=VARLEN, dtype=torch.bfloat16
-        ).train()
+        model = AutoModel.from_config(config(**SHAPE), attn_implementation=VARLEN, dtype=torch.bfloat16).train()
         batch = {name: torch.zeros(1, 30, dtype=torch.long) for name in ("input_ids", "position_ids")}
         boundaries = {f"cu_seq_lens_{side}": torch.zeros(4, dtype=torch.int32) for side in "qk"}
-    assert set(model.config.layer_types) == {"sliding_attention" if window else "full_attention"}
+    masks = dict.fromkeys(model.config.layer_types)
     lengths = {"max_length_q": 12, "max_length_k": 12}
-    with Called() as called:
-        masks = dict.fromkeys(model.config.layer_types)
-        output = model(**batch, **boundaries, **lengths, attention_mask=masks, use_cache=False)
-        output.last_hidden_state.sum().backward()
-    assert called.names["torch_attn::_varlen_attn"] == called.names["torch_attn::_varlen_attn_backward"] == 2
-    assert not any("scaled_dot_product" in name or "item" in name for name in called.names)
-    shapes = {tuple(p.grad.shape) == tuple(p.shape) for p in model.parameters()}
-    assert shapes == {True}
+    output = model(**batch, **boundaries, **lengths, attention_mask=masks, use_cache=False)
+    output.last_hidden_state.sum().backward()
+    assert {tuple(p.grad.shape) == tuple(p.shape) for p in model.parameters()} == {True}
 
 
 def test_only_boundaries_make_a_mask_unneeded():

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from flash_on_cpu import FlashOnCpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
@@ -24,13 +25,14 @@ from qwen_tune.errors import ModelError, QwenTuneError
 from qwen_tune.fused.install import fuse
 from qwen_tune.model.adapter_config import lora_config
 from qwen_tune.model.attention import LARGEST_HEAD as CHOSEN_LARGEST_HEAD
+from qwen_tune.model.attention import VARLEN
+from qwen_tune.model.shape import Shape, read_shape
 from qwen_tune.planner.activations import LEVELS, LOSS_CHUNK, kept
 from qwen_tune.planner.adapter import read_adapter
 from qwen_tune.planner.choice import LARGEST_MASKED_TOKENS, choose, levels, usable_bytes
 from qwen_tune.planner.gpus import GIB, GPUS, find_gpu
 from qwen_tune.planner.job import LARGEST_HEAD, Job, attention_on, read_job
 from qwen_tune.planner.memory import int8_bytes, memory, nf4_bytes, optimizer_bytes
-from qwen_tune.planner.shape import Shape, read_shape
 from qwen_tune.planner.speed import flops, tokens_per_second
 from qwen_tune.recipe.files import load_recipe
 from qwen_tune.training.loss import CHUNK_TOKENS, add_labelled_loss
@@ -73,15 +75,22 @@ def kept_bytes(model: nn.Module, dtype: torch.dtype) -> int:
         return tensor
 
     labels = int(TOKENS * SHARE)
-    inputs = {
+    inputs: dict[str, Any] = {
         "input_ids": torch.randint(0, 500, (1, TOKENS)),
         "position_ids": torch.cat([torch.arange(TOKENS // 2)] * 2)[None],
         "labelled": torch.arange(labels),
         "targets": torch.randint(0, 500, (labels,)),
     }
-    narrow = dtype == torch.bfloat16
-    computing = torch.autocast("cpu", dtype) if narrow else contextlib.nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), computing:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
+        if dtype == torch.bfloat16:
+            stack.enter_context(torch.autocast("cpu", dtype))
+        if model.config._attn_implementation == VARLEN:
+            stack.enter_context(FlashOnCpu())
+            boundaries = torch.tensor([0, TOKENS // 2, TOKENS], dtype=torch.int32)
+            inputs |= {f"cu_seq_lens_{side}": boundaries for side in "qk"}
+            inputs |= {f"max_length_{side}": TOKENS // 2 for side in "qk"}
+            inputs["attention_mask"] = {"full_attention": None}
         model(**inputs)
     return sum(found.values())
 
@@ -115,6 +124,9 @@ def small_job(kind: str, dtype: torch.dtype, attention: str, *, fused: bool, **l
         ("sdpa", "none", False, {"modules_to_save": ["1.mlp.down_proj", "1.self_attn.v_proj"]}),
         ("eager", "none", False, {}),
         ("eager", "none", True, {}),
+        (VARLEN, "none", False, {}),
+        (VARLEN, "none", True, {}),
+        (VARLEN, "selective", True, {}),
     ],
     ids=str,
 )
@@ -130,6 +142,8 @@ def test_what_a_forward_keeps_is_what_is_counted(kind, dtype, attention, checkpo
     counted = kept(counted_job, 1, checkpointing)
     # The mask that layers share, and rotary tables behind a checkpoint, are held but not by the graph.
     held = TOKENS * TOKENS * (counted_job.width if attention == "eager" else 1)
+    if attention == VARLEN:
+        held = -(3 * 4 + 2 * 16)  # instead of a mask the boundaries, and the state of no dropout in each layer
     held += 2 * TOKENS * counted_job.shape.head_size * counted_job.width if checkpointing == "full" else 0
     assert counted.layers + counted.ends - held == pytest.approx(kept_bytes(model, dtype), rel=0.05)
     if fused and not lora:

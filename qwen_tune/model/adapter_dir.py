@@ -161,6 +161,9 @@ def _load_base(adapter: AdapterDir, dtype: Any, *, quantized: bool) -> PreTraine
         device_map={"": own_device() if quantized else "cpu"},
     )
     if quantized:
+        from qwen_tune.model.quantized_layers import keep_training_function
+
+        keep_training_function(model)
         return model
     # The weights that the adapter was trained on: what 4 or 8 bits left of the base, in the type of its files.
     model = model.dequantize(dtype=model.dtype)

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qwen_tune.errors import ModelError, Problem
-from qwen_tune.machine import uses_gpu
+from qwen_tune.machine import repeats_key_heads, uses_gpu
 from qwen_tune.recipe.schema import ModelSpec
 
 VARLEN = "varlen"
@@ -112,6 +112,13 @@ def varlen_attention(
     from torch.nn.attention.varlen import varlen_attn
 
     tokens_first = [states.squeeze(0).transpose(0, 1) for states in (query, key, value)]
+    group_size = query.shape[1] // key.shape[1]
+    grouped: dict[str, Any] = {}
+    if group_size > 1 and repeats_key_heads():
+        tokens_first[1:] = [states.repeat_interleave(group_size, dim=1) for states in tokens_first[1:]]
+    elif group_size > 1:
+        grouped["enable_gqa"] = True
+    assert cu_seq_lens_k is not None
     assert max_length_q is not None
     assert max_length_k is not None
     attended = varlen_attn(
@@ -124,7 +131,7 @@ def varlen_attention(
         max_length_k,
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     assert isinstance(attended, Tensor)
     return attended.unsqueeze(0), None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_tune.errors import ModelError, Problem, first_line
+from qwen_tune.model.shape import Shape, read_shape
 from qwen_tune.model.tensor_files import TensorSpan, read_spans
 
 if TYPE_CHECKING:
@@ -98,10 +99,10 @@ class BaseCheckpoint:
                 raise ModelError(Problem(str(self.path / INDEX_FILE), what, "download the checkpoint again"))
         return spans
 
-    @property
-    def head_dim(self) -> int:
-        """Channels of an attention head."""
-        return int(self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"])
+    @cached_property
+    def shape(self) -> Shape:
+        """The model's sizes; see `read_shape`."""
+        return read_shape(self.config, self.id)
 
     def config_sha256(self) -> str:
         """sha256 of config.json as it lies there."""

@@ -96,7 +96,7 @@ def load_base_model(
 
     from qwen_tune.model.attention import choose_attention
 
-    attention = choose_attention(model, dtype, base.head_dim)
+    attention = choose_attention(model, dtype, base.shape.head_size)
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             base.path,
@@ -120,4 +120,8 @@ def load_base_model(
             Problem(base.id, f"the weights do not make the model of its config.json ({wrong})", "download it again")
         )
     assert isinstance(loaded, nn.Module)
+    if quantization is not None:
+        from qwen_tune.model.quantized_layers import keep_training_function
+
+        keep_training_function(loaded)
     return loaded

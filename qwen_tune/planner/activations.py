@@ -96,8 +96,8 @@ def _attention_half(
     h, q, k = shape.hidden, shape.query, shape.key
     adapters = sum(name in ranks for name in _QKV)
     reduced = w * sum(ranks.get(name, 0) for name in _QKV + _OUTPUT)
-    expanded = job.attention == "eager" or masked
-    # With a mask, Transformers repeats keys and values for every query head.
+    # With a mask, Transformers repeats keys and values for every query head; older kernels of packs need it as well.
+    expanded = job.attention == "eager" or masked or job.repeats_key_heads
     keys_and_values = 2 * q * w if expanded and q != k else 2 * k * w
     core = q * w + shape.heads * FLOAT  # the output, and a logarithm of a sum for every head
     if fused:

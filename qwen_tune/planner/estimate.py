@@ -11,7 +11,6 @@ from qwen_tune.model.base import BaseCheckpoint
 from qwen_tune.planner.choice import Choice, choose
 from qwen_tune.planner.gpus import GIB, GPUS, Gpu
 from qwen_tune.planner.job import attention_on, read_job
-from qwen_tune.planner.shape import read_shape
 from qwen_tune.planner.speed import EFFICIENCY, tokens_per_second
 from qwen_tune.recipe.schema import Recipe
 
@@ -68,8 +67,7 @@ def estimate(recipe: Recipe, base: BaseCheckpoint, gpus: Sequence[Gpu] | None = 
     Raises:
         QwenTuneError: The recipe does not suit the model, or a GPU that was named.
     """
-    shape = read_shape(base.config, base.id)
-    processes = recipe.train.num_processes or 1
+    shape, processes = base.shape, recipe.train.num_processes or 1
     found = []
     for gpu in GPUS if gpus is None else gpus:
         try:
@@ -102,8 +100,7 @@ def _run_tokens(recipe: Recipe) -> int | None:
 
 def lines(recipe: Recipe, base: BaseCheckpoint, estimates: Sequence[Estimate]) -> Iterator[str]:
     """The estimates as a table, and the parts of the smallest that fits."""
-    shape = read_shape(base.config, base.id)
-    job = estimates[0].choice.job
+    shape, job = base.shape, estimates[0].choice.job
     sizes = f"{shape.parameters / 1e9:.2f} billion parameters, {_trained(job.adapter.parameters)} trained"
     yield f"{recipe.name}: {base.id}, {sizes}"
     yield ""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from qwen_tune.machine import repeats_key_heads
+from qwen_tune.model.shape import Shape
 from qwen_tune.planner.adapter import Adapter, read_adapter
-from qwen_tune.planner.shape import Shape
 from qwen_tune.recipe.schema import Recipe
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -36,6 +37,7 @@ class Job:
         optim: The optimizer's name.
         processes: Processes of the run, each with the whole model.
         on_gpu: Or on a CPU, whose kernels keep other things.
+        repeats_key_heads: Whether the kernel of packs gets keys and values once for every query head.
         labelled_share: Share of tokens with a label.
     """
 
@@ -52,6 +54,7 @@ class Job:
     optim: str
     processes: int = 1
     on_gpu: bool = True
+    repeats_key_heads: bool = False
     labelled_share: float = LABELLED_SHARE
 
     @property
@@ -105,6 +108,10 @@ def read_job(
         optim=recipe.train.optim,
         processes=processes,
         on_gpu=on_gpu,
+        # FlashAttention's own packages take grouped heads; `auto` takes torch's kernel before them.
+        repeats_key_heads=attention == "varlen"
+        and recipe.model.attention in ("auto", "varlen")
+        and repeats_key_heads(),
     )
 
 

@@ -8,7 +8,6 @@ from qwen_tune.machine import available_memory_bytes, uses_gpu, world_size
 from qwen_tune.model.base import BaseCheckpoint
 from qwen_tune.planner.choice import Choice, choose
 from qwen_tune.planner.job import Attention, Dtype, read_job
-from qwen_tune.planner.shape import read_shape
 from qwen_tune.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -28,10 +27,9 @@ def fit(recipe: Recipe, base: BaseCheckpoint, dtype: torch.dtype) -> Choice:
         "torch.float16": "float16",
         "torch.float32": "float32",
     }
-    shape = read_shape(base.config, base.id)
-    chosen = choose_attention(recipe.model, dtype, base.head_dim)
+    chosen = choose_attention(recipe.model, dtype, base.shape.head_size)
     attention: Attention = "eager" if chosen == "eager" else "sdpa" if chosen == "sdpa" else "varlen"
     job = read_job(
-        recipe, shape, dtype=names[str(dtype)], attention=attention, processes=world_size(), on_gpu=uses_gpu()
+        recipe, base.shape, dtype=names[str(dtype)], attention=attention, processes=world_size(), on_gpu=uses_gpu()
     )
     return choose(job, recipe.train, available_memory_bytes() if uses_gpu() else None)
