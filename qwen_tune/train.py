@@ -80,7 +80,7 @@ def train(
     prepare_process()
     from qwen_tune.chatml.template import ChatTemplate
     from qwen_tune.model.base import resolve_base
-    from qwen_tune.model.loading import load_base_model, own_device, training_dtype
+    from qwen_tune.model.loading import check_dtype, load_base_model, own_device, training_dtype
     from qwen_tune.model.quantization import check_quantization, quantization_config
     from qwen_tune.model.tokenizer import load_tokenizer
     from qwen_tune.model.untuned import is_untuned, trained_tokens
@@ -90,8 +90,9 @@ def train(
     from qwen_tune.training.fitting import fit
     from qwen_tune.training.schedule import plan_schedule
 
-    dtype = training_dtype(recipe.model)
+    check_dtype(recipe.model)
     base = resolve_base(recipe.model, max_length_tokens=recipe.data.max_length_tokens)
+    dtype = training_dtype(recipe.model, base)
     check_quantization(recipe.model, base)
     tokenizer = load_tokenizer(recipe.model, base)
     untuned = is_untuned(base, tokenizer)

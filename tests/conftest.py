@@ -120,6 +120,27 @@ def workspace(tmp_path: Path) -> Path:
     return make_workspace(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def tiny_bfloat16(tmp_path_factory) -> Path:
+    """The tiny model as real checkpoints are stored: in bfloat16."""
+    import json
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("base") / "tiny-bfloat16"
+    shutil.copytree(TINY, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    return folder
+
+
 @pytest.fixture
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A working directory of its own, so that a test can write and name files as a user does."""

@@ -15,6 +15,8 @@ import pytest
 from conftest import ROOT, environment
 from safetensors import safe_open
 
+from qwen_tune.machine import cpu_bfloat16_units
+
 LAUNCHER = Path(sys.executable).with_name("accelerate")
 
 
@@ -224,12 +226,6 @@ def test_a_run_in_use_is_left_alone_and_an_interrupted_one_says_so(workspace, qw
     assert (facts["state"], facts["exit"]) == ("interrupted", 130)
 
 
-def cpu_has_bfloat16() -> bool:
-    from qwen_tune.model.loading import cpu_has_bfloat16
-
-    return cpu_has_bfloat16()
-
-
 BAD = {
     "missing recipe": (["gone.yaml"], "gone.yaml", "does not exist. Fix: name one of recipe.yaml"),
     "unknown key": (["recipe.yaml", "train.learning_rat=1"], "learning_rat", "learning_rate"),
@@ -254,8 +250,8 @@ BAD = {
 
 @pytest.mark.parametrize("fault", BAD)
 def test_bad_input_is_one_message_and_nothing_is_written(fault, qwen_tune, workspace):
-    if fault == "bfloat16 where there is none" and cpu_has_bfloat16():
-        pytest.skip("this CPU has bfloat16")
+    if fault == "bfloat16 where there is none" and cpu_bfloat16_units():
+        pytest.skip("this CPU multiplies bfloat16")
     good = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n'
     (workspace / "empty.jsonl").write_text("")
     (workspace / "alone.jsonl").write_text(good + '{"messages": [{"role": "user", "content": "q"}]}\n')

@@ -33,17 +33,18 @@ class ChatModel:
 
         from qwen_tune.chatml.trial import try_out
         from qwen_tune.model.adapter_dir import AdapterDir, load_with_adapters, what_to_take_instead
+        from qwen_tune.model.base import read_json
         from qwen_tune.model.loading import automatic_dtype, own_device
 
-        dtype = automatic_dtype()
         is_adapter = (path / "adapter").is_dir() or (path / "adapter_config.json").exists()
         if is_adapter:
             adapter = AdapterDir.open(path)
+            dtype = automatic_dtype(adapter.base.config)
             folder, model = adapter.path, load_with_adapters([adapter], dtype, quantized=True)
             if not (folder / "tokenizer_config.json").exists():
                 folder = adapter.base.path
         elif (path / "config.json").exists():
-            folder = path
+            folder, dtype = path, automatic_dtype(read_json(path / "config.json"))
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
         else:
             what = "the run has no adapter yet" if (path / "run.json").exists() else "there is no model here"

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from qwen_tune.errors import ModelError, Problem, first_line
-from qwen_tune.machine import local_rank, uses_gpu
+from qwen_tune.machine import cpu_bfloat16_units, local_rank, uses_gpu
 from qwen_tune.model.base import BaseCheckpoint
+from qwen_tune.model.dtypes import automatic_cpu_dtype
 from qwen_tune.recipe.schema import ModelSpec
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
-def training_dtype(model: ModelSpec) -> torch.dtype:
-    """The type that the frozen base is held and multiplied in.
-
-    `auto` is bfloat16 on a GPU that has it, else float32; on a CPU always float32, where bfloat16 is emulated slowly.
+def check_dtype(model: ModelSpec) -> None:
+    """Looks whether this machine computes in the type that the recipe asks for.
 
     Raises:
-        ModelError: The recipe asks for a type that this machine lacks.
+        ModelError: It does not.
     """
     cuda = uses_gpu()
-    if model.dtype == "auto":
-        return automatic_dtype()
-    has_bfloat16 = gpu_has_bfloat16() if cuda else cpu_has_bfloat16()
+    has_bfloat16 = gpu_has_bfloat16() if cuda else cpu_bfloat16_units() is not None
     if model.dtype == "bfloat16" and not has_bfloat16:
         raise ModelError(
             Problem(
@@ -42,14 +38,28 @@ def training_dtype(model: ModelSpec) -> torch.dtype:
         raise ModelError(
             Problem("model.dtype", "float16 is asked for, and there is no GPU to train it on", "write dtype: auto")
         )
+
+
+def training_dtype(model: ModelSpec, base: BaseCheckpoint) -> torch.dtype:
+    """The type that the frozen base is held and multiplied in: the recipe's, or see `automatic_dtype`."""
+    if model.dtype == "auto":
+        return automatic_dtype(base.config)
     dtype = getattr(torch, model.dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
 
 
-def automatic_dtype() -> torch.dtype:
-    """bfloat16 on a GPU that has it, else float32."""
-    return torch.bfloat16 if uses_gpu() and gpu_has_bfloat16() else torch.float32
+def automatic_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """bfloat16 on a GPU that has it, else float32; on a CPU see `automatic_cpu_dtype`.
+
+    Args:
+        config: The checkpoint's config.json.
+    """
+    if uses_gpu():
+        return torch.bfloat16 if gpu_has_bfloat16() else torch.float32
+    dtype = getattr(torch, automatic_cpu_dtype(config))
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def gpu_has_bfloat16() -> bool:
@@ -60,14 +70,6 @@ def gpu_has_bfloat16() -> bool:
 def own_device() -> str:
     """Where this process keeps its model: its own GPU, or the CPU."""
     return f"cuda:{local_rank()}" if uses_gpu() else "cpu"
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
-    flags = Path("/proc/cpuinfo")
-    if not flags.exists():
-        return False
-    return re.search(r"\b(avx512_bf16|amx_bf16)\b", flags.read_text(encoding="utf-8")) is not None
 
 
 def load_base_model(

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_tune.errors import Problem, QwenTuneError
+from qwen_tune.machine import cpu_bfloat16_units
 from qwen_tune.model.base import BaseCheckpoint
+from qwen_tune.model.dtypes import automatic_cpu_dtype
 from qwen_tune.planner.choice import Choice, choose
 from qwen_tune.planner.gpus import GIB, GPUS, Gpu
 from qwen_tune.planner.job import attention_on, read_job
@@ -82,8 +84,9 @@ def estimate(recipe: Recipe, base: BaseCheckpoint, gpus: Sequence[Gpu] | None = 
         speed = processes * tokens_per_second(job, gpu, choice.rows, choice.checkpointing)
         found.append(Estimate(gpu, choice, speed, _run_tokens(recipe)))
     on_cpu = attention_on(recipe.model.attention, "float32", shape.head_size, flash=False)
-    if gpus is None and on_cpu and recipe.model.dtype in ("auto", "float32"):
-        job = read_job(recipe, shape, dtype="float32", attention=on_cpu, processes=processes, on_gpu=False)
+    cpu_dtype = automatic_cpu_dtype(base.config) if recipe.model.dtype == "auto" else recipe.model.dtype
+    if gpus is None and on_cpu and (cpu_dtype == "float32" or (cpu_dtype == "bfloat16" and cpu_bfloat16_units())):
+        job = read_job(recipe, shape, dtype=cpu_dtype, attention=on_cpu, processes=processes, on_gpu=False)
         found.append(Estimate(None, choose(job, recipe.train, None), None, _run_tokens(recipe)))
     if not found:
         what = f"got {recipe.model.attention} in {recipe.model.dtype}, which no device that is known here computes"

@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 
 from qwen_tune.errors import Problem, QwenTuneError
-from qwen_tune.planner.job import Attention, Dtype, attention_on
+from qwen_tune.model.dtypes import Dtype
+from qwen_tune.planner.job import Attention, attention_on
 
 GIB = 1 << 30
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen_tune.machine import repeats_key_heads
+from qwen_tune.model.dtypes import Dtype
 from qwen_tune.model.shape import Shape
 from qwen_tune.planner.adapter import Adapter, read_adapter
 from qwen_tune.recipe.schema import Recipe
 
-Dtype = Literal["bfloat16", "float16", "float32"]
 Attention = Literal["eager", "sdpa", "varlen"]
 
 LARGEST_HEAD = 256  # model.attention.LARGEST_HEAD

@@ -109,7 +109,8 @@ class ModelSpec(Section):
     """Hub branch, tag or commit of the base. Default: `main`; the commit it stands for is recorded."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Number type of the base's weights; `auto` takes what the checkpoint and this machine allow."""
+    """Number type of the base's weights. `auto`: bfloat16 on a GPU that has it, and on a CPU that multiplies in it if
+    the checkpoint is stored in 16 bits; else float32."""
 
     quantization: Literal["none", "int8", "nf4"] = "none"
     """How the base is held in memory: unquantized, 8-bit integers, or 4-bit NormalFloat (QLoRA)."""

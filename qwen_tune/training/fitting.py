@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from qwen_tune.machine import available_memory_bytes, uses_gpu, world_size
 from qwen_tune.model.base import BaseCheckpoint
+from qwen_tune.model.dtypes import Dtype
 from qwen_tune.planner.choice import Choice, choose
-from qwen_tune.planner.job import Attention, Dtype, read_job
+from qwen_tune.planner.job import Attention, read_job
 from qwen_tune.recipe.schema import Recipe
 
 if TYPE_CHECKING:
