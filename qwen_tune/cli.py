@@ -6,7 +6,6 @@ Plain argparse: a command line library that validates through pydantic costs eve
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from qwen_tune import __version__
+from qwen_tune.console import leave_pipe, make_console, outlive_reader, prepare_streams, shown_path, tell
 from qwen_tune.errors import QwenTuneError
 
 ABOUT = "LoRA fine-tuning for the Qwen model family: one recipe from rows to a model that answers."
@@ -133,7 +133,7 @@ def validate(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides)
     rows = check_data(recipe.data)
-    print(f"{options.recipe}: fine. Base {recipe.model.base}, {rows}, run directory {recipe.run_dir}")
+    print(f"{options.recipe}: fine. Base {recipe.model.base}, {rows}, run directory {shown_path(recipe.run_dir)}")
 
 
 def preview(options: argparse.Namespace) -> None:
@@ -141,8 +141,6 @@ def preview(options: argparse.Namespace) -> None:
     from qwen_tune.recipe.files import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
-
-    from rich.console import Console
 
     from qwen_tune.chatml.template import ChatTemplate
     from qwen_tune.machine import quiet_libraries
@@ -169,9 +167,9 @@ def preview(options: argparse.Namespace) -> None:
     found = audit(data, recipe.data)
     if options.html:
         preview_page.write(options.html, preview_page.page(recipe, base, tokenizer, data, found, places))
-        print(f"{options.html}: {recipe.name}, {len(samples):,} training samples")
+        print(f"{shown_path(options.html)}: {recipe.name}, {len(samples):,} training samples")
         return
-    console = Console()
+    console = make_console()
     view.show_samples((samples[place] for place in places), view.Spelling(tokenizer), console)
     view.show_audit(found, len(places), console)
 
@@ -181,8 +179,6 @@ def prepare(options: argparse.Namespace) -> None:
     from qwen_tune.recipe.files import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
-
-    from rich.console import Console
 
     from qwen_tune.cache import cache_folder
     from qwen_tune.chatml.template import ChatTemplate
@@ -200,8 +196,9 @@ def prepare(options: argparse.Namespace) -> None:
     data = prepare_data(recipe.data, ChatTemplate(tokenizer), seed=recipe.train.seed)
     packs = pack(data.train.examples, recipe.data)
     pack_by_source(data.evaluation.examples, recipe.data)
-    view.show_audit(audit(data, recipe.data), 0, Console())
-    print(f"{len(packs):,} {'packs' if recipe.data.packing else 'samples'} to train on, in {cache_folder('prepared')}")
+    view.show_audit(audit(data, recipe.data), 0, make_console())
+    unit = "packs" if recipe.data.packing else "samples"
+    print(f"{len(packs):,} {unit} to train on, in {shown_path(cache_folder('prepared'))}")
 
 
 def estimate(options: argparse.Namespace) -> None:
@@ -247,7 +244,7 @@ def merge(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         max_shard_bytes=options.max_shard_size,
     )
-    print(f"merged model: {target}")
+    print(f"merged model: {shown_path(target)}")
     if options.verify:
         from qwen_tune.merging.verification import verify_merged
 
@@ -298,24 +295,26 @@ def run_command(arguments: Sequence[str]) -> int:
         with its traceback.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    prepare_streams()
     try:
         options = _parse(arguments)
+        if options.run in (train, merge, push, prepare):
+            outlive_reader()
         options.run(options)
+        if sys.stdout:
+            sys.stdout.flush()  # here a reader that is gone can still be handled
     except QwenTuneError as error:
         tell(error)
         return 2
+    except BrokenPipeError:
+        leave_pipe()  # `| head` has read what it wanted
+        return 0
     except KeyboardInterrupt as stopped:
         tell(stopped.args[0] if stopped.args else "interrupted")
         return 130
     except SystemExit as done:  # argparse: 0 behind --help, 2 for wrong arguments
         return done.code if isinstance(done.code, int) else 2
     return 0
-
-
-def tell(message: object) -> None:
-    """Prints a message that ends the process, once on a machine: its processes would all say the same."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(message, file=sys.stderr, flush=True)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

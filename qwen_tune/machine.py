@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import platform
 import re
@@ -42,12 +43,6 @@ def rank() -> int:
 def is_main_process() -> bool:
     """Whether this is the process that writes and prints."""
     return rank() == 0
-
-
-def say(text: str) -> None:
-    """Prints a line, once for all processes."""
-    if is_main_process():
-        print(text, flush=True)
 
 
 def check_world(num_processes: int | None) -> None:
@@ -171,6 +166,11 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Deprecations among the libraries are for us to follow, not for the user to read.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate|torch)\b")
+    # Where the CPU has AVX512-BF16, bitsandbytes misses a package for its own 4-bit inference when it is imported, also
+    # where nothing is quantized; its layers do not go that way here (`model.quantized_layers`).
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # It casts the inputs of its 8-bit product to float16, and says so at every layer and step.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     bring_in("transformers")
     import transformers
 

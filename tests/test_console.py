@@ -1,4 +1,4 @@
-"""What a command says where no terminal shows it: in a log file, to a reader that goes, on a stream of few characters."""
+"""What a command says where no terminal shows it: in a log file, to a reader that goes, on a stream of few signs."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def test_what_a_stream_cannot_show_is_replaced(workspace):
 def test_a_reader_that_has_read_enough_is_no_error(workspace):
     row = (workspace / "rows.jsonl").read_text().splitlines()[0]
     (workspace / "rows.jsonl").write_text(f"{row}\n" * 5000)  # far more than a pipe holds
+    shown = ("recipe.yaml", "data.eval=null", "--all")
     for form in ([], ["--json"]):
         code, output, errors = command(
             "preview", "recipe.yaml", "data.eval=null", "--all", *form, cwd=workspace, lines=1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -59,8 +58,6 @@ def config_from_facts(settings: Mapping[str, Any]) -> BitsAndBytesConfig:
     """The configuration that a run was trained with, from its record."""
     from transformers import BitsAndBytesConfig
 
-    # It casts inputs to float16 for its 8-bit product and says so at every layer and step.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     ours = {"library", "version", "quant_method", "_load_in_4bit", "_load_in_8bit"}
     return BitsAndBytesConfig(**{key: value for key, value in settings.items() if key not in ours})
 

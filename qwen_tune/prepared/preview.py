@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
 from qwen_tune.chatml.template import IGNORED, TokenizedExample
+from qwen_tune.console import RULE, print_pairs
 from qwen_tune.prepared.audit import IN_WORDS, Audit, Found
 from qwen_tune.prepared.samples import Samples
 
@@ -138,9 +140,15 @@ def show_samples(examples: Iterable[TokenizedExample], spelling: Spelling, conso
         tokens = f"{len(example.input_ids):,} tokens, {example.supervised:,} carry loss"
         cut = ", [yellow]cut[/]" if example.truncated else ""
         title = Text.from_markup(f"[bold]{escape(example.source)}[/]  {tokens}{cut}")
-        console.rule(title, align="left", characters="─", style="dim")
+        _print_rule(console, title)
         text = coloured(spelling.pieces(example.input_ids, example.labels), console)
         console.print(text, soft_wrap=True, end="\n" if text.plain.endswith("\n") else "\n\n")
+
+
+def _print_rule(console: Console, title: Text | str = "") -> None:
+    """A line across a terminal; in a file its reader may have less room."""
+    width = None if console.is_terminal else min(RULE, console.width)
+    console.print(Rule(title, align="left", characters="─", style="dim"), width=width)
 
 
 def coloured(pieces: Iterable[Piece], console: Console, *, longest_run: int | None = None) -> Text:
@@ -189,7 +197,7 @@ def show_audit(audit: Audit, shown: int, console: Console) -> None:
     """Prints what became of all rows: sources, balance, lengths, and what was left out or looks odd, with places."""
     facts = audit.facts
     rows, samples, tokens = facts["rows"], facts["samples"], facts["tokens"]
-    console.rule(style="dim", characters="─")
+    _print_rule(console)
     enclosed = "⟦carries loss⟧" if console.color_system is None else "carries loss"
     console.print(
         f"{shown:,} of {samples['train']:,} training samples: [{LEARNED_STYLE}]{enclosed}[/]  "
@@ -210,17 +218,15 @@ def show_audit(audit: Audit, shown: int, console: Console) -> None:
         counted.append(f"{samples['expanded']:,} added by rows that make several")
     if samples["repeated"]:
         counted.append(f"{samples['repeated']:,} {_plural('row', samples['repeated'])} drawn again")
-    table = Table.grid(padding=(0, 2))
-    for name, text in [
+    lines = [
         *(("form", text) for text in _forms(audit)),
         ("rows", f"{rows['read']:,} read = {parts}"),
         ("samples", ", ".join(counted)),
         ("tokens", f"{tokens['prepared']:,} = {tokens['supervised']:,} carry loss + {tokens['context']:,} context"),
         ("lengths", _in_words(audit)),
-        *((f"[not dim {MARK_STYLE}]{name}[/]", text) for name, text in findings(audit)),
-    ]:
-        table.add_row(f"[dim]{name}:[/]", escape(text.translate(HARMLESS)))
-    console.print(table, highlight=False)
+    ]
+    for style, pairs in (("dim", lines), (MARK_STYLE, findings(audit))):
+        print_pairs(console, ((f"{name}:", text.translate(HARMLESS)) for name, text in pairs), style=style, indent=0)
 
 
 def _sources_table(audit: Audit) -> Table:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
-from rich.table import Table
 
+from qwen_tune.console import make_console, print_pairs, shown_path
 from qwen_tune.machine import device_name, is_main_process, world_size
 from qwen_tune.model.base import BaseCheckpoint
 from qwen_tune.planner.choice import Choice
@@ -26,6 +25,7 @@ from qwen_tune.training.schedule import Schedule
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
+    from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
     from qwen_tune.fused.install import Fused
@@ -72,7 +72,7 @@ def show_start(
         "steps": f"{schedule.max_steps:,} ({schedule.steps_per_epoch:,} an epoch of {schedule.rows:,} {unit})",
         "memory": _predicted(choice),
         "machine": device_name() + (f", DDP over {world_size()} processes" if world_size() > 1 else ", one process"),
-        "run": str(run.path)
+        "run": shown_path(run.path)
         + (f", going on from {plan.checkpoint.name}" if plan.checkpoint else "")
         + (", begun anew: it ended before its first checkpoint" if plan.begins_anew else ""),
     }
@@ -80,8 +80,8 @@ def show_start(
     console.print(recipe.name, style="bold", markup=False, highlight=False)
     if untuned:
         lines["base"] += ", a base checkpoint: its ChatML tokens are trained as well"
-    _print_table(console, lines.items())
-    _print_table(console, findings(found), style="yellow")
+    print_pairs(console, lines.items())
+    print_pairs(console, findings(found), style="yellow")
     for note in plan.notes:
         console.print(f"  [yellow]warning[/] passed over checkpoint {escape(note)}", highlight=False)
     _show_sample(console, tokenizer, data)
@@ -107,8 +107,8 @@ def show_adapter(model: PeftModel, fused: Fused | None) -> None:
         f"{name} {counts.modules} x {counts.parameters // counts.modules:,}" for name, counts in modules.items()
     )
     total = sum(counts.parameters for counts in modules.values())
-    _print_table(console, [("trained", f"{total:,} parameters: {parts}")])
-    _print_table(console, [("kernels", str(fused) if fused else "off")])
+    print_pairs(console, [("trained", f"{total:,} parameters: {parts}")])
+    print_pairs(console, [("kernels", str(fused) if fused else "off")])
     for note in serving_notes(model.peft_config["default"], modules):
         console.print(f"  [yellow]warning[/] {escape(note)}", highlight=False)
 
@@ -124,31 +124,23 @@ def show_end(run: RunDir) -> None:
         lines["held out"] = f"{losses['eval_before']:.3f} -> {losses['eval_after']:.3f}"
     lines["speed"] = f"{run.facts['tokens_per_second']:,.0f} tokens/s"
     lines["memory"] = f"{run.facts['peak_memory_bytes'] / GIB:.1f} GiB at most"
-    lines["adapter"] = str(run.adapter)
+    lines["adapter"] = shown_path(run.adapter)
     if run.merged.exists():
-        lines["merged"] = str(run.merged)
-    _print_table(console, lines.items())
-    console.print(f'  next: qwen-tune chat {run.path} "Hello"', highlight=False, markup=False)
+        lines["merged"] = shown_path(run.merged)
+    print_pairs(console, lines.items())
+    console.print(f'  next: qwen-tune chat {shown_path(run.path)} "Hello"', highlight=False, markup=False)
     if not run.merged.exists():
-        console.print(f"        qwen-tune merge {run.path}", highlight=False, markup=False)
+        console.print(f"        qwen-tune merge {shown_path(run.path)}", highlight=False, markup=False)
 
 
 def _console() -> Console:
     """The terminal, for the process that speaks for all."""
-    return Console(quiet=not is_main_process())
+    return make_console(quiet=not is_main_process())
 
 
 def _precision(recipe: Recipe, dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     return name if recipe.model.quantization == "none" else f"{recipe.model.quantization}, computed in {name}"
-
-
-def _print_table(console: Console, lines: Iterable[tuple[str, str]], *, style: str = "dim") -> None:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style=style, min_width=7)
-    for name, text in lines:
-        table.add_row(name, escape(text))
-    console.print(Padding(table, (0, 0, 0, 2)))
 
 
 def _in_sources(found: Audit) -> str:
@@ -166,8 +158,8 @@ def _show_sample(console: Console, tokenizer: PreTrainedTokenizerBase, data: Pre
     """The first sample as it will train, shortened."""
     example = data.train.examples[0]
     pieces = Spelling(tokenizer).pieces(example.input_ids, example.labels)
-    _print_table(console, [("sample", f"{example.source}, {len(example.input_ids):,} tokens")])
-    console.print(Padding(coloured(pieces, console, longest_run=LONGEST_RUN), (0, 0, 0, 4)))
+    print_pairs(console, [("sample", f"{example.source}, {len(example.input_ids):,} tokens")])
+    console.print(Padding(coloured(pieces, console, longest_run=LONGEST_RUN), (0, 0, 0, 4), expand=False))
 
 
 def _predicted(choice: Choice) -> str:
