@@ -49,9 +49,7 @@ def test_a_reader_that_has_read_enough_is_no_error(workspace):
     (workspace / "rows.jsonl").write_text(f"{row}\n" * 5000)  # far more than a pipe holds
     shown = ("recipe.yaml", "data.eval=null", "--all")
     for form in ([], ["--json"]):
-        code, output, errors = command(
-            "preview", "recipe.yaml", "data.eval=null", "--all", *form, cwd=workspace, lines=1
-        )
+        code, output, errors = command("preview", *shown, *form, cwd=workspace, lines=1)
         assert (code, len(output), errors) == (0, 1, "")
 
 

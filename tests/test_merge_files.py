@@ -145,6 +145,24 @@ def test_two_merges_do_not_write_one_model(pair, tmp_path):
     merge(adapter, output=tmp_path / "model")
 
 
+def test_files_that_are_written_together_are_those_that_are_written_in_turn(tmp_path):
+    base = write_base(tmp_path / "base", files=8, layers=MANY_LAYERS)
+    adapter = write_adapter(tmp_path / "adapter", base, layers=MANY_LAYERS)
+    written = [merge(adapter, output=tmp_path / f"by-{cores}", cores=cores) for cores in (1, 2, 3, 8)]
+    files = [{file.name: sha256(file) for file in folder.iterdir()} for folder in written]
+    assert files[0] == files[1] == files[2] == files[3]
+    # A file that cannot be written ends the merge; those that stand are taken up by the next one.
+    (tmp_path / ".model.merging").mkdir()
+    last = sorted(base.glob("*.safetensors"))[-1]
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-1000])
+    os.utime(last, (1, 1))
+    with pytest.raises(QwenTuneError):
+        merge(adapter, output=tmp_path / "model", cores=8)
+    last.write_bytes(whole)
+    assert {f.name: sha256(f) for f in merge(adapter, output=tmp_path / "model", cores=8).iterdir()} == files[0]
+
+
 def test_no_room_is_told_and_what_is_whole_is_kept(tmp_path):
     base = write_base(tmp_path / "base", files=8)
     adapter = write_adapter(tmp_path / "adapter", base)

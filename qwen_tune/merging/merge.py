@@ -14,6 +14,7 @@ from qwen_tune.cache import key_of
 from qwen_tune.console import make_console
 from qwen_tune.disk import sha256
 from qwen_tune.errors import MergeError, Problem
+from qwen_tune.machine import usable_cores
 from qwen_tune.merging.base_weights import BaseWeights
 from qwen_tune.merging.companions import write_companions
 from qwen_tune.merging.output_dir import check_free, check_place, check_room, choose_target, partial_directory
@@ -42,6 +43,7 @@ def merge(
     base: str | None = None,
     overwrite: bool = False,
     max_shard_bytes: int | None = None,
+    cores: int | None = None,
 ) -> Path:
     """Merges adapters into their base as PEFT does, in the type of the base's weights, a few rows at a time.
 
@@ -54,6 +56,8 @@ def merge(
         base: See `AdapterDir.open`.
         overwrite: Whether a model that is there may be replaced.
         max_shard_bytes: Largest weight file; None for the base's own division.
+        cores: Threads that compute and hash; None for all that this process may use. Four and more write several files
+            at the same time.
 
     Returns:
         The model's directory, complete: weights, configuration, tokenizer, chat template and merge.json.
@@ -69,7 +73,7 @@ def merge(
     check_free(target, overwrite)
     job = _Job.of(adapters, max_shard_bytes)
     with partial_directory(target, overwrite) as part:
-        facts = job.write(part)
+        facts = job.write(part, cores or usable_cores())
         write_atomically(part / "merge.json", json.dumps(facts, indent=2) + "\n")
     return target
 
@@ -119,11 +123,11 @@ class _Job:
             }
         )
 
-    def write(self, part: Path) -> dict[str, Any]:
+    def write(self, part: Path, cores: int) -> dict[str, Any]:
         """Writes all files but merge.json; returns what that says."""
         length = sum(shard.length for shard in self.shards)
         with _progress(length) as count:
-            writer = ShardWriter(part, self.key, self.plan, BaseWeights(self.tensors, self.quantization), count)
+            writer = ShardWriter(part, self.key, self.plan, BaseWeights(self.tensors, self.quantization), cores, count)
             done = writer.find_done(self.shards)
             count(done)
             check_room(part, length - done)

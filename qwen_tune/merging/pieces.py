@@ -1,17 +1,15 @@
-"""Pieces of the base on their way into a merged file: read, changed by several threads, and put down in order."""
+"""Pieces of the base on their way into a merged file: read and changed by several threads, put down in order."""
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from qwen_tune.machine import bring_in, usable_cores
+from qwen_tune.machine import bring_in
 from qwen_tune.merging.base_weights import BaseWeights
 from qwen_tune.merging.output_file import PART_BYTES, OutputFile, Part
 from qwen_tune.merging.steps import Step
@@ -22,7 +20,8 @@ if TYPE_CHECKING:
 
     from qwen_tune.merging.arithmetic import Source
 
-MOST_WORKERS = 4
+Finished: TypeAlias = "Callable[[Piece, bool], None]"
+"""Hears of each piece, in their order, and whether it differs from the base's."""
 
 Change: TypeAlias = Callable[[memoryview], bool]
 """Turns a piece of the base's bytes into the merged model's, in place; says whether they differ."""
@@ -76,53 +75,58 @@ def read_float(span: TensorSpan) -> Tensor:
     return read_tensor(span).float()
 
 
-@dataclass(frozen=True)
-class _Begun:
-    """A piece that was read into its place; `differs` is None where nothing is done to it."""
+class _Line:
+    """Parts of a file that threads take one by one. Each is read, changed, and in its turn hashed by whoever took it.
 
-    piece: Piece
-    data: memoryview
-    differs: Future[bool] | None
+    Hashing is half of the work and has to go in the file's order: while one thread hashes, another computes ahead.
+    """
 
-    def finish(self) -> bool:
-        """Waits for the change, or makes it here if no thread has come to it."""
-        if self.differs is None:
-            return False
-        if self.piece.change is not None and self.differs.cancel():
-            return self.piece.change(self.data)
-        return self.differs.result()
+    def __init__(self, file: OutputFile, pieces: Iterable[Piece], finished: Finished, stop: threading.Event) -> None:
+        self._file, self._finished, self._stop = file, finished, stop
+        self._parts = enumerate((file.take(sum(piece.size for piece in group)), group) for group in _groups(pieces))
+        self._taking = threading.Lock()
+        self._turns = threading.Condition()
+        self._turn = 0
+        self.problem: BaseException | None = None
 
-
-class Workers:
-    """Threads that change pieces ahead of the one that reads, hashes and passes on."""
-
-    def __init__(self, pool: ThreadPoolExecutor, ahead: int) -> None:
-        self._pool, self._ahead = pool, ahead
-
-    def fill(self, file: OutputFile, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, bool]]:
-        """Puts pieces into a file, one behind another; yields each with whether it differs from the base's."""
-        waiting: deque[tuple[Part, list[_Begun]]] = deque()
+    def work(self) -> None:
+        """Takes parts until none is left, or a thread has met a problem."""
         try:
-            for group in _groups(pieces):
-                part = file.take(sum(piece.size for piece in group))
-                waiting.append((part, self._begin(group, part.data)))
-                if len(waiting) > self._ahead:
-                    yield from _finish(file, *waiting.popleft())
-            while waiting:
-                yield from _finish(file, *waiting.popleft())
-        finally:
-            for _, begun in waiting:
-                for one in begun:
-                    if one.differs:
-                        one.differs.cancel()
+            while (taken := self._take()) is not None:
+                turn, (part, pieces) = taken
+                differing = _change(pieces, part.data)
+                if not self._comes(turn):
+                    return
+                self._file.append(part)
+                for piece, differs in zip(pieces, differing, strict=True):
+                    self._finished(piece, differs)
+                with self._turns:
+                    self._turn += 1
+                    self._turns.notify_all()
+        except BaseException as error:  # whoever waits for the next turn would wait for ever
+            with self._turns:
+                self.problem = self.problem or error
+                self._turns.notify_all()
 
-    def _begin(self, pieces: Sequence[Piece], room: memoryview) -> list[_Begun]:
-        _read(pieces, room)
-        begun = []
-        for piece in pieces:
-            data, room = room[: piece.size], room[piece.size :]
-            begun.append(_Begun(piece, data, self._pool.submit(piece.change, data) if piece.change else None))
-        return begun
+    def _take(self) -> tuple[int, tuple[Part, list[Piece]]] | None:
+        with self._taking:
+            return None if self.problem or self._stop.is_set() else next(self._parts, None)
+
+    def _comes(self, turn: int) -> bool:
+        """Waits for a turn; False where it will not come."""
+        with self._turns:
+            self._turns.wait_for(lambda: self._turn == turn or self.problem is not None)
+            return self.problem is None
+
+
+def _change(pieces: Sequence[Piece], room: memoryview) -> list[bool]:
+    """Reads pieces into their room and changes them; says of each whether it differs."""
+    _read(pieces, room)
+    differing = []
+    for piece in pieces:
+        differing.append(piece.change(room[: piece.size]) if piece.change else False)
+        room = room[piece.size :]
+    return differing
 
 
 def _read(pieces: Sequence[Piece], room: memoryview) -> None:
@@ -139,10 +143,25 @@ def _read(pieces: Sequence[Piece], room: memoryview) -> None:
         room = room[size:]
 
 
-def _finish(file: OutputFile, part: Part, begun: Sequence[_Begun]) -> list[tuple[Piece, bool]]:
-    finished = [(one.piece, one.finish()) for one in begun]
-    file.append(part)
-    return finished
+def fill(file: OutputFile, pieces: Iterable[Piece], finished: Finished, *, threads: int, stop: threading.Event) -> None:
+    """Puts pieces into a file, one behind another.
+
+    Args:
+        file: The file.
+        pieces: The pieces.
+        finished: See `Finished`; called by one thread at a time.
+        threads: Threads that work on it, this one included.
+        stop: Makes them leave off; the file is not whole then.
+    """
+    line = _Line(file, pieces, finished, stop)
+    others = [threading.Thread(target=line.work, name="merges") for _ in range(threads - 1)]
+    for thread in others:
+        thread.start()
+    line.work()
+    for thread in others:
+        thread.join()
+    if line.problem:
+        raise line.problem
 
 
 def _groups(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -160,16 +179,13 @@ def _groups(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 @contextmanager
-def workers() -> Iterator[Workers]:
-    """Threads that compute, each by itself: waiting for one another costs more than blocks of rows do."""
+def computing() -> Iterator[None]:
+    """Imports torch on a thread of its own, while what needs none of it is copied; keeps its number of threads."""
     before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
-    # What reads and hashes takes a core as well, and keeps up with two or three of these.
-    count = min(max(usable_cores() - 1, 1), MOST_WORKERS)
     bringing_in = threading.Thread(target=bring_in, args=("torch",))
-    bringing_in.start()  # what needs none of it is copied meanwhile
+    bringing_in.start()
     try:
-        with ThreadPoolExecutor(count, "merges") as pool:
-            yield Workers(pool, 1 + count)
+        yield
     finally:
         bringing_in.join()
         if before is not None:

@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qwen_tune.disk import NO_ROOM, flush, sha256
 from qwen_tune.errors import MergeError, NoRoomError, Problem
 from qwen_tune.merging.base_weights import BaseWeights
 from qwen_tune.merging.output_file import PART_BYTES, OutputFile
-from qwen_tune.merging.pieces import ChangingTensor, Piece, Workers, read_float, workers
+from qwen_tune.merging.pieces import ChangingTensor, Piece, computing, fill, read_float
 from qwen_tune.merging.steps import MergePlan, blocks
 from qwen_tune.model.tensor_files import TensorSpan, header, read_bytes, read_spans
 from qwen_tune.runs.directory import write_atomically
 
-if TYPE_CHECKING:
-    pass
-
 PROGRESS = "merging.json"
+CORES_A_SHARD = 2
+"""One hashes what another computes meanwhile; a third would wait for the hash, which goes in order."""
+
+MOST_SHARDS = 4
+"""Files that are written at the same time, where there are cores for them: each takes about 40 MB of memory."""
+
 LOOKED_AT_BYTES = 1 << 16  # at the start, the middle and the end of each tensor
 
 Count = Callable[[int], None]
@@ -93,12 +97,15 @@ class ShardWriter:
     key: str
     plan: MergePlan
     base: BaseWeights
+    cores: int
     count: Count = lambda _: None
     done: dict[str, ShardFacts] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Where each expert has a tensor of its own, the matrices of all of a layer are wanted hundreds of times.
         self._read_experts = lru_cache(maxsize=4)(read_float)
+        self._noting = threading.Lock()
+        self._stop = threading.Event()
 
     def find_done(self, wanted: Sequence[Shard]) -> int:
         """Finds files of the same merge that are whole, and removes all others; returns their tensors' bytes."""
@@ -128,13 +135,32 @@ class ShardWriter:
         Raises:
             MergeError: What was written is not what it should be, or there is no room for it.
         """
-        with workers() as threads:
-            for shard in wanted:
-                if shard.name not in self.done:
-                    self._write_shard(shard, threads)
+        missing = [shard for shard in wanted if shard.name not in self.done]
+        at_once = max(1, min(self.cores // CORES_A_SHARD, MOST_SHARDS, len(missing)))
+        with computing():
+            if at_once == 1:
+                for shard in missing:
+                    self._write_shard(shard)
+            else:
+                self._write_together(missing, at_once)
         return {shard.name: self.done[shard.name] for shard in wanted}
 
-    def _write_shard(self, shard: Shard, workers: Workers) -> None:
+    def _write_together(self, missing: Sequence[Shard], at_once: int) -> None:
+        with ThreadPoolExecutor(at_once, "writes a file") as pool:
+            begun = [pool.submit(self._write_shard, shard) for shard in missing]
+            try:
+                wait(begun, return_when=FIRST_EXCEPTION)
+            except BaseException:
+                self._stop.set()  # the user does not wait for files of gigabytes
+                raise
+            finally:
+                for future in begun:
+                    future.cancel()  # those that have begun are finished, and kept
+        for future in begun:
+            if not future.cancelled():
+                future.result()
+
+    def _write_shard(self, shard: Shard) -> None:
         part = self.directory / f"{shard.name}.part"
         head = header(((name, span.dtype, span.shape) for name, span in shard.tensors), {"format": "pt"})
         changed: dict[str, None] = {}
@@ -143,10 +169,10 @@ class ShardWriter:
                 start = file.take(len(head))
                 start.data[:] = head
                 file.append(start)
-                for piece, differs in workers.fill(file, self._pieces(shard)):
-                    if differs:
-                        changed[piece.name] = None
-                    self.count(piece.size)
+                threads = min(self.cores, CORES_A_SHARD)
+                fill(file, self._pieces(shard), partial(self._count, changed), threads=threads, stop=self._stop)
+                if self._stop.is_set():
+                    return
                 digest = file.finish()
         except OSError as error:
             if error.errno not in NO_ROOM:
@@ -157,8 +183,14 @@ class ShardWriter:
         self._look_at(part, shard, changed)
         part.replace(self.directory / shard.name)
         flush(self.directory)
-        self.done[shard.name] = ShardFacts(digest, len(head) + shard.length, tuple(changed))
-        self._note()
+        with self._noting:
+            self.done[shard.name] = ShardFacts(digest, len(head) + shard.length, tuple(changed))
+            self._note()
+
+    def _count(self, changed: dict[str, None], piece: Piece, differs: bool) -> None:
+        if differs:
+            changed[piece.name] = None
+        self.count(piece.size)
 
     def _pieces(self, shard: Shard) -> Iterator[Piece]:
         for name, span in shard.tensors:
