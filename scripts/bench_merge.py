@@ -4,14 +4,16 @@
 
 Without BASE_DIR a base of the true shapes with random bfloat16 weights is written to a temporary directory (set TMPDIR
 to choose the disk: four times the model's size is needed). Each measurement is a whole process, imports included.
-The base lies in the page cache. qwen-tune also hashes what it writes and waits for the disk; PEFT does neither. Checks
-that all tensors are equal to the bit. Prints one JSON line: medians, and ratios of PEFT / qwen-tune.
+The base lies in the page cache. qwen-tune also hashes what it writes and waits for the disk; PEFT does neither. Beside
+them as many bytes are written to the same disk past the cache: nothing that waits for a disk is faster. Checks that
+all tensors are equal to the bit. Prints one JSON line: medians, ratios of PEFT / qwen-tune, and qwen-tune / writing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import shutil
 import statistics
@@ -25,6 +27,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from processor import processor
+
+WEIGHTS = "*.safetensors"
 SIDES = ("peft", "qwen-tune")
 MEASURED = ("wall_seconds", "cpu_seconds", "peak_memory_bytes")
 REST_SECONDS = 10
@@ -56,6 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     sides = [options.only] if options.only else SIDES
     results: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    writing: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         base = options.base.resolve() if options.base else work / "base"
@@ -68,18 +74,30 @@ def main() -> None:
                 os.sync()
                 time.sleep(REST_SECONDS)
                 read_all(base)
+                if side == "qwen-tune":
+                    writing.append(
+                        write_seconds(work / "bytes", sum(file.stat().st_size for file in base.glob(WEIGHTS)))
+                    )
+                    time.sleep(REST_SECONDS)
                 results[side].append(measure(side, base, work / "adapter", work / side))
                 print(f"{side} {number + 1}: {results[side][-1]}", file=sys.stderr)
         equal = options.only or in_a_process(same_tensors, work / "peft", work / "qwen-tune")
-        size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in base.glob(WEIGHTS))
     medians = {side: {key: statistics.median(one[key] for one in results[side]) for key in MEASURED} for side in sides}
     line: dict[str, Any] = {
         "base": options.base.name if options.base else f"random {options.size}",
         "base_bytes": size,
         "rank": options.rank,
         "rounds": options.rounds,
+        "processor": processor(),
         **{f"{side} {key}": round(value, 2) for side in sides for key, value in medians[side].items()},
     }
+    if writing:
+        seconds = statistics.median(writing)
+        line |= {
+            "write_seconds": round(seconds, 2),
+            "over_writing": round(medians["qwen-tune"]["wall_seconds"] / seconds, 2),
+        }
     if not options.only:
         ratios = {key: round(medians["peft"][key] / medians["qwen-tune"][key], 2) for key in MEASURED}
         line |= {"same_tensors": equal, **{f"{key.rsplit('_', 1)[0]}_ratio": ratio for key, ratio in ratios.items()}}
@@ -106,6 +124,23 @@ def measure(side: str, base: Path, adapter: Path, output: Path) -> dict[str, flo
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_memory_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
     }
+
+
+def write_seconds(path: Path, size: int) -> float:
+    """How long it takes to write random bytes to a disk, 8 MB at a time past the page cache, and to wait for it."""
+    block = mmap.mmap(-1, 8 << 20)
+    block[:] = os.urandom(1 << 20) * 8
+    start = time.perf_counter()
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_DIRECT", 0))
+    try:
+        for _ in range(size // len(block)):
+            os.write(file, block)
+        os.fsync(file)
+    finally:
+        os.close(file)
+    seconds = time.perf_counter() - start
+    path.unlink()
+    return seconds
 
 
 def read_all(folder: Path) -> None:

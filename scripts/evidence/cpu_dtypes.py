@@ -19,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.append(str(ROOT / "scripts"))
+
+from processor import processor  # noqa: E402 - beside this folder
+
 DTYPES = ("bfloat16", "float32")
 
 
@@ -38,16 +42,19 @@ def main() -> None:
                 facts = train(options, dtype, Path(folder) / f"{dtype}-{number}")
                 found[dtype].append(facts)
                 print(f"{dtype}: {facts}", file=sys.stderr, flush=True)
-    device = found["float32"][0].pop("device")
     medians = {
-        dtype: {key: statistics.median(facts[key] for facts in runs) for key in runs[0] if key != "device"}
+        dtype: {key: statistics.median(facts[key] for facts in runs) for key in runs[0]}
         for dtype, runs in found.items()
     }
     ratios = {
         key: round(medians["bfloat16"][key] / medians["float32"][key], 3)
         for key in ("tokens_per_second", "peak_memory_bytes", "eval_after")
     }
-    print(json.dumps({"device": device, "steps": options.steps, "length": options.length, **medians, "ratios": ratios}))
+    print(
+        json.dumps(
+            {"processor": processor(), "steps": options.steps, "length": options.length, **medians, "ratios": ratios}
+        )
+    )
 
 
 def train(options: argparse.Namespace, dtype: str, run: Path) -> dict[str, Any]:
@@ -73,7 +80,6 @@ def train(options: argparse.Namespace, dtype: str, run: Path) -> dict[str, Any]:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     return {
-        "device": facts["device"],
         "tokens_per_second": facts["tokens_per_second"],
         "peak_memory_bytes": facts["peak_memory_bytes"],
         "predicted_bytes": facts["plan"]["predicted_peak_bytes"],
