@@ -104,7 +104,7 @@ def train(
     facts = record.start_facts(recipe, overrides, base, tokenizer, data, schedule, choice, dtype, untuned=untuned)
     facts |= check_resume(plan, run, facts, schedule.max_steps)
     summary.show_start(recipe, run, plan, base, tokenizer, data, schedule, choice, dtype, untuned=untuned)
-    summary.show_drift(plan, facts)
+    summary.show_drift(run, plan, facts)
     if dry_run:
         return
 

@@ -140,6 +140,16 @@ def test_other_facts_are_refused_unless_they_are_allowed(uninterrupted, tmp_path
     assert weights(resumed) == weights(uninterrupted)
 
 
+def test_another_processor_or_number_of_threads_is_told(uninterrupted, tmp_path, monkeypatch, capsys):
+    folder = copy_of(uninterrupted, tmp_path, at="step-6")
+    record = folder / "run" / "run.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "threads": 96}))
+    run(folder, monkeypatch)
+    assert (
+        "96 threads a process: results agree with those of a run never stopped to rounding" in capsys.readouterr().out
+    )
+
+
 def test_every_name_that_is_proposed_is_taken(uninterrupted, tmp_path, monkeypatch):
     folder = copy_of(uninterrupted, tmp_path, at="step-6")
     changes = ("lora.alpha_pattern={q_proj: 64}", "data.train=[{path: rows.jsonl, columns: {chat: messages}}]")

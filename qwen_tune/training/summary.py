@@ -87,10 +87,16 @@ def show_start(
     _show_sample(console, tokenizer, data)
 
 
-def show_drift(plan: Plan, facts: Mapping[str, Any]) -> None:
+def show_drift(run: RunDir, plan: Plan, facts: Mapping[str, Any]) -> None:
     """What differs from here on from what the run was begun with."""
     if plan.checkpoint is None:
         return
+    recorded = run.recorded_facts()
+    before = {name: recorded.get(name) for name in ("device", "threads")}
+    if any(value is not None and value != facts[name] for name, value in before.items()):
+        was = f"{before['device']}, {before['threads']} threads a process"
+        what = "results agree with those of a run never stopped to rounding, not to the last bit"
+        _console().print(f"  [yellow]note[/] begun on {escape(was)}: {what}", highlight=False)
     step = step_of(plan.checkpoint)
     changes = [Drift(entry["field"], entry["was"], entry["now"]) for entry in facts["drift"] if entry["step"] == step]
     for change in changes:
