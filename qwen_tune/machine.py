@@ -41,12 +41,6 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
-def say(text: str) -> None:
-    """Prints a line, once for all processes."""
-    if is_main_process():
-        print(text, flush=True)
-
-
 def check_world(num_processes: int | None) -> None:
     """Compares the processes that run with those that the recipe asks for.
 

@@ -18,8 +18,9 @@ if __name__ == "__main__":
     _folder = Path(__file__).resolve().parent
     sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if Path(entry).resolve() != _folder)]
 
+from qwen_tune.console import say, shown_path
 from qwen_tune.errors import Interrupted
-from qwen_tune.machine import bring_in, check_world, is_main_process, prepare_process, say
+from qwen_tune.machine import bring_in, check_world, is_main_process, prepare_process
 from qwen_tune.recipe.files import load_recipe, to_yaml
 from qwen_tune.runs.directory import RunDir
 from qwen_tune.runs.resume import Plan, check_resume
@@ -57,7 +58,7 @@ def train(
     sees_run = is_main_process() or run.run_json.exists()
     plan = run.check(text, overwrite=overwrite, resume=recipe.train.resume) if sees_run else Plan()
     if plan.nothing_to_do:
-        say(f"{run.path}: this recipe has finished here; nothing to do")
+        say(f"{shown_path(run.path)}: this recipe has finished here; nothing to do")
         if recipe.export.merge and is_main_process() and not (dry_run or run.merged.exists()):
             prepare_process()
             from qwen_tune.merging.merge import merge

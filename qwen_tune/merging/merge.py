@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_tune.cache import key_of
+from qwen_tune.console import make_console
 from qwen_tune.disk import sha256
 from qwen_tune.errors import MergeError, Problem
 from qwen_tune.merging.base_weights import BaseWeights
@@ -235,10 +236,9 @@ def _progress(total: int) -> Iterator[Any]:
     if not sys.stderr.isatty():
         yield lambda _: None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    console = Console(file=sys.stderr)
+    console = make_console(stderr=True)
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("merging", total=total)

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwen_tune.console import say
 from qwen_tune.errors import first_line
-from qwen_tune.machine import say
 from qwen_tune.publishing.card import licence_of
 from qwen_tune.publishing.push import push, refuse_foreign, refuse_public
 from qwen_tune.publishing.shipment import Options

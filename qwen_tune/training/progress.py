@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qwen_tune.console import make_console
 from qwen_tune.machine import memory_bytes
 from qwen_tune.runs.directory import RunDir
 
@@ -132,7 +132,7 @@ class Display:
     """A live line in a terminal; elsewhere plain lines, about twenty a run."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console()
+        self.console = make_console()
         self.quiet = quiet
         self._progress: Progress | None = None
         self._task = TaskID(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from qwen_tune.console import make_console, shown_path
 from qwen_tune.machine import device_name, is_main_process, world_size
 from qwen_tune.model.base import BaseCheckpoint
 from qwen_tune.planner.choice import Choice
@@ -72,7 +74,7 @@ def show_start(
         "steps": f"{schedule.max_steps:,} ({schedule.steps_per_epoch:,} an epoch of {schedule.rows:,} {unit})",
         "memory": _predicted(choice),
         "machine": device_name() + (f", DDP over {world_size()} processes" if world_size() > 1 else ", one process"),
-        "run": str(run.path)
+        "run": shown_path(run.path)
         + (f", going on from {plan.checkpoint.name}" if plan.checkpoint else "")
         + (", begun anew: it ended before its first checkpoint" if plan.begins_anew else ""),
     }
@@ -124,18 +126,20 @@ def show_end(run: RunDir) -> None:
         lines["held out"] = f"{losses['eval_before']:.3f} -> {losses['eval_after']:.3f}"
     lines["speed"] = f"{run.facts['tokens_per_second']:,.0f} tokens/s"
     lines["memory"] = f"{run.facts['peak_memory_bytes'] / GIB:.1f} GiB at most"
-    lines["adapter"] = str(run.adapter)
+    lines["adapter"] = shown_path(run.adapter)
     if run.merged.exists():
-        lines["merged"] = str(run.merged)
+        lines["merged"] = shown_path(run.merged)
     _print_table(console, lines.items())
-    console.print(f'  next: qwen-tune chat {run.path} "Hello"', highlight=False, markup=False)
+    # Commands are never broken into lines: they are there to be copied.
+    place = shlex.quote(shown_path(run.path))
+    console.print(f'  next: qwen-tune chat {place} "Hello"', highlight=False, markup=False, soft_wrap=True)
     if not run.merged.exists():
-        console.print(f"        qwen-tune merge {run.path}", highlight=False, markup=False)
+        console.print(f"        qwen-tune merge {place}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _console() -> Console:
     """The terminal, for the process that speaks for all."""
-    return Console(quiet=not is_main_process())
+    return make_console(quiet=not is_main_process())
 
 
 def _precision(recipe: Recipe, dtype: torch.dtype) -> str:
@@ -148,7 +152,7 @@ def _print_table(console: Console, lines: Iterable[tuple[str, str]], *, style: s
     table.add_column(style=style, min_width=7)
     for name, text in lines:
         table.add_row(name, escape(text))
-    console.print(Padding(table, (0, 0, 0, 2)))
+    console.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
 def _in_sources(found: Audit) -> str:
@@ -167,7 +171,7 @@ def _show_sample(console: Console, tokenizer: PreTrainedTokenizerBase, data: Pre
     example = data.train.examples[0]
     pieces = Spelling(tokenizer).pieces(example.input_ids, example.labels)
     _print_table(console, [("sample", f"{example.source}, {len(example.input_ids):,} tokens")])
-    console.print(Padding(coloured(pieces, console, longest_run=LONGEST_RUN), (0, 0, 0, 4)))
+    console.print(Padding(coloured(pieces, console, longest_run=LONGEST_RUN), (0, 0, 0, 4), expand=False))
 
 
 def _predicted(choice: Choice) -> str:

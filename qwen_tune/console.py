@@ -1,0 +1,191 @@
+"""Everything that is said to a person: where it goes, how wide it is, and how paths are shown.
+
+Output never ends a command by itself: a character that a stream cannot encode is replaced, and a reader that closes
+the pipe ends a command that only shows something, with exit code 0, and leaves any other to finish in silence.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import io
+import os
+import re
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from qwen_tune.errors import Problem, QwenTuneError, visible
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+    from rich.console import Console
+    from rich.text import Text
+
+UNLIMITED_WIDTH = 100_000
+"""Columns of an output that is no terminal: a log file's lines are as long as they are."""
+
+RULE_WIDTH = 80
+"""Columns of a ruled line where there is no terminal."""
+
+_STAND_INS = str.maketrans(
+    {"⟦": "[[", "⟧": "]]", "↵": "\\n", "…": "...", "─": "-", "━": "-", "█": "#", "░": ".", "→": "->", "×": "x"}
+)
+"""What is written for our own characters where a stream cannot encode them; anything else becomes `?`."""
+
+
+class ReaderGoneError(Exception):
+    """Nobody reads the output any more, and there is nothing else to do."""
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end].translate(_STAND_INS)
+    return text.encode("ascii", "replace").decode("ascii"), error.end
+
+
+codecs.register_error("qwen-tune", _replace)
+
+
+class _Output(io.FileIO):
+    """A standard stream that outlives its reader.
+
+    Args:
+        descriptor: 1 or 2.
+        ends_with_reader: Whether writing raises ReaderGoneError when the reader has gone.
+    """
+
+    def __init__(self, descriptor: int, *, ends_with_reader: bool) -> None:
+        super().__init__(descriptor, "wb", closefd=False)
+        self.ends_with_reader = ends_with_reader
+
+    def write(self, data: ReadableBuffer) -> int:
+        try:
+            return super().write(data) or 0
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO, errno.EBADF):
+                # From here on it goes nowhere, what native libraries and the interpreter's end write too.
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.fileno())
+                os.close(nowhere)
+                if self.ends_with_reader:
+                    raise ReaderGoneError from None
+            elif self.ends_with_reader:
+                self.ends_with_reader = False  # what is still held back must not raise again when the process ends
+                what = f"it cannot be written: {error.strerror}"
+                raise QwenTuneError(Problem("standard output", what, "free some space, or send it elsewhere")) from None
+            # A full disk under a log must not end hours of training; what does not fit is lost.
+            return memoryview(data).nbytes
+
+
+def prepare_streams(*, shows_only: bool = False) -> None:
+    """Makes standard output and standard error outlive what they cannot encode and readers that go.
+
+    Args:
+        shows_only: Whether the command has done nothing of use once nobody reads its output.
+    """
+    sys.stdout = _prepared(sys.stdout, 1, shows_only)
+    sys.stderr = _prepared(sys.stderr, 2, False)
+
+
+def _prepared(stream: TextIO | None, descriptor: int, shows_only: bool) -> TextIO:
+    if stream is None:  # closed by whoever started us: `>&-`
+        return open(os.devnull, "w", encoding="utf-8")
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    raw: Any = stream.buffer
+    raw = getattr(raw, "raw", raw)  # under `python -u` nothing is buffered
+    if isinstance(raw, _Output):
+        raw.ends_with_reader = shows_only
+    elif isinstance(raw, io.FileIO) and raw.fileno() == descriptor:
+        stream.flush()
+        output = _Output(descriptor, ends_with_reader=shows_only)
+        is_buffered = raw is not stream.buffer
+        stream = io.TextIOWrapper(
+            io.BufferedWriter(output) if is_buffered else output,
+            encoding=stream.encoding,
+            line_buffering=stream.line_buffering,
+            write_through=not is_buffered,
+        )
+    # Paths hold bytes that are no text as lone surrogates, and rows may hold such characters as well.
+    stream.reconfigure(errors="qwen-tune")
+    return stream
+
+
+def show(text: str) -> None:
+    """Prints lines on standard output; in a terminal they break between words."""
+    print(_fitted(relative_paths(text), sys.stdout), flush=True)
+
+
+def say(text: str) -> None:
+    """Prints lines on standard output, once for all processes of a run."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        show(text)
+
+
+def tell(message: object) -> None:
+    """Prints lines on standard error: warnings, errors, and what a waiting user should know."""
+    print(_fitted(relative_paths(visible(str(message))), sys.stderr), file=sys.stderr, flush=True)
+
+
+def can_encode(text: str) -> bool:
+    """Whether standard output can hold a text as it is."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """A rich console as wide as the terminal, or without a limit where there is none."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr, quiet=quiet)
+    if not console.is_terminal:
+        console.width = UNLIMITED_WIDTH
+    return console
+
+
+def print_rule(console: Console, title: Text | str = "") -> None:
+    """Prints a ruled line."""
+    from rich.rule import Rule
+
+    rule = Rule(title, align="left", characters="─", style="dim")
+    console.print(rule, width=console.width if console.is_terminal else RULE_WIDTH)
+
+
+def shown_path(path: Path | str) -> str:
+    """A path as it is shown: relative, where it is below the working directory."""
+    try:
+        relative = Path(path).absolute().relative_to(Path.cwd())
+    except (OSError, ValueError):
+        return str(path)
+    return str(relative)
+
+
+def relative_paths(text: str) -> str:
+    """A text in which paths below the working directory are relative."""
+    try:
+        here = os.getcwd()
+    except OSError:
+        return text
+    if here == "/" or here not in text:
+        return text
+    return re.sub(rf"(?<![\w./~-]){re.escape(here)}/(?=[^\s/])", "", text)
+
+
+def _fitted(text: str, stream: TextIO) -> str:
+    if not stream.isatty():
+        return text
+    width = max(shutil.get_terminal_size().columns, 20)
+    return "\n".join(
+        line
+        if len(line) <= width
+        else textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False)
+        for line in text.split("\n")
+    )
