@@ -6,6 +6,7 @@ Plain argparse: a command line library that validates through pydantic costs eve
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,8 +14,11 @@ from pathlib import Path
 from types import FrameType
 
 from qwen_tune import __version__
-from qwen_tune.console import leave_pipe, make_console, outlive_reader, prepare_streams, shown_path, tell
+from qwen_tune.console import ReaderGoneError, can_encode, make_console, prepare_streams, show, shown_path, tell
 from qwen_tune.errors import QwenTuneError
+
+ANY_TEXT = "\U0001f642"
+"""What only an encoding of all of Unicode can write."""
 
 ABOUT = "LoRA fine-tuning for the Qwen model family: one recipe from rows to a model that answers."
 
@@ -133,7 +137,7 @@ def validate(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides)
     rows = check_data(recipe.data)
-    print(f"{options.recipe}: fine. Base {recipe.model.base}, {rows}, run directory {shown_path(recipe.run_dir)}")
+    show(f"{options.recipe}: fine. Base {recipe.model.base}, {rows}, run directory {recipe.run_dir}")
 
 
 def preview(options: argparse.Namespace) -> None:
@@ -162,12 +166,12 @@ def preview(options: argparse.Namespace) -> None:
     places = view.first_of_each_source(samples, count)
     if options.json:
         for place in places:
-            print(view.as_json(samples[place], tokenizer))
+            print(view.as_json(samples[place], tokenizer, escaped=not can_encode(ANY_TEXT)))
         return
     found = audit(data, recipe.data)
     if options.html:
         preview_page.write(options.html, preview_page.page(recipe, base, tokenizer, data, found, places))
-        print(f"{shown_path(options.html)}: {recipe.name}, {len(samples):,} training samples")
+        show(f"{options.html}: {recipe.name}, {len(samples):,} training samples")
         return
     console = make_console()
     view.show_samples((samples[place] for place in places), view.Spelling(tokenizer), console)
@@ -197,8 +201,7 @@ def prepare(options: argparse.Namespace) -> None:
     packs = pack(data.train.examples, recipe.data)
     pack_by_source(data.evaluation.examples, recipe.data)
     view.show_audit(audit(data, recipe.data), 0, make_console())
-    unit = "packs" if recipe.data.packing else "samples"
-    print(f"{len(packs):,} {unit} to train on, in {shown_path(cache_folder('prepared'))}")
+    show(f"{len(packs):,} {'packs' if recipe.data.packing else 'samples'} to train on, in {cache_folder('prepared')}")
 
 
 def estimate(options: argparse.Namespace) -> None:
@@ -220,7 +223,7 @@ def estimate(options: argparse.Namespace) -> None:
         for entry in estimates:
             print(json.dumps(entry.facts()))
         return
-    print("\n".join(lines(recipe, base, estimates)))
+    show("\n".join(lines(recipe, base, estimates)))
 
 
 def train(options: argparse.Namespace) -> None:
@@ -244,11 +247,11 @@ def merge(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         max_shard_bytes=options.max_shard_size,
     )
-    print(f"merged model: {shown_path(target)}")
+    show(f"merged model: {shown_path(target)}")
     if options.verify:
         from qwen_tune.merging.verification import verify_merged
 
-        print(verify_merged(options.paths, target, options.base))
+        show(str(verify_merged(options.paths, target, options.base)))
 
 
 def push(options: argparse.Namespace) -> None:
@@ -264,7 +267,7 @@ def push(options: argparse.Namespace) -> None:
         license=options.license,
         languages=tuple(options.language),
     )
-    print(push_parts(options.path, options.repo_id, options.what, options=how, to=options.to, dry_run=options.dry_run))
+    show(push_parts(options.path, options.repo_id, options.what, options=how, to=options.to, dry_run=options.dry_run))
 
 
 def chat(options: argparse.Namespace) -> None:
@@ -280,6 +283,10 @@ def chat(options: argparse.Namespace) -> None:
         compare=options.compare,
         max_new_tokens=options.max_new_tokens,
     )
+
+
+SHOWS_ONLY = (validate, preview, estimate, chat)
+"""Commands that end where nobody reads them any more; the others have work to finish."""
 
 
 def main() -> None:
@@ -298,23 +305,26 @@ def run_command(arguments: Sequence[str]) -> int:
     prepare_streams()
     try:
         options = _parse(arguments)
-        if options.run in (train, merge, push, prepare):
-            outlive_reader()
+        prepare_streams(shows_only=options.run in SHOWS_ONLY)
         options.run(options)
-        if sys.stdout:
-            sys.stdout.flush()  # here a reader that is gone can still be handled
-    except QwenTuneError as error:
-        tell(error)
-        return 2
-    except BrokenPipeError:
-        leave_pipe()  # `| head` has read what it wanted
+        sys.stdout.flush()
+    except ReaderGoneError:
         return 0
+    except QwenTuneError as error:
+        _tell_once(error)
+        return 2
     except KeyboardInterrupt as stopped:
-        tell(stopped.args[0] if stopped.args else "interrupted")
+        _tell_once(stopped.args[0] if stopped.args else "interrupted")
         return 130
     except SystemExit as done:  # argparse: 0 behind --help, 2 for wrong arguments
         return done.code if isinstance(done.code, int) else 2
     return 0
+
+
+def _tell_once(message: object) -> None:
+    """Prints a message that ends the process, once on a machine: its processes would all say the same."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        tell(message)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -1,78 +1,166 @@
-"""Everything that is said to a person: on streams that take any character, in lines that only a terminal wraps."""
+"""Everything that is said to a person: where it goes, how wide it is, and how paths are shown.
+
+Output never ends a command by itself: a character that a stream cannot encode is replaced, and a reader that closes
+the pipe ends a command that only shows something, with exit code 0, and leaves any other to finish in silence.
+"""
 
 from __future__ import annotations
 
+import codecs
+import errno
 import io
 import os
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from qwen_tune.machine import is_main_process, local_rank
+from qwen_tune.errors import Problem, QwenTuneError, visible
 
 if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
     from rich.console import Console
+    from rich.text import Text
 
-UNWRAPPED = 10_000  # columns of a stream that is no terminal
-RULE = 80  # columns of a line across in such a stream
-NAMES = 7  # columns, at least, of the names in `print_pairs`
+UNLIMITED_WIDTH = 100_000
+"""Columns of an output that is no terminal: a log file's lines are as long as they are."""
 
+RULE_WIDTH = 80
+"""Columns of a ruled line where there is no terminal."""
 
-def prepare_streams() -> None:
-    """Makes standard output and standard error write `?` for what they cannot encode, rather than fail."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
-            stream.reconfigure(errors="replace")
+NAME_WIDTH = 7
+"""Columns, at least, of the names in `print_pairs`."""
 
-
-def outlive_reader() -> None:
-    """Lets standard output be lost once its reader is gone: hours of training do not end with `| head`."""
-    stream = sys.stdout
-    if stream is not sys.__stdout__ or not isinstance(stream, io.TextIOWrapper) or stream.isatty():
-        return
-    stream.flush()
-    sys.stdout = io.TextIOWrapper(
-        io.BufferedWriter(_OutlivingFile(stream.fileno(), "w", closefd=False)),
-        encoding=stream.encoding,
-        errors=stream.errors,
-        line_buffering=True,
-    )
+_STAND_INS = str.maketrans(
+    {"⟦": "[[", "⟧": "]]", "↵": "\\n", "…": "...", "─": "-", "━": "-", "█": "#", "░": ".", "→": "->", "×": "x"}
+)
+"""What is written for our own characters where a stream cannot encode them; anything else becomes `?`."""
 
 
-class _OutlivingFile(io.FileIO):
-    def write(self, data: Any, /) -> int:
-        try:
-            return super().write(data)
-        except BrokenPipeError:
-            leave_pipe()
-            return len(data)
+class ReaderGoneError(Exception):
+    """Nobody reads the output any more, and there is nothing else to do."""
 
 
-def leave_pipe() -> None:
-    """Points standard output at nothing, so that the end of the process does not fail on a reader that is gone."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, sys.stdout.fileno())
-    os.close(nothing)
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end].translate(_STAND_INS)
+    return text.encode("ascii", "replace").decode("ascii"), error.end
 
 
-def make_console(*, errors: bool = False, quiet: bool = False) -> Console:
-    """A console that wraps at a terminal's width, and nowhere else but where COLUMNS says so.
+codecs.register_error("qwen-tune", _replace)
+
+
+class _Output(io.FileIO):
+    """A standard stream that outlives its reader.
 
     Args:
-        errors: For standard error instead of standard output.
-        quiet: Print nothing.
+        descriptor: 1 or 2.
+        ends_with_reader: Whether writing raises ReaderGoneError when the reader has gone.
     """
+
+    def __init__(self, descriptor: int, *, ends_with_reader: bool) -> None:
+        super().__init__(descriptor, "wb", closefd=False)
+        self.ends_with_reader = ends_with_reader
+
+    def write(self, data: ReadableBuffer) -> int:
+        try:
+            return super().write(data) or 0
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO, errno.EBADF):
+                # From here on it goes nowhere, what native libraries and the interpreter's end write too.
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.fileno())
+                os.close(nowhere)
+                if self.ends_with_reader:
+                    raise ReaderGoneError from None
+            elif self.ends_with_reader:
+                self.ends_with_reader = False  # what is still held back must not raise again when the process ends
+                what = f"it cannot be written: {error.strerror}"
+                raise QwenTuneError(Problem("standard output", what, "free some space, or send it elsewhere")) from None
+            # A full disk under a log must not end hours of training; what does not fit is lost.
+            return memoryview(data).nbytes
+
+
+def prepare_streams(*, shows_only: bool = False) -> None:
+    """Makes standard output and standard error outlive what they cannot encode and readers that go.
+
+    Args:
+        shows_only: Whether the command has done nothing of use once nobody reads its output.
+    """
+    sys.stdout = _prepared(sys.stdout, 1, shows_only)
+    sys.stderr = _prepared(sys.stderr, 2, False)
+
+
+def _prepared(stream: TextIO | None, descriptor: int, shows_only: bool) -> TextIO:
+    if stream is None:  # closed by whoever started us: `>&-`
+        return Path(os.devnull).open("w", encoding="utf-8")
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    raw: Any = stream.buffer
+    raw = getattr(raw, "raw", raw)  # under `python -u` nothing is buffered
+    if isinstance(raw, _Output):
+        raw.ends_with_reader = shows_only
+    elif isinstance(raw, io.FileIO) and raw.fileno() == descriptor:
+        stream.flush()
+        output = _Output(descriptor, ends_with_reader=shows_only)
+        is_buffered = raw is not stream.buffer
+        stream = io.TextIOWrapper(
+            io.BufferedWriter(output) if is_buffered else output,
+            encoding=stream.encoding,
+            line_buffering=stream.line_buffering,
+            write_through=not is_buffered,
+        )
+    # Paths hold bytes that are no text as lone surrogates, and rows may hold such characters as well.
+    stream.reconfigure(errors="qwen-tune")
+    return stream
+
+
+def show(text: str) -> None:
+    """Prints lines on standard output; in a terminal they break between words."""
+    print(_fitted(relative_paths(text), sys.stdout), flush=True)
+
+
+def say(text: str) -> None:
+    """Prints lines on standard output, once for all processes of a run."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        show(text)
+
+
+def tell(message: object) -> None:
+    """Prints lines on standard error: warnings, errors, and what a waiting user should know."""
+    print(_fitted(relative_paths(visible(str(message))), sys.stderr), file=sys.stderr, flush=True)
+
+
+def can_encode(text: str) -> bool:
+    """Whether standard output can hold a text as it is."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """A rich console as wide as the terminal, or without a limit where there is none."""
     from rich.console import Console
 
-    class PipedConsole(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # rich itself would end the process with exit code 1
-
-    console = PipedConsole(stderr=errors, quiet=quiet)
+    console = Console(stderr=stderr, quiet=quiet)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = UNWRAPPED
+        console.width = UNLIMITED_WIDTH
     return console
+
+
+def print_rule(console: Console, title: Text | str = "") -> None:
+    """Prints a ruled line."""
+    from rich.rule import Rule
+
+    rule = Rule(title, align="left", characters="─", style="dim")
+    console.print(rule, width=console.width if console.is_terminal else min(RULE_WIDTH, console.width))
 
 
 def print_pairs(console: Console, pairs: Iterable[tuple[str, str]], *, style: str = "dim", indent: int = 2) -> None:
@@ -89,37 +177,47 @@ def print_pairs(console: Console, pairs: Iterable[tuple[str, str]], *, style: st
     from rich.text import Text
 
     pairs = list(pairs)
-    if not console.is_terminal:
-        width = max([NAMES, *(len(name) for name, _ in pairs)])
+    if not console.is_terminal:  # a table would fill every line up to the longest
+        width = max([NAME_WIDTH, *(len(name) for name, _ in pairs)])
         for name, text in pairs:
-            first, *others = text.split("\n")
-            lines = [f"{name:{width}}  {first}", *(f"{'':{width}}  {line}" for line in others)]
-            for line in lines:
+            for number, line in enumerate(text.split("\n")):
+                line = f"{'' if number else name:{width}}  {line}"
                 console.print(" " * indent + line, markup=False, highlight=False, soft_wrap=True)
         return
     table = Table.grid(padding=(0, 2))
-    table.add_column(min_width=NAMES)
+    table.add_column(min_width=NAME_WIDTH)
     for name, text in pairs:
         table.add_row(Text(name, style), Text(text))
-    console.print(Padding(table, (0, 0, 0, indent)), highlight=False)
+    console.print(Padding(table, (0, 0, 0, indent), expand=False), highlight=False)
 
 
-def shown_path(path: str | Path) -> str:
-    """A path as somebody in the working directory would write it: relative where it lies under that directory."""
-    path = Path(path)
+def shown_path(path: Path | str) -> str:
+    """A path as it is shown: relative, where it is below the working directory."""
     try:
-        return str(path.relative_to(Path.cwd())) if path.is_absolute() else str(path)
-    except (ValueError, OSError):
+        relative = Path(path).absolute().relative_to(Path.cwd())
+    except (OSError, ValueError):
         return str(path)
+    return str(relative)
 
 
-def say(text: str) -> None:
-    """Prints a line, once for all processes."""
-    if is_main_process():
-        print(text, flush=True)
+def relative_paths(text: str) -> str:
+    """A text in which paths below the working directory are relative."""
+    try:
+        here = str(Path.cwd())
+    except OSError:
+        return text
+    if here == "/" or here not in text:
+        return text
+    return re.sub(rf"(?<![\w./~-]){re.escape(here)}/(?=[^\s/])", "", text)
 
 
-def tell(message: object) -> None:
-    """Prints a message that ends the process, once on a machine: its processes would all say the same."""
-    if local_rank() == 0:
-        print(message, file=sys.stderr, flush=True)
+def _fitted(text: str, stream: TextIO) -> str:
+    if not stream.isatty():
+        return text
+    width = max(shutil.get_terminal_size().columns, 20)
+    return "\n".join(
+        line
+        if len(line) <= width
+        else textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False)
+        for line in text.split("\n")
+    )

@@ -37,7 +37,7 @@ def test_what_a_stream_cannot_show_is_replaced(workspace):
     few = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     code, output, errors = command("preview", "recipe.yaml", "--rows", "1", cwd=workspace, **few)
     assert (code, errors) == (0, "")
-    assert "?The bakery opens at five in the morning.<|im_end|>?" in output
+    assert "[[The bakery opens at five in the morning.<|im_end|>]]" in output
     code, _, errors = command("preview", "größe.yaml", cwd=workspace, **few)
     assert code == 2
     assert "does not exist" in errors

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # What bitsandbytes quantizes of a dense model: the matrices of its layers, and not the output matrix.
-QUANTIZED = re.compile(r".*\.layers\.\d+\..*_proj\.weight")
+QUANTIZED = re.compile(r"(?:(?!\.layers\.\d).)*\.layers\.\d+\..*_proj\.weight")
 
 
 class BaseWeights:

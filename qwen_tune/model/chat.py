@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_tune.console import show
 from qwen_tune.errors import Problem, RunError
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def chat(path: Path, prompt: str | None, *, system: str | None, compare: bool, m
         _say(model, [*start, {"role": "user", "content": prompt}], compare, max_new_tokens)
         return
     messages = list(start)
-    print("An empty line ends the conversation.")
+    show("An empty line ends the conversation.")
     while question := _ask():
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": _say(model, messages, compare, max_new_tokens)})
@@ -95,9 +96,9 @@ def chat(path: Path, prompt: str | None, *, system: str | None, compare: bool, m
 def _say(model: ChatModel, messages: Sequence[dict[str, str]], compare: bool, max_new_tokens: int) -> str:
     if not compare:
         return model.answer(messages, max_new_tokens=max_new_tokens, stream=True)
-    print(f"base:  {model.base_answer(messages, max_new_tokens=max_new_tokens)}")
+    show(f"base:  {model.base_answer(messages, max_new_tokens=max_new_tokens)}")
     answer = model.answer(messages, max_new_tokens=max_new_tokens)
-    print(f"tuned: {answer}")
+    show(f"tuned: {answer}")
     return answer
 
 

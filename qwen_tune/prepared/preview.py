@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
 from qwen_tune.chatml.template import IGNORED, TokenizedExample
-from qwen_tune.console import RULE, print_pairs
+from qwen_tune.console import print_pairs, print_rule
 from qwen_tune.prepared.audit import IN_WORDS, Audit, Found
 from qwen_tune.prepared.samples import Samples
 
@@ -113,8 +112,14 @@ def first_of_each_source(samples: Samples, count: int) -> list[int]:
     return sorted(place for _, place in ranked[:count])
 
 
-def as_json(example: TokenizedExample, tokenizer: PreTrainedTokenizerBase) -> str:
-    """One line: source, text, input_ids, labels, and the runs of tokens that carry loss as text."""
+def as_json(example: TokenizedExample, tokenizer: PreTrainedTokenizerBase, *, escaped: bool = False) -> str:
+    """One line: source, text, input_ids, labels, and the runs of tokens that carry loss as text.
+
+    Args:
+        example: The sample.
+        tokenizer: Spells it.
+        escaped: Write all but ASCII as JSON's escapes, for a stream that cannot encode it.
+    """
     runs = groupby(zip(example.input_ids, example.labels, strict=True), key=lambda pair: pair[1] != IGNORED)
     return json.dumps(
         {
@@ -124,7 +129,7 @@ def as_json(example: TokenizedExample, tokenizer: PreTrainedTokenizerBase) -> st
             "labels": example.labels,
             "supervised_text": [_decode([id_ for id_, _ in run], tokenizer) for learned, run in runs if learned],
         },
-        ensure_ascii=False,
+        ensure_ascii=escaped,
     )
 
 
@@ -140,15 +145,9 @@ def show_samples(examples: Iterable[TokenizedExample], spelling: Spelling, conso
         tokens = f"{len(example.input_ids):,} tokens, {example.supervised:,} carry loss"
         cut = ", [yellow]cut[/]" if example.truncated else ""
         title = Text.from_markup(f"[bold]{escape(example.source)}[/]  {tokens}{cut}")
-        _print_rule(console, title)
+        print_rule(console, title)
         text = coloured(spelling.pieces(example.input_ids, example.labels), console)
         console.print(text, soft_wrap=True, end="\n" if text.plain.endswith("\n") else "\n\n")
-
-
-def _print_rule(console: Console, title: Text | str = "") -> None:
-    """A line across a terminal; in a file its reader may have less room."""
-    width = None if console.is_terminal else min(RULE, console.width)
-    console.print(Rule(title, align="left", characters="─", style="dim"), width=width)
 
 
 def coloured(pieces: Iterable[Piece], console: Console, *, longest_run: int | None = None) -> Text:
@@ -197,7 +196,7 @@ def show_audit(audit: Audit, shown: int, console: Console) -> None:
     """Prints what became of all rows: sources, balance, lengths, and what was left out or looks odd, with places."""
     facts = audit.facts
     rows, samples, tokens = facts["rows"], facts["samples"], facts["tokens"]
-    _print_rule(console)
+    print_rule(console)
     enclosed = "⟦carries loss⟧" if console.color_system is None else "carries loss"
     console.print(
         f"{shown:,} of {samples['train']:,} training samples: [{LEARNED_STYLE}]{enclosed}[/]  "

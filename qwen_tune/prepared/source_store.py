@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import itertools
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from qwen_tune.chatml.encoder import NOT_ENDED, EncodedSamples, Encoder
 from qwen_tune.chatml.fast_encoder import FastEncoderError
 from qwen_tune.chatml.rendering import Renderer
 from qwen_tune.chatml.template import IGNORED, ChatTemplate, RenderedSample
+from qwen_tune.console import tell
 from qwen_tune.disk import sha256
 from qwen_tune.errors import DataError, Problem, first_line
 from qwen_tune.machine import is_main_process
@@ -91,7 +91,7 @@ class SourceStores:
             try:
                 self._make(pinned, files, stamps, part)
             except FastEncoderError:
-                print(f"{source.path}: once more, with the checkpoint's own tokenizer alone", file=sys.stderr)
+                tell(f"{source.path}: once more, with the checkpoint's own tokenizer alone")
                 self._tools = Renderer(self.template, self.data), Encoder(self.template, fast=False)
                 self._make(pinned, files, stamps, part)
 
@@ -142,7 +142,7 @@ class SourceStores:
                 if time.monotonic() > told + SECONDS_OF_SILENCE and is_main_process():
                     told = time.monotonic()
                     # Not on stdout, where a preview may write JSON.
-                    print(f"preparing {source.path}: {number:,} rows so far", file=sys.stderr, flush=True)
+                    tell(f"preparing {source.path}: {number:,} rows so far")
         yield batch
 
 

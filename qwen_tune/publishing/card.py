@@ -24,7 +24,7 @@ _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|\Z)", 
 
 # The card that training leaves beside an adapter, as it is.
 _SHORT_CARD = re.compile(
-    r"\s*# [^\n]+\s+A LoRA adapter \(rank \d+, alpha \d+\) for `[^`]+`, trained with qwen-tune\. Loss was taken on:"
+    r"\s*# [^\n]+\n\s*A LoRA adapter \(rank \d+, alpha \d+\) for `[^`]+`, trained with qwen-tune\. Loss was taken on:"
     r"[^`#]*```python\n[^`]*```\s*"
 )
 _PEFT_BLANK = "[More Information Needed]"

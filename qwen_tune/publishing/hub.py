@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qwen_tune.console import tell
 from qwen_tune.errors import Problem, PublishError
 from qwen_tune.publishing.hub_errors import LOG_IN, explained, wait_of
 from qwen_tune.publishing.remote import Account, Repository
-from qwen_tune.publishing.retry import retrying, tell
+from qwen_tune.publishing.retry import retrying
 from qwen_tune.recipe.secret_values import Secrets
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+from qwen_tune.console import tell
 from qwen_tune.disk import sha256
 from qwen_tune.errors import Problem, PublishError, first_line
 from qwen_tune.publishing.modelscope_errors import (
@@ -25,7 +26,7 @@ from qwen_tune.publishing.modelscope_errors import (
     wait_of,
 )
 from qwen_tune.publishing.remote import Account, Repository
-from qwen_tune.publishing.retry import retrying, tell
+from qwen_tune.publishing.retry import retrying
 
 T = TypeVar("T")
 

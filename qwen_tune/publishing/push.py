@@ -6,9 +6,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwen_tune.console import tell
 from qwen_tune.errors import Problem, PublishError
 from qwen_tune.publishing.remote import Account, Remote
-from qwen_tune.publishing.retry import tell
 from qwen_tune.publishing.shipment import Options, Shipment, describe, prepare, settle_beside
 
 HUB, MODELSCOPE = "hub", "modelscope"

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from qwen_tune.errors import first_line, visible
+from qwen_tune.console import tell
+from qwen_tune.errors import first_line
 
 T = TypeVar("T")
 
 BACK_OFF_S = (1.0, 2.0, 4.0, 8.0)
 LONGEST_WAIT_S = 300.0
 """A server that asks for more patience than this is left to the user."""
-
-
-def tell(line: str) -> None:
-    """One line for who waits, on stderr."""
-    print(visible(line), file=sys.stderr, flush=True)
 
 
 def retrying(

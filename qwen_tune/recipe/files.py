@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qwen_tune.errors import RecipeError
+from qwen_tune.errors import RecipeError, first_line
 from qwen_tune.recipe.errors import schema_faults, to_shown
 from qwen_tune.recipe.rules import findings
 from qwen_tune.recipe.schema import NAME_PATTERN, Recipe, to_name
@@ -25,6 +25,9 @@ from qwen_tune.recipe.yaml_reader import MAX_DEPTH, SECRET_FIX, check_scalar, du
 
 MAX_BYTES = 1_000_000
 SUFFIXES = (".yaml", ".yml")
+MAX_FILES = 20
+"""Recipe and what it extends, one file after the other."""
+
 _COMMAND_LINE_RANK = 1_000_000
 
 _STAND_INS: dict[KeyPath, Any] = {
@@ -105,14 +108,26 @@ def _load_tree(path: Path, shown: str, faults: Faults, chain: tuple[tuple[Path, 
         what = f"got {to_shown(extends.plain(), True)}; must be the name of one file"
         faults.add(extends.place, ("extends",), what, "name one file; that file may extend another")
         return None
-    chain = (*chain, (path.resolve(), shown))
-    parent = path.parent / Path(extends.value).expanduser()
+    try:
+        chain = (*chain, (path.resolve(), shown))
+        parent = path.parent / Path(extends.value).expanduser()
+        known_paths = [known for known, _ in chain]
+        is_cycle, is_file = parent.resolve() in known_paths, parent.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        # A NUL, a name that is too long, a loop of links, a user that does not exist.
+        what = f"got {to_shown(extends.value)}, which is no usable path ({to_shown(first_line(error))})"
+        faults.add(extends.place, ("extends",), what, "name a recipe file")
+        return None
     names = [*(name for _, name in chain), str(parent)]
-    if any(parent.resolve() == known for known, _ in chain):
+    if is_cycle:
         what = f"a cycle: {' → '.join(names)}"
         faults.add(extends.place, ("extends",), what, "take one `extends` out")
         return None
-    if not parent.is_file():
+    if len(chain) >= MAX_FILES:
+        what = f"a chain of more than {MAX_FILES} files"
+        faults.add(extends.place, ("extends",), what, "put the keys of several files into one")
+        return None
+    if not is_file:
         what = f"got {extends.value}; {parent} does not exist or is no file"
         faults.add(extends.place, ("extends",), what, _nearest_recipe(parent))
         return None
@@ -126,13 +141,17 @@ def _read_text(path: Path, place: Place, faults: Faults) -> str | None:
         if path.is_dir():
             faults.add(where, (), "is a folder; must be a recipe file", _nearest_recipe(path / "recipe.yaml"))
             return None
+        if path.exists() and not path.is_file():
+            # What a pipe holds can be read once; processes of a run, and the run that resumes, each read the recipe.
+            faults.add(where, (), "is a pipe or a device; must be a regular file", "write the recipe to a file")
+            return None
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         faults.add(where, (), "does not exist", _nearest_recipe(path))
         return None
-    except (OSError, ValueError) as error:
-        # ValueError: a path with a NUL.
+    except (OSError, ValueError, RuntimeError) as error:
+        # ValueError: a path with a NUL. RuntimeError: a loop of links.
         what = (getattr(error, "strerror", None) or "is no path").lower()
         faults.add(where, (), f"cannot be read: {what}", "name a recipe file that can be read")
         return None

@@ -62,7 +62,9 @@ def to_name(text: str) -> str:
 def default_source_name(path: str) -> str:
     """Name a source after its file's stem; a glob or a folder after the nearest part of the path that has letters."""
     for part in reversed(re.split(r"[/\\]", path)):
-        stem = re.sub(r"(\.(jsonl?|ndjson|parquet|arrow|csv|tsv|txt|gz|zst))+$", "", part, flags=re.IGNORECASE)
+        stem = part
+        while ending := re.search(r"\.(jsonl?|ndjson|parquet|arrow|csv|tsv|txt|gz|zst)$", stem[-9:], re.IGNORECASE):
+            stem = stem[: -len(ending[0])]
         name = to_name(stem)
         if name and not part.endswith(":"):
             return name

@@ -1,6 +1,7 @@
 """What a secret looks like, so that a recipe that holds one is refused without showing it.
 
 The patterns name formats that services document (Hugging Face, GitHub, OpenAI, AWS, Slack) and URLs with a password.
+What a pattern looks at before it knows whether it matches is bounded, so that a search is linear in its text.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ _VALUE = re.compile(
     r"""
     \bhf_[A-Za-z0-9]{20,}
     | \bapi_org_[A-Za-z0-9]{20,}
-    | \bsk-(?=[\w-]*\d)[\w-]{16,}
+    | \bsk-(?=[\w-]{0,200}\d)[\w-]{16,}
     | \bgh[pousr]_[A-Za-z0-9]{20,}
     | \bgithub_pat_\w{20,}
     | \bglpat-[\w-]{16,}
     | \bxox[abprs]-[\w-]{10,}
     | \bAKIA[0-9A-Z]{16}\b
     | \bwandb_v\d_\w{16,}
-    | \bBearer\s+(?=\S*\d|\S{20})[\w.~+/=-]{8,}
+    | \bBearer\s{1,20}(?=\S{0,20}\d|\S{20})[\w.~+/=-]{8,}
     | (?<=://)[^/\s:@]*:[^/\s@]+(?=@)
     """,
     re.VERBOSE,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
 import time
 import uuid
 import warnings
@@ -19,6 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
+from qwen_tune.console import tell
 from qwen_tune.tracking.wandb_login import wandb_mode
 
 WANDB_START_SECONDS = 30
@@ -70,7 +70,7 @@ class WandbTracker:
             if mode != "online":
                 raise
             mode = "offline"
-            warn(f"W&B cannot be reached ({in_one_line(error)}); this run is tracked offline")
+            tell(f"W&B cannot be reached ({in_one_line(error)}); this run is tracked offline")
             self._run = self._init(start, mode)
         # Offline there is no run to go on with: a resumed one is a run of its own.
         self.run_id = str(self._run.id) if mode == "online" else None
@@ -332,8 +332,3 @@ def in_one_line(error: Exception) -> str:
     """An error in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-def warn(text: str) -> None:
-    """Prints a line on stderr."""
-    print(text, file=sys.stderr)

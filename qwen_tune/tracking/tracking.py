@@ -18,12 +18,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from qwen_tune.console import tell
 from qwen_tune.disk import make_private_folder
 from qwen_tune.errors import Problem, RunError
 from qwen_tune.machine import is_main_process
 from qwen_tune.runs.checkpoints import step_of
 from qwen_tune.runs.directory import write_atomically
-from qwen_tune.tracking.sinks import LABELS, TRACKERS, Sink, Start, in_one_line, warn
+from qwen_tune.tracking.sinks import LABELS, TRACKERS, Sink, Start, in_one_line
 from qwen_tune.tracking.wandb_login import has_wandb_login, wandb_host, wandb_mode
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def start_trackers(
         try:
             sink = TRACKERS[key](start)
         except Exception as error:
-            warn(f"{LABELS[key]} could not be started ({in_one_line(error)}); this run is not tracked there")
+            tell(f"{LABELS[key]} could not be started ({in_one_line(error)}); this run is not tracked there")
             continue
         if sink.run_id is not None:
             run_ids[key] = sink.run_id
@@ -266,7 +267,7 @@ class Guarded:
 
     def _drop(self, error: Exception) -> None:
         self._sink = None
-        warn(f"{self.name} failed ({in_one_line(error)}); what it did not get is in the run's metrics.jsonl")
+        tell(f"{self.name} failed ({in_one_line(error)}); what it did not get is in the run's metrics.jsonl")
 
 
 def _packages(name: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from qwen_tune.console import tell
 from qwen_tune.errors import Problem, RunError
 from qwen_tune.machine import usable_cores
 from qwen_tune.recipe.schema import Recipe, TrainSpec
@@ -100,7 +101,7 @@ def launch(arguments: Sequence[str], processes: int, logs: Path) -> int:
         return 0
     log = logs / f"rank-{failed}.log"
     if failed and log.exists():
-        print(f"process {failed} failed; what it said is in {log}", file=sys.stderr)
+        tell(f"process {failed} failed; what it said is in {log}")
     # Where one process tells the user what to do, or that it has saved, others go down because of it.
     codes = [worker.returncode for worker in workers]
     code = next((known for known in (2, 130) if known in codes), codes[failed])

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from qwen_tune.console import tell
 from qwen_tune.disk import make_private_folder
 from qwen_tune.errors import Interrupted, Problem, QwenTuneError, RunError
 from qwen_tune.machine import is_main_process, rank
@@ -58,7 +59,7 @@ def recording(
                     raise
         except QwenTuneError as error:
             if not getattr(error, "met_by_all", False):
-                print(f"process {rank()}: {error}", file=sys.stderr, flush=True)  # the others have not met it
+                tell(f"process {rank()}: {error}")  # the others have not met it
             raise
 
 

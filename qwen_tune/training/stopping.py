@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from qwen_tune.console import tell
 from qwen_tune.machine import started_at
 
 # A launcher passes one Ctrl-C on several times within a moment; a person presses it again after reading.
@@ -50,7 +50,7 @@ class StopRequest:
             if not self._signalled:
                 self._signalled, self._first = True, now
                 if not quiet:
-                    print("\nstopping after this step; Ctrl-C again stops without saving", file=sys.stderr, flush=True)
+                    tell("\nstopping after this step; Ctrl-C again stops without saving")
             elif number == signal.SIGINT and now - self._first > SECONDS_OF_ONE_REQUEST:
                 raise KeyboardInterrupt
 

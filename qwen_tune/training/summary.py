@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -134,9 +135,11 @@ def show_end(run: RunDir) -> None:
     if run.merged.exists():
         lines["merged"] = shown_path(run.merged)
     print_pairs(console, lines.items())
-    console.print(f'  next: qwen-tune chat {shown_path(run.path)} "Hello"', highlight=False, markup=False)
+    # Commands are never broken into lines: they are there to be copied.
+    place = shlex.quote(shown_path(run.path))
+    console.print(f'  next: qwen-tune chat {place} "Hello"', highlight=False, markup=False, soft_wrap=True)
     if not run.merged.exists():
-        console.print(f"        qwen-tune merge {shown_path(run.path)}", highlight=False, markup=False)
+        console.print(f"        qwen-tune merge {place}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _console() -> Console:
