@@ -17,6 +17,8 @@ from fork_server import MODULES, fork_server
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as the commands set it, before torch is imported
 
+os.environ.pop("COLUMNS", None)  # the width of a terminal that tests may be started in
+
 # A cache of this run alone, for what runs in the tests' own process and for the processes that they start.
 _CACHE = tempfile.TemporaryDirectory(prefix="qwen-tune-tests-")
 os.environ["QWEN_TUNE_CACHE"] = _CACHE.name
