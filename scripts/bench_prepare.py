@@ -1,17 +1,19 @@
 """Preparation of chats by qwen-tune and by TRL, in turns, on the same rows and tokenizer: tokens, labels and packs.
 
-    .venv/bin/python scripts/bench_prepare.py BASE_DIR [--rows 20000] [--max-length 2048] [--rounds 3]
+    .venv/bin/python scripts/bench_prepare.py BASE_DIR [--rows 20000] [--max-length 2048] [--rounds 3] [--sides SIDE …]
 
 BASE_DIR needs a tokenizer and the template of a Qwen2.5 checkpoint. The chats are made up anew, from the bundled rows
 and invented words. Each measurement is a process of its own, timed after its imports and with the tokenizer loaded:
 
     qwen-tune   from the file to packs, with an empty cache: reading, checking every row, rendering, tokenizing, labels,
-                hashes, near-duplicates, writing the cache, packing
-    trl         from the file to packs: load_dataset, then what SFTTrainer does with the data set: rendering and
+                hashes, near-duplicates, writing the cache, packing; on all cores
+    qwen-tune-1 the same on one core
+    trl-1       from the file to packs: load_dataset, then what SFTTrainer does with the data set: rendering and
                 tokenizing with assistant_only_loss, labels, packing (best fit decreasing)
+    trl         the same with dataset_num_proc, a process a core
 
-The start of the fast encoder, which is in qwen-tune's figures, is timed once more by itself. Checks that both hold the
-same token ids, sample by sample. Prints one JSON line; the ratios are TRL / qwen-tune.
+The start of the fast encoder, which is in qwen-tune's figures, is timed once more by itself. Checks that all hold the
+same token ids, sample by sample. Prints one JSON line; the ratios are TRL / qwen-tune, each side's faster way.
 """
 
 from __future__ import annotations
@@ -31,9 +33,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from processor import processor
+
+from qwen_tune.machine import usable_cores
+
 ROOT = Path(__file__).resolve().parent.parent
 ENDS = (",", ".", "", ":\n")
-SIDES = ("trl", "qwen-tune")
+SIDES = ("trl-1", "trl", "qwen-tune-1", "qwen-tune")
 
 
 def main() -> None:
@@ -43,21 +49,22 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sides", choices=SIDES, nargs="+", default=list(SIDES))
     parser.add_argument("--side", choices=SIDES, help="measure one side in this process")
     parser.add_argument("--chats", type=Path, help="rows to measure that side on")
     options = parser.parse_args()
     if options.side:
-        measure = measure_trl if options.side == "trl" else measure_qwen_tune
+        measure = measure_trl if options.side.startswith("trl") else measure_qwen_tune
         print(json.dumps(measure(options)))
         return
-    results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    results: dict[str, list[dict[str, Any]]] = {side: [] for side in options.sides}
     with tempfile.TemporaryDirectory() as folder:
         chats = Path(folder) / "chats.jsonl"
         write_chats(chats, options.rows)
         for _ in range(options.rounds):
             for side, measurements in results.items():
                 command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--chats", str(chats)]
-                environment = {**os.environ, "QWEN_TUNE_CACHE": f"{folder}/cache-{len(measurements)}"}
+                environment = {**os.environ, "QWEN_TUNE_CACHE": f"{folder}/{side}-{len(measurements)}"}
                 output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
                 measurements.append(json.loads(output.splitlines()[-1]))
                 print(f"{side}: {measurements[-1]}", file=sys.stderr)
@@ -70,24 +77,31 @@ def summary(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]
     def median(side: str, key: str) -> float:
         return statistics.median(measurement[key] for measurement in results[side])
 
-    one, other = results["trl"][0], results["qwen-tune"][0]
-    start = median("qwen-tune", "start_cpu_seconds")
-    return {
-        "rows": options.rows,
-        "tokens": other["tokens"],
-        "max_length": options.max_length,
-        "rounds": options.rounds,
-        **{f"{side} {key}": round(median(side, key), 3) for side in SIDES for key in ("cpu_seconds", "wall_seconds")},
-        **{f"{side} filled": results[side][0]["filled"] for side in SIDES},
-        "labels": {side: results[side][0]["labels"] for side in SIDES},
-        "same_ids": one["ids_sha256"] == other["ids_sha256"],
-        "cpu_ratio": round(median("trl", "cpu_seconds") / median("qwen-tune", "cpu_seconds"), 2),
-        "qwen-tune start_cpu_seconds": round(start, 3),
-        "cpu_ratio_without_start": round(
-            median("trl", "cpu_seconds") / (median("qwen-tune", "cpu_seconds") - start), 2
-        ),
-        "wall_ratio": round(median("trl", "wall_seconds") / median("qwen-tune", "wall_seconds"), 2),
+    found: dict[str, Any] = {"processor": processor(), "rows": options.rows, "rounds": options.rounds}
+    found |= {"tokens": results[options.sides[0]][0]["tokens"], "max_length": options.max_length}
+    for side in options.sides:
+        found |= {f"{side} {key}": round(median(side, key), 3) for key in ("wall_seconds", "cpu_seconds")}
+        found |= {f"{side} {key}": results[side][0][key] for key in ("filled", "labels")}
+    found["same_ids"] = len({results[side][0]["ids_sha256"] for side in options.sides}) == 1
+    fastest = {
+        ours: min(median(side, "wall_seconds") for side in options.sides if side.startswith(ours))
+        for ours in ("trl", "qwen-tune")
+        if any(side.startswith(ours) for side in options.sides)
     }
+    if len(fastest) == 2:
+        found["wall_ratio"] = round(fastest["trl"] / fastest["qwen-tune"], 2)
+    for ours in fastest:
+        if {ours, f"{ours}-1"} <= set(options.sides):
+            pairs = zip(results[f"{ours}-1"], results[ours], strict=True)
+            ratios = [one["wall_seconds"] / every["wall_seconds"] for one, every in pairs]
+            found[f"{ours} all_cores_ratios"] = [round(ratio, 2) for ratio in sorted(ratios)]
+    if {"trl-1", "qwen-tune-1"} <= set(options.sides):
+        cpu = {side: median(side, "cpu_seconds") for side in ("trl-1", "qwen-tune-1")}
+        start = median("qwen-tune-1", "start_cpu_seconds")
+        found["cpu_ratio"] = round(cpu["trl-1"] / cpu["qwen-tune-1"], 2)
+        found["qwen-tune start_cpu_seconds"] = round(start, 3)
+        found["cpu_ratio_without_start"] = round(cpu["trl-1"] / (cpu["qwen-tune-1"] - start), 2)
+    return found
 
 
 def write_chats(path: Path, rows: int) -> None:
@@ -120,6 +134,8 @@ def write_chats(path: Path, rows: int) -> None:
 
 def measure_qwen_tune(options: argparse.Namespace) -> dict[str, Any]:
     """Prepares through the package's own entry."""
+    if options.side == "qwen-tune-1":
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     from transformers import AutoTokenizer
 
     import qwen_tune.prepared.source_store  # noqa: F401  with all that it needs
@@ -174,6 +190,7 @@ def measure_trl(options: argparse.Namespace) -> dict[str, Any]:
             max_length=options.max_length,
             report_to="none",
             use_cpu=True,
+            dataset_num_proc=None if options.side == "trl-1" else usable_cores(),
         )
         model, few = Qwen2ForCausalLM(config), Dataset.from_list(rows[:2])
         trainer = SFTTrainer(model, arguments, train_dataset=few, processing_class=tokenizer)

@@ -16,8 +16,10 @@ from qwen_tune.chatml.fast_encoder import FastEncoder
 from qwen_tune.chatml.rendering import Renderer
 from qwen_tune.chatml.template import IGNORED, ChatTemplate
 from qwen_tune.errors import DataError
+from qwen_tune.prepared.parts import Division
 from qwen_tune.prepared.preparation import NO_LABELS, OVERLONG, TRUNCATED, prepare_data
-from qwen_tune.prepared.source_store import KEPT_AS_TEXT, STRADDLES, SourceStores
+from qwen_tune.prepared.row_batches import KEPT_AS_TEXT, STRADDLES
+from qwen_tune.prepared.source_store import SourceStores
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
 from qwen_tune.rows.sources import load_sources
 
@@ -201,7 +203,10 @@ def test_what_is_prepared_is_what_the_slow_way_makes(tmp_path, monkeypatch, tiny
         assert one == other
 
 
-def test_a_source_is_encoded_anew_where_the_fast_encoder_is_found_wrong(tmp_path, template, tiny_tokenizer, capsys):
+@pytest.mark.parametrize("division", [None, Division(2, 50)], ids=["one process", "two"])
+def test_a_source_is_encoded_anew_where_the_fast_encoder_is_found_wrong(
+    tmp_path, template, tiny_tokenizer, capsys, division
+):
     """The encoder of another vocabulary stands for one that went wrong after it was proven."""
     described = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
     described["model"]["merges"] = described["model"]["merges"][:50]
@@ -211,7 +216,7 @@ def test_a_source_is_encoded_anew_where_the_fast_encoder_is_found_wrong(tmp_path
     }
     path.write_text((json.dumps(row) + "\n") * 3)
     data = DataSpec(train=[SourceSpec(path=str(path))])
-    stores = SourceStores(data, template)
+    stores = SourceStores(data, template, division)
     encoder = Encoder(template)
     encoder._fast, encoder._looked_for_fast = FastEncoder(json.dumps(described)), True
     stores._tools = Renderer(template, data), encoder

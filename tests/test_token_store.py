@@ -13,7 +13,14 @@ from qwen_tune.chatml.encoder import EncodedSamples
 from qwen_tune.chatml.template import IGNORED
 from qwen_tune.errors import DataError
 from qwen_tune.prepared.near_duplicates import BINS, EMPTY
-from qwen_tune.prepared.token_store import FURTHER_WARNINGS, WARNINGS_TOLD_APART, StoreRow, StoreWriter, TokenStore
+from qwen_tune.prepared.token_store import (
+    FURTHER_WARNINGS,
+    WARNINGS_TOLD_APART,
+    StoredBatch,
+    StoreRow,
+    StoreWriter,
+    TokenStore,
+)
 
 samples = st.lists(st.tuples(st.integers(0, 2**32 - 1), st.booleans()), max_size=9)
 rows = st.lists(
@@ -52,7 +59,8 @@ def write(directory, batches, facts=None) -> TokenStore:
                 StoreRow(f"{file}:{line}", digest, digest, len(parts), tuple(sorted(warnings)))
                 for file, line, digest, warnings, parts in batch
             ]
-            writer.add(encoded([sample for row in batch for sample in row[4]]), stored, sketches(len(batch)))
+            samples = encoded([sample for row in batch for sample in row[4]])
+            writer.add(StoredBatch.of(samples, stored, sketches(len(batch))))
         writer.finish(facts or {})
     return TokenStore(directory)
 
@@ -154,7 +162,7 @@ def test_store_json_is_written_last(folder):
     directory = folder / "unfinished"
     directory.mkdir()
     with StoreWriter(directory) as writer:
-        writer.add(encoded([[(1, True)]]), [StoreRow("a:1", 1, 1, 1, ())], np.full((1, BINS), EMPTY))
+        writer.add(StoredBatch.of(encoded([[(1, True)]]), [StoreRow("a:1", 1, 1, 1, ())], np.full((1, BINS), EMPTY)))
         assert not (directory / "store.json").exists()
     with pytest.raises(DataError, match="damaged"):
         TokenStore(directory)

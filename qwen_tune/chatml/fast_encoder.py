@@ -29,7 +29,6 @@ class FastEncoder:
 
     def __init__(self, tokenizer_json: str) -> None:
         self._json = tokenizer_json
-        self._process = psutil.Process()
         self._start()
 
     def _start(self) -> None:
@@ -38,14 +37,14 @@ class FastEncoder:
         self._encoder: Any = None  # gone before there is another
         self._encoder = load_hf_json(self._json)
         self._characters = 0
-        self._memory = self._process.memory_info().rss
+        self._memory = _memory()
 
     def encode(self, text: str) -> Ids:
         """The ids of one text."""
         self._characters += len(text)
         if self._characters > LOOKED_AT_EVERY:
             self._characters = 0
-            if self._process.memory_info().rss > self._memory + LARGEST_GROWTH:
+            if _memory() > self._memory + LARGEST_GROWTH:
                 self._start()
         ids: Ids = self._encoder.encode(text)
         return ids
@@ -98,6 +97,11 @@ def probes(added_tokens: Sequence[str]) -> list[str]:
     chosen = random.Random(2507)
     texts = ["".join(chosen.choices(pieces, k=chosen.randint(1, 24))) for _ in range(800)]
     return ["", *pieces, *(text for text in texts if unicodedata.is_normalized("NFC", text))]
+
+
+def _memory() -> int:
+    """Bytes of memory of this process, which may be a fork of the one that began."""
+    return int(psutil.Process().memory_info().rss)
 
 
 class TokenSizes:

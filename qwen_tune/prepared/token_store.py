@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -66,6 +66,44 @@ class StoreRow(NamedTuple):
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class StoredBatch:
+    """Some rows and their samples as numbers, as they stand in a store but for two columns.
+
+    `file_number` and `warnings` count within the batch: places in `files` (names) and `warnings` (those of one row
+    together).
+    """
+
+    columns: Mapping[str, npt.NDArray[Any]]
+    files: tuple[str, ...]
+    warnings: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, encoded: EncodedSamples, rows: Sequence[StoreRow], sketches: Sketches) -> StoredBatch:
+        """The samples of some rows, in the order of the rows."""
+        first_tokens = np.cumsum(encoded.lengths) - encoded.lengths
+        supervised = np.concatenate((np.zeros(1, np.int64), np.cumsum(encoded.learned)))
+        places = [row.source.rpartition(":") for row in rows]
+        files: dict[str, int] = {}
+        warnings: dict[tuple[str, ...], int] = {}
+        values = {
+            "ids": encoded.ids,
+            "learned": encoded.learned,
+            "length": encoded.lengths,
+            "supervised": supervised[first_tokens + encoded.lengths] - supervised[first_tokens],
+            "straddling": encoded.straddling,
+            "file_number": [files.setdefault(name, len(files)) for name, _, _ in places],
+            "line": [int(line) for _, _, line in places],
+            "digest": [row.digest for row in rows],
+            "lesson": [row.lesson for row in rows],
+            "samples": [row.samples for row in rows],
+            "warnings": [warnings.setdefault(row.warnings, len(warnings)) for row in rows],
+            "sketch": sketches,
+        }
+        columns = {name: np.asarray(values[name], dtype.base) for name, dtype in COLUMNS.items()}
+        return cls(columns, tuple(files), tuple(warnings))
+
+
 @dataclass
 class StoreWriter:
     """Writes a store into a directory, batch by batch; use it as a context, then call `finish`."""
@@ -86,24 +124,13 @@ class StoreWriter:
         for file in self._files.values():
             file.close()
 
-    def add(self, encoded: EncodedSamples, rows: Sequence[StoreRow], sketches: Sketches) -> None:
-        """Adds the samples of some rows, in the order of the rows."""
-        self._write("ids", encoded.ids)
-        self._write("learned", encoded.learned)
-        first_tokens = np.cumsum(encoded.lengths) - encoded.lengths
-        supervised = np.concatenate((np.zeros(1, np.int64), np.cumsum(encoded.learned)))
-        self._write("length", encoded.lengths)
-        self._write("supervised", supervised[first_tokens + encoded.lengths] - supervised[first_tokens])
-        self._write("straddling", encoded.straddling)
-        places = [row.source.rpartition(":") for row in rows]
-        files = [self._names.setdefault(name, len(self._names)) for name, _, _ in places]
-        self._write("file_number", files)
-        self._write("line", [int(line) for _, _, line in places])
-        self._write("digest", [row.digest for row in rows])
-        self._write("lesson", [row.lesson for row in rows])
-        self._write("samples", [row.samples for row in rows])
-        self._write("warnings", [self._warning_bits(row.warnings) for row in rows])
-        self._write("sketch", sketches)
+    def add(self, batch: StoredBatch) -> None:
+        """Adds some rows behind those that are there."""
+        files = [self._names.setdefault(name, len(self._names)) for name in batch.files]
+        bits = [self._warning_bits(warnings) for warnings in batch.warnings]
+        numbered = {"file_number": np.array(files), "warnings": np.array(bits, np.uint64)}
+        for name, values in batch.columns.items():
+            self._write(name, numbered[name][values] if name in numbered and len(values) else values)
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Completes the store; `facts` are kept with it."""

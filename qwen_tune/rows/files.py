@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qwen_tune.errors import DataError, Problem
 from qwen_tune.rows.json_files import read_json, read_jsonl
-from qwen_tune.rows.source_file import Row, SourceFile, UnpackError, data_suffix
+from qwen_tune.rows.source_file import Row, SourceFile, UnpackError, data_suffix, split_lines
 from qwen_tune.rows.tables import read_arrow, read_csv, read_parquet
 
 GLOB_CHARACTERS = "*?["
@@ -72,13 +72,16 @@ def find_files(path: str) -> list[Path] | None:
 
 
 def read_rows(file: SourceFile) -> Iterator[Row | Problem]:
-    """The rows of one file, and a problem for each row that cannot be read; a problem that ends the file comes last."""
+    """The rows of one file, and a problem for each row that cannot be read; a problem that ends the file comes last.
+
+    Of a range of lines nothing is asked that only a whole file can answer: see `in_ranges`.
+    """
     reached = f"{file.name}:1"
     try:
-        if problem := _unreadable(file):
+        if file.lines is None and (problem := _unreadable(file)):
             yield problem
             return
-        empty = True
+        empty = file.lines is None
         for item in READERS[data_suffix(file.path.name)](file):
             empty = False
             reached = item.source if isinstance(item, Row) else item.where
@@ -89,6 +92,22 @@ def read_rows(file: SourceFile) -> Iterator[Row | Problem]:
         yield Problem(reached, f"behind this line {error}", "copy or pack the file again")
     except OSError as error:
         yield Problem(file.name, f"the file cannot be read: {error.strerror or error}", "check it and its permissions")
+
+
+def in_ranges(file: SourceFile, size: int) -> list[SourceFile]:
+    """A file in ranges of lines, of about `size` bytes each, that together have the rows and problems of the whole.
+
+    Returns:
+        The file itself where it cannot be parted: it is no plain JSONL, or it does not begin with a row, which may say
+        something of the whole file.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    parts = READERS[data_suffix(file.path.name)] is read_jsonl and file.compression is None
+    if not parts or file.path.stat().st_size <= size or not isinstance(next(read_rows(file), None), Row):
+        return [file]
+    return split_lines(file, size)
 
 
 def _unreadable(file: SourceFile) -> Problem | None:

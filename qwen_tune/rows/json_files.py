@@ -28,7 +28,7 @@ def read_jsonl(file: SourceFile) -> Iterator[Row | Problem]:
     """The rows of a file with an object a line; a line that is wrong does not hide those after it."""
     name = file.name
     with file.open() as stream:
-        number = 0
+        number = file.lines.first_line - 1 if file.lines else 0
         while line := stream.readline(VALUE_LIMIT_BYTES):
             number += 1
             if number == 1:

@@ -37,11 +37,24 @@ class UnpackError(Exception):
 
 
 @dataclass(frozen=True)
+class LineRange:
+    """Whole lines of a file that is not compressed: its bytes from `start` to before `stop`, and the first's number."""
+
+    start: int
+    stop: int
+    first_line: int
+
+
+@dataclass(frozen=True)
 class SourceFile:
-    """A local file to read, and its name in messages (the address, where it came from a URL)."""
+    """A local file to read, and its name in messages (the address, where it came from a URL).
+
+    `lines` is None for the whole file.
+    """
 
     path: Path
     name: str
+    lines: LineRange | None = None
 
     @cached_property
     def compression(self) -> str | None:
@@ -60,12 +73,14 @@ class SourceFile:
         return self.compression is None or self.compression in _READABLE
 
     def open(self) -> BinaryIO:
-        """The unpacked bytes from the start, buffered.
+        """The unpacked bytes from the start (of the lines, where it is some of them), buffered.
 
         Raises:
             OSError: The file cannot be read.
             UnpackError: On reading, where the compressed bytes are cut off or damaged.
         """
+        if self.lines:
+            return io.BufferedReader(_Range(self.path, self.lines), _CHUNK_BYTES)
         if self.compression == "gzip":
             import gzip
 
@@ -76,6 +91,50 @@ class SourceFile:
             stream = pyarrow.input_stream(str(self.path), compression="zstd", buffer_size=_CHUNK_BYTES)
             return io.BufferedReader(_Unpacked(stream, "zstd"), _CHUNK_BYTES)
         return self.path.open("rb", buffering=_CHUNK_BYTES)
+
+
+def split_lines(file: SourceFile, size: int) -> list[SourceFile]:
+    """A file of lines in ranges of at least `size` bytes each, but for the last; read once, a piece at a time.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    starts, lines = [(0, 1)], 1
+    position, wanted = 0, size
+    with file.path.open("rb", buffering=0) as stream:
+        while piece := stream.read(_CHUNK_BYTES):
+            while (end := piece.find(b"\n", max(wanted - position, 0)) + 1) and wanted < position + len(piece):
+                starts.append((position + end, lines + piece.count(b"\n", 0, end)))
+                wanted = position + end + size
+            lines += piece.count(b"\n")
+            position += len(piece)
+    stops = [start for start, _ in starts[1:]] + [position]
+    return [
+        SourceFile(file.path, file.name, LineRange(start, stop, line))
+        for (start, line), stop in zip(starts, stops, strict=True)
+        if stop > start
+    ]
+
+
+class _Range(io.RawIOBase):
+    """Some bytes of a file."""
+
+    def __init__(self, path: Path, lines: LineRange) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._file.seek(lines.start)
+        self._left = lines.stop - lines.start
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(memoryview(buffer)[: self._left]) or 0
+        self._left -= count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class _Unpacked(io.RawIOBase):

@@ -24,21 +24,33 @@ PROBLEMS_KEPT = 1000  # enough to say how bad it is, few enough to say it soon
 class SourceReader:
     """The rows of one source, read anew by each iteration and never held.
 
-    `recognised` is None until the first row is read; then it says what form the rows have, and why.
+    `recognised` is None until the first row is read; then it says what form the rows have, and why. `columns_missed`
+    are those that the recipe renames and no row has had so far; None before there was a row.
     """
 
-    def __init__(self, source: SourceSpec, *, system: str | None, files: list[SourceFile] | None = None) -> None:
+    def __init__(
+        self,
+        source: SourceSpec,
+        *,
+        system: str | None,
+        files: list[SourceFile] | None = None,
+        recognised: Recognised | None = None,
+    ) -> None:
         """Takes the source; nothing is read yet.
 
         Args:
             source: The recipe's source.
             system: A system text for conversations that have none.
             files: What `source_files` said, from whoever has asked; without them each iteration asks anew.
+            recognised: What form the rows have, if these files are a part of the source. Then it is not said which
+                columns no row has.
         """
-        self.recognised: Recognised | None = None
+        self.recognised = recognised
+        self.columns_missed: set[str] | None = None
         self._source = source
         self._files = files
         self._system = system
+        self._given = recognised
 
     def __iter__(self) -> Iterator[TrainingRow | Problem]:
         """Yields each row, or the problem with it.
@@ -49,20 +61,20 @@ class SourceReader:
         source = self._source
         tools = read_tools(source.tools)
         renamed = _renamed_columns(source)
-        unseen = set(renamed) - REQUIRED_COLUMNS
-        self.recognised = None
+        self.columns_missed = None
+        self.recognised = self._given
         if source.format != "auto":
             self.recognised = Recognised(source.format, f"the recipe says format: {source.format}")
-        any_row = False
         for item in _rows(source, self._files):
             if isinstance(item, Problem):
                 yield item
                 continue
-            any_row = True
             columns = item.columns
+            if self.columns_missed is None:
+                self.columns_missed = set(renamed) - REQUIRED_COLUMNS
             try:
                 if renamed:
-                    unseen = {ours for ours in unseen if renamed[ours] not in columns}
+                    self.columns_missed = {ours for ours in self.columns_missed if renamed[ours] not in columns}
                     columns = _rename(columns, renamed)
                 if tools and not columns.get("tools"):
                     columns = {**columns, "tools": tools}
@@ -76,10 +88,20 @@ class SourceReader:
                 yield problem.at(item.source)
                 if self.recognised is None:
                     return  # without a format every further row would say the same
-        if any_row and unseen:
-            for ours in sorted(unseen):
-                what = f'no row has a column "{renamed[ours]}", which the recipe maps to {ours}'
-                yield Problem(source.path, what, "see data.train[].columns")
+        if self._given is None:
+            yield from missed_columns(source, self.columns_missed)
+
+
+def missed_columns(source: SourceSpec, names: set[str] | None) -> list[Problem]:
+    """A problem for each column that a recipe renames and no row of the source has."""
+    return [
+        Problem(
+            source.path,
+            f'no row has a column "{source.columns[ours]}", which the recipe maps to {ours}',
+            "see data.train[].columns",
+        )
+        for ours in sorted(names or ())
+    ]
 
 
 def iter_source(source: SourceSpec, *, system: str | None) -> Iterator[TrainingRow | Problem]:
