@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from qwen_tune.disk import flush, make_private_folder
 from qwen_tune.errors import DataError, Problem, first_line
+from qwen_tune.paths import path_fault
 
 T = TypeVar("T")
 
@@ -25,10 +26,18 @@ KEPT_SECONDS = 30 * 24 * 3600
 
 
 def cache_folder(name: str) -> Path:
-    """A folder of ours in the user's cache (`XDG_CACHE_HOME`, else ~/.cache); QWEN_TUNE_CACHE names another place."""
-    if chosen := os.environ.get("QWEN_TUNE_CACHE"):
-        return Path(chosen).expanduser() / name
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-tune" / name
+    """A folder of ours in the user's cache (`XDG_CACHE_HOME`, else ~/.cache); QWEN_TUNE_CACHE names another place.
+
+    Raises:
+        DataError: The environment names no usable path.
+    """
+    variable = "QWEN_TUNE_CACHE" if os.environ.get("QWEN_TUNE_CACHE") else "XDG_CACHE_HOME"
+    chosen = os.environ.get(variable) or "~/.cache"
+    if fault := path_fault(chosen):
+        what = f"got {chosen[:80]}, which is no usable path ({fault})"
+        raise DataError(Problem(variable, what, "set QWEN_TUNE_CACHE to a folder for prepared data"))
+    folder = Path(chosen).expanduser()
+    return folder / name if variable == "QWEN_TUNE_CACHE" else folder / "qwen-tune" / name
 
 
 def key_of(ingredients: Mapping[str, Any]) -> str:

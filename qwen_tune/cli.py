@@ -16,6 +16,7 @@ from types import FrameType
 from qwen_tune import __version__
 from qwen_tune.console import ReaderGoneError, can_encode, make_console, prepare_streams, show, shown_path, tell
 from qwen_tune.errors import QwenTuneError
+from qwen_tune.paths import path_fault
 
 ANY_TEXT = "\U0001f642"
 """What only an encoding of all of Unicode can write."""
@@ -58,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     shown.add_argument("--all", action="store_true", help="show every sample")
     form = shown.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON line a sample")
-    form.add_argument("--html", metavar="FILE", type=Path, help="write a page to look through, which needs no network")
+    form.add_argument("--html", metavar="FILE", type=_path, help="write a page to look through, which needs no network")
 
     recipe_command("prepare", "Tokenize and pack a recipe's rows into the cache, where train finds them.")
 
@@ -75,13 +76,14 @@ def build_parser() -> argparse.ArgumentParser:
         "paths",
         metavar="RUN",
         nargs="+",
-        type=Path,
+        type=_path,
         help="a run, an adapter directory, or the Hub id of an adapter; several are merged in their order",
     )
-    merged.add_argument("--output", metavar="DIR", type=Path, help="where the model goes (default: RUN/merged)")
+    merged.add_argument("--output", metavar="DIR", type=_path, help="where the model goes (default: RUN/merged)")
     merged.add_argument(
         "--base",
         metavar="BASE",
+        type=_name_or_path,
         help="original or dequantized weights of the adapter's own base, or another base: a directory or a Hub id",
     )
     merged.add_argument(
@@ -94,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     merged.add_argument("--overwrite", action="store_true", help="replace the merged model that is there")
 
     pushed = command("push", "Upload an adapter or a merged model with a card: private unless asked otherwise.")
-    pushed.add_argument("path", metavar="RUN", type=Path, help="a run, an adapter directory or a merged model")
+    pushed.add_argument("path", metavar="RUN", type=_path, help="a run, an adapter directory or a merged model")
     pushed.add_argument("repo_id", metavar="REPO_ID", help="the repository, as owner/name; made if it is not there")
     pushed.add_argument(
         "--what",
@@ -120,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     asked = command("chat", "Ask a run, an adapter or a model.")
-    asked.add_argument("path", metavar="RUN", type=Path, help="a run, adapter or model directory")
+    asked.add_argument("path", metavar="RUN", type=_path, help="a run, adapter or model directory")
     asked.add_argument("prompt", metavar="PROMPT", nargs="?", help="one question; without it a conversation begins")
     asked.add_argument("--system", metavar="TEXT", help="a system message")
     asked.add_argument("--compare", action="store_true", help="show the base's answer beside it")
@@ -336,6 +338,17 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
+
+
+def _name_or_path(text: str) -> str:
+    if fault := path_fault(text):
+        shown = text if len(text) <= 80 else f"{text[:80]}…"
+        raise argparse.ArgumentTypeError(f"got {shown}, which is no usable path ({fault})")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_name_or_path(text))
 
 
 def _positive(text: str) -> int:

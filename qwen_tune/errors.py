@@ -7,7 +7,10 @@ QwenTuneError                  the message is all that the user sees; the proces
 ├── RunError                   the run directory: in use, unfinished, of another recipe
 ├── TrainingError              the run itself: a loss that is not a number
 ├── MergeError                 an adapter and a base that do not make a model
+│   └── NoRoomError            a disk that is full; what was written stays
 └── PublishError               what cannot be pushed, or a hub that does not take it
+
+Interrupted, a KeyboardInterrupt, is no error: a run that was asked to stop and has saved its work; exit code 130.
 
 Anything else that is raised is a bug of ours and keeps its traceback.
 """

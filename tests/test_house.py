@@ -112,6 +112,28 @@ def test_links_and_paths_in_the_documentation_exist(name):
         assert (ROOT / path).exists(), path
 
 
+OF_OTHERS = {"peft_helper.py"}
+"""Modules of other packages that ours are spoken of."""
+
+
+def test_modules_that_are_spoken_of_exist():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = [name for name in listed.split("\0") if name.endswith((".py", ".md"))]
+    for name in names:
+        for spoken in set(re.findall(r"`([\w/]+\.py)`", (ROOT / name).read_text(encoding="utf-8"))) - OF_OTHERS:
+            assert any(f"/{path}".endswith(f"/{spoken}") for path in names), f"{name}: {spoken}"
+
+
+def test_the_tree_of_errors_is_drawn_whole():
+    from qwen_tune import errors
+
+    named = {
+        name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, BaseException)
+    }
+    drawn = set(re.findall(r"\b[A-Z]\w+(?:Error|Interrupted)\b|^Interrupted\b", errors.__doc__, re.M))
+    assert named == drawn
+
+
 def test_no_file_holds_a_path_of_the_machine_it_was_written_on():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files = [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]

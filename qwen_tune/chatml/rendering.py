@@ -1,6 +1,6 @@
 """Conversations into text at speed: one rendering a shape of conversation, then only texts put in their places.
 
-`chatml.render_samples` says what a conversation becomes, and is what runs for every conversation that is out of the
+`render_samples` says what a conversation becomes, and is what runs for every conversation that is out of the
 ordinary. Most are not: of the same few shapes, with texts of which the template asks nothing or gets the same answers.
 For these a plan is made once from `render_samples` itself, run on stand-ins (see `traced_template`), and holds wherever
 the answers hold.

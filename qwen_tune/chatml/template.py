@@ -154,7 +154,7 @@ class ChatTemplate:
                 tokenize=False,
                 **template_kwargs,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, RecursionError) as error:
             raise RowError(f"the chat template refuses the conversation: {error}", _why_refused(messages)) from None
         assert isinstance(text, str)
         return text
@@ -377,6 +377,8 @@ def _parsed(source: str) -> tuple[Environment, Template]:
         return environment, environment.parse(source)
     except jinja2.TemplateSyntaxError as error:
         raise ModelError(Problem("chat template", f"it cannot be read: line {error.lineno}: {error.message}")) from None
+    except RecursionError:
+        raise ModelError(Problem("chat template", "it is nested too deeply to be read")) from None
 
 
 def _end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:

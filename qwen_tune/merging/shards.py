@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 
-from qwen_tune.disk import NO_ROOM, flush, sha256
+from qwen_tune.disk import NO_ROOM, flush, parse_json, sha256
 from qwen_tune.errors import MergeError, NoRoomError, Problem
 from qwen_tune.merging.base_weights import BaseWeights
 from qwen_tune.merging.output_file import PART_BYTES, OutputFile
@@ -110,7 +110,7 @@ class ShardWriter:
     def find_done(self, wanted: Sequence[Shard]) -> int:
         """Finds files of the same merge that are whole, and removes all others; returns their tensors' bytes."""
         try:
-            record = json.loads((self.directory / PROGRESS).read_text(encoding="utf-8"))
+            record = parse_json((self.directory / PROGRESS).read_text(encoding="utf-8"))
             noted = record["shards"] if record["key"] == self.key else {}
             facts = {
                 name: ShardFacts(entry["sha256"], entry["bytes"], tuple(entry["changed"]))

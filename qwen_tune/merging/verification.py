@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_tune.disk import sha256
+from qwen_tune.disk import parse_json, sha256
 from qwen_tune.errors import MergeError, Problem
 from qwen_tune.model.adapter_dir import AdapterDir, load_with_adapters
 from qwen_tune.model.base import BaseCheckpoint
@@ -84,7 +84,7 @@ def verify_merged(paths: Sequence[Path], merged: Path, base: str | None = None) 
     check_files(merged)
     comparison = compare_merged(paths, merged, base)
     record = merged / "merge.json"
-    facts = json.loads(record.read_text(encoding="utf-8"))
+    facts = parse_json(record.read_text(encoding="utf-8"))
     write_atomically(record, json.dumps({**facts, "verification": comparison.facts()}, indent=2) + "\n")
     if not comparison.passed:
         raise MergeError(
@@ -100,7 +100,7 @@ def verify_merged(paths: Sequence[Path], merged: Path, base: str | None = None) 
 
 def check_files(merged: Path) -> None:
     """Raises MergeError where a file of a merged model is not the one that its merge.json knows."""
-    known = json.loads((merged / "merge.json").read_text(encoding="utf-8"))["files"]
+    known = parse_json((merged / "merge.json").read_text(encoding="utf-8"))["files"]
     for name, digest in known.items():
         if not (merged / name).exists() or sha256(merged / name) != digest:
             raise MergeError(Problem(str(merged / name), "this is not the file that was written", "merge again"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_tune.disk import parse_json
 from qwen_tune.errors import ModelError, Problem, first_line
 from qwen_tune.model.shape import Shape, read_shape
 from qwen_tune.model.tensor_files import TensorSpan, read_spans
@@ -233,7 +233,7 @@ def read_json(path: Path) -> Mapping[str, Any]:
         ModelError: It cannot be read, or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(Problem(str(path), f"cannot be read as JSON ({first_line(error)})")) from None
     if not isinstance(value, dict):

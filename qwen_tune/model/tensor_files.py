@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_tune.disk import parse_json
 from qwen_tune.errors import ModelError, Problem
 
 ITEM_BYTES = {
@@ -165,7 +166,7 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int, int]:
             (length,) = _LENGTH.unpack(stream.read(_LENGTH.size))
             if length > min(size - _LENGTH.size, _LONGEST_HEADER):
                 raise ValueError("the header is longer than the file")
-            entries = json.loads(stream.read(length))
+            entries = parse_json(stream.read(length))
         if not isinstance(entries, dict):
             raise ValueError("the header is no JSON object")
     except (OSError, struct.error, ValueError) as error:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_tune.chatml.template import END_OF_TURN
 from qwen_tune.errors import ModelError, Problem, first_line
 from qwen_tune.model.base import BaseCheckpoint
 from qwen_tune.model.untuned import end_turns
+from qwen_tune.paths import UnreadableError, read_text_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,8 +60,8 @@ def load_tokenizer(model: ModelSpec, base: BaseCheckpoint) -> PreTrainedTokenize
 
 def _read_template(path: str) -> str:
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text_file(path)
+    except UnreadableError as error:
         raise ModelError(
-            Problem(path, f"the chat template cannot be read: {first_line(error)}", "check model.chat_template")
+            Problem(path, f"the chat template cannot be read: {error}", "check model.chat_template")
         ) from None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from qwen_tune.disk import sha256
+from qwen_tune.disk import parse_json, sha256
 from qwen_tune.errors import ModelError, Problem, first_line
 from qwen_tune.merging.companions import TOKENIZER_FILES
 from qwen_tune.model.adapter_dir import ADAPTER_FILE
@@ -158,7 +158,7 @@ def _without_local_names(path: Path, base: PublishedBase) -> Path | str:
     if path.name in VOCABULARY or path.name == INDEX_FILE:
         return path
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return path  # told elsewhere, if it matters
     if not isinstance(values, dict):

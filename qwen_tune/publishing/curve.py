@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
+
+from qwen_tune.disk import parse_json
 
 CURVE = "loss.png"
 """The picture's name beside the card."""
@@ -53,7 +54,7 @@ def _read(metrics: Path) -> list[dict[str, Any]]:
     lines = []
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
+            lines.append(parse_json(line))
         except ValueError:
             continue
     return [line for line in lines if isinstance(line, dict)]

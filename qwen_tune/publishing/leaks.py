@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from qwen_tune.disk import parse_json
 from qwen_tune.errors import Problem, first_line
 from qwen_tune.recipe.secret_values import is_secret_key, is_secret_value
 
@@ -85,7 +85,7 @@ def look_through(
 def _values(text: str) -> Iterator[tuple[str, str]]:
     """Every text in a JSON document, with the key that it stands under."""
     try:
-        todo: list[tuple[str, Any]] = [("", json.loads(text))]
+        todo: list[tuple[str, Any]] = [("", parse_json(text))]
     except ValueError:
         return
     while todo:

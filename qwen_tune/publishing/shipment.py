@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwen_tune.disk import parse_json
 from qwen_tune.errors import Problem, PublishError, first_line
 from qwen_tune.model.adapter_dir import ADAPTER_FILE
 from qwen_tune.publishing.card import (
@@ -207,7 +207,7 @@ def _json_of(shipment: Shipment, kind: str, name: str) -> dict[str, Any]:
         file = shipment.parts[0].run.adapter / name
     if file is None or (isinstance(file, Path) and not file.is_file()):
         return {}
-    values = json.loads(file if isinstance(file, str) else file.read_text(encoding="utf-8"))
+    values = parse_json(file if isinstance(file, str) else file.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise TypeError(f"{name} is no JSON object")
     return values

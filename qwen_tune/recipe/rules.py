@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_tune.paths import path_fault
 from qwen_tune.recipe.errors import load_trainer_args, to_shown
 from qwen_tune.recipe.same_facts import drift_names, is_drift_name
 from qwen_tune.recipe.schema import Recipe, SourceSpec
@@ -73,6 +74,7 @@ def findings(recipe: Recipe) -> list[Finding]:
     waiting = list(_not_yet(recipe))
     refused = {finding.path for finding in waiting}
     rules: tuple[Callable[[Recipe], Iterator[Finding]], ...] = (
+        _paths,
         _model,
         _sources,
         _adapter,
@@ -111,6 +113,21 @@ def _values(section: Any, keys: list[str], path: KeyPath) -> Iterator[tuple[KeyP
             yield from _values(item, keys[1:], (*path, name, index))
 
 
+def _paths(recipe: Recipe) -> Iterator[Finding]:
+    found: list[tuple[KeyPath, str | None]] = [
+        (("model", "base"), recipe.model.base),
+        (("model", "chat_template"), recipe.model.chat_template),
+        (("run", "dir"), recipe.run.dir),
+    ]
+    for name, sources in _source_lists(recipe).items():
+        for index, source in enumerate(sources):
+            found += [(("data", name, index, key), getattr(source, key)) for key in ("path", "tools")]
+    for path, text in found:
+        if text is not None and "://" not in text and (fault := path_fault(text)):
+            what = f"got {to_shown(text)}, which is no usable path ({fault})"
+            yield Finding(path, what, "write the path of a file or a folder")
+
+
 def _model(recipe: Recipe) -> Iterator[Finding]:
     base = recipe.model.base
     if "://" in base:
@@ -134,10 +151,15 @@ def _hub(recipe: Recipe) -> Iterator[Finding]:
             yield Finding(("hub", "repo_ids", part), what, f"add {part} to hub.push", (("hub", "push"),))
 
 
-def _sources(recipe: Recipe) -> Iterator[Finding]:
-    lists: dict[str, list[SourceSpec]] = {"train": recipe.data.train}
+def _source_lists(recipe: Recipe) -> dict[str, list[SourceSpec]]:
+    lists = {"train": recipe.data.train}
     if isinstance(recipe.data.eval, list):
         lists["eval"] = recipe.data.eval
+    return lists
+
+
+def _sources(recipe: Recipe) -> Iterator[Finding]:
+    lists = _source_lists(recipe)
     for part, sources in lists.items():
         for index, source in enumerate(sources):
             path: KeyPath = ("data", part, index)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import glob
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from qwen_tune.disk import parse_json
 from qwen_tune.errors import DataError, Problem
 from qwen_tune.rows.json_files import read_json, read_jsonl
 from qwen_tune.rows.source_file import Row, SourceFile, UnpackError, data_suffix, split_lines
@@ -154,7 +154,7 @@ def _files_below(folder: Path) -> list[Path]:
 def _saved_files(folder: Path) -> list[Path]:
     state = folder / "state.json"
     try:
-        files = [folder / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+        files = [folder / entry["filename"] for entry in parse_json(state.read_bytes())["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"it does not name the data set's files ({type(error).__name__}); expected what save_to_disk writes"
         raise DataError(Problem(str(state), what, "save the data set again")) from None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from qwen_tune.errors import DataError, Problem, first_line
+from qwen_tune.paths import UnreadableError, read_text_file
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
 from qwen_tune.rows.conversation import parse_tools
 from qwen_tune.rows.documents import TrainingRow
@@ -262,8 +262,8 @@ def read_tools(path: str | None) -> list[Any] | None:
     if path is None:
         return None
     try:
-        return list(parse_tools(Path(path).expanduser().read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(Problem(path, f"the tools file cannot be read: {first_line(error)}")) from None
+        return list(parse_tools(read_text_file(path)))
+    except UnreadableError as error:
+        raise DataError(Problem(path, f"the tools file cannot be read: {error}", "check data.train[].tools")) from None
     except RowError as problem:
         raise DataError(problem.at(path)) from None

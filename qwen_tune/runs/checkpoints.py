@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from qwen_tune.disk import flush, sha256
+from qwen_tune.disk import flush, parse_json, sha256
 from qwen_tune.errors import first_line
 
 MANIFEST = "manifest.json"
@@ -93,7 +93,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"it has no {MANIFEST}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"its {MANIFEST} cannot be read ({first_line(error)})") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):

@@ -11,13 +11,14 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from qwen_tune.disk import flush, is_full
-from qwen_tune.errors import Problem, QwenTuneError, RunError
+from qwen_tune.disk import flush, is_full, parse_json
+from qwen_tune.errors import Problem, QwenTuneError, RunError, first_line
 from qwen_tune.runs.checkpoints import list_checkpoints, read_manifest, step_of
 from qwen_tune.runs.drift import allowed_drift, asks_for_more, recipe_drift, refuse
 from qwen_tune.runs.resume import Plan, choose_checkpoint
@@ -101,10 +102,7 @@ class RunDir:
             RunError: Another process is at work here, files would be lost, the run that is there is another one's, or
                 nothing can be written here.
         """
-        existing = next(path for path in (self.path, *self.path.resolve().parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            what = "is no directory" if not existing.is_dir() else "cannot be written to"
-            raise RunError(Problem(str(self.path), f"{existing} {what}", "set another run directory with run.dir="))
+        self._try_to_write()
         if self._is_locked():
             raise RunError(
                 Problem(
@@ -114,6 +112,18 @@ class RunDir:
                 )
             )
         return self._plan(recipe_yaml, overwrite=overwrite, resume=resume)
+
+    def _try_to_write(self) -> None:
+        """Makes a folder where the run would begin, and takes it away: permissions alone do not tell."""
+        fix = "set another run directory with run.dir="
+        try:
+            existing = next(path for path in (self.path, *self.path.resolve().parents) if path.exists())
+            if not existing.is_dir():
+                raise RunError(Problem(str(self.path), f"{existing} is no directory", fix))
+            tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=existing).cleanup()
+        except OSError as error:
+            what = f"nothing can be written there ({error.strerror or first_line(error)})"
+            raise RunError(Problem(str(self.path), what, fix)) from None
 
     def _plan(self, recipe_yaml: str, *, overwrite: bool, resume: str) -> Plan:
         unused = self._is_unused()
@@ -292,7 +302,7 @@ class RunDir:
 
     def _read_facts(self) -> dict[str, Any]:
         try:
-            facts = json.loads(self.run_json.read_text(encoding="utf-8"))
+            facts = parse_json(self.run_json.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RunError(Problem(str(self.run_json), f"the record of the run cannot be read ({error})")) from None
         if not isinstance(facts, dict):
@@ -303,7 +313,7 @@ class RunDir:
 def _step_of_line(line: str) -> float:
     """The step of a line of metrics; that of one which a crash has cut off or zeroed is behind every other."""
     try:
-        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+        return float(parse_json(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qwen_tune.console import tell
-from qwen_tune.disk import make_private_folder
+from qwen_tune.disk import make_private_folder, parse_json
 from qwen_tune.errors import Problem, RunError
 from qwen_tune.machine import is_main_process
 from qwen_tune.runs.checkpoints import step_of
@@ -286,7 +286,7 @@ def _is_installed(package: str) -> bool:
 def _read_run_ids(folder: Path) -> dict[str, str]:
     """The trackers' names of the run that is resumed; none where they cannot be read."""
     try:
-        run_ids = json.loads((folder / "trackers.json").read_text(encoding="utf-8"))
+        run_ids = parse_json((folder / "trackers.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return {str(key): str(run_id) for key, run_id in run_ids.items()} if isinstance(run_ids, dict) else {}

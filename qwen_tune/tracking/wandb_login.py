@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from qwen_tune.paths import path_fault
+
 WANDB_BASE_URL = "https://api.forge.coreweave.com"
 
 
@@ -26,7 +28,7 @@ def has_wandb_login() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
-        entries = netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser())
+        entries = netrc.netrc(_place("NETRC", "~/.netrc"))
     except (OSError, UnicodeError, netrc.NetrcParseError):
         return bool(_wandb_settings().get("api_key"))
     host = wandb_host()
@@ -41,11 +43,17 @@ def wandb_host() -> str:
     return urlsplit(address).netloc
 
 
+def _place(variable: str, usual: str) -> Path:
+    """The path that the environment gives, or the usual one; where neither can be, one at which nothing is."""
+    text = os.environ.get(variable) or usual
+    return Path(os.devnull, "none") if path_fault(text) else Path(text).expanduser()
+
+
 def _wandb_settings() -> dict[str, str]:
     """What `wandb login`, `wandb offline` and the like wrote: for the user, and over that for this directory."""
-    local = Path(os.environ.get("WANDB_DIR") or ".")
+    local = _place("WANDB_DIR", ".")
     files = (
-        Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser() / "settings",
+        _place("WANDB_CONFIG_DIR", "~/.config/wandb") / "settings",
         local / (".wandb" if (local / ".wandb").exists() else "wandb") / "settings",
     )
     settings: dict[str, str] = {}
