@@ -8,8 +8,11 @@ import os
 import platform
 import re
 import resource
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -103,6 +106,19 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Lets SIGINT and SIGTERM wait while a process is forked.
+
+    Their handlers raise, and Python passes over what is raised in its hooks around a fork: the signal would be lost.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def prepare_process() -> None:

@@ -19,9 +19,12 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as the commands set it, before torc
 
 os.environ.pop("COLUMNS", None)  # the width of a terminal that tests may be started in
 
-# A cache of this run alone, for what runs in the tests' own process and for the processes that they start.
-_CACHE = tempfile.TemporaryDirectory(prefix="qwen-tune-tests-")
-os.environ["QWEN_TUNE_CACHE"] = _CACHE.name
+# Folders of this run alone: a cache for what runs in the tests' own process and for the processes that they start, and
+# for these a place for what they leave when they are killed.
+_OWN = tempfile.TemporaryDirectory(prefix="qwen-tune-tests-")
+os.environ["QWEN_TUNE_CACHE"] = f"{_OWN.name}/cache"
+_LEFT = Path(_OWN.name, "tmp")
+_LEFT.mkdir()
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "tiny-qwen"
@@ -46,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def environment(**changes: str) -> dict[str, str]:
     """The environment of a command: offline, without a network's time-outs, and without a terminal's width."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", **changes}
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "TMPDIR": str(_LEFT), **changes}
 
 
 READ_AT_IMPORT = ("HF_", "OMP_", "CUDA_", "WANDB_", "ACCELERATE_", "PYTHON")

@@ -16,7 +16,7 @@ from qwen_tune.chatml.fast_encoder import FastEncoder
 from qwen_tune.chatml.rendering import Renderer
 from qwen_tune.chatml.template import IGNORED, ChatTemplate
 from qwen_tune.errors import DataError
-from qwen_tune.prepared.parts import Division
+from qwen_tune.prepared.parallel import Division
 from qwen_tune.prepared.preparation import NO_LABELS, OVERLONG, TRUNCATED, prepare_data
 from qwen_tune.prepared.row_batches import KEPT_AS_TEXT, STRADDLES
 from qwen_tune.prepared.source_store import SourceStores

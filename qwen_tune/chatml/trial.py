@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qwen_tune.errors import ModelError, Problem
+from qwen_tune.machine import signals_held
 
 SECONDS = 20
 """Of processor time for a few short conversations, which take milliseconds."""
@@ -32,9 +33,10 @@ def try_out(render: Callable[[], object]) -> None:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        _render_within_limits(render)
+    with signals_held():
+        child = os.fork()
+        if child == 0:
+            _render_within_limits(render)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
         what = f"it takes more than {SECONDS} seconds for one question and answer"
@@ -49,7 +51,9 @@ def _render_within_limits(render: Callable[[], object]) -> None:
     code = 0
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+        for number in (signal.SIGXCPU, signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
         resource.setrlimit(resource.RLIMIT_CPU, (_seconds_used() + SECONDS, _seconds_used() + SECONDS + 5))
         most = _address_space() + BYTES
         if most > BYTES:

@@ -18,7 +18,7 @@ from qwen_tune.chatml.template import ChatTemplate
 from qwen_tune.console import tell
 from qwen_tune.disk import sha256
 from qwen_tune.errors import DataError, Problem, first_line
-from qwen_tune.prepared.parts import Division, PartedSource, part_readers
+from qwen_tune.prepared.parallel import Division, ParallelBatcher, part_readers
 from qwen_tune.prepared.row_batches import Batcher, collecting_by_batch
 from qwen_tune.prepared.token_store import StoreWriter, TokenStore
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
@@ -118,7 +118,7 @@ class SourceStores:
 
     def _batches(
         self, source: SourceSpec, files: list[SourceFile] | None, division: Division, folder: Path
-    ) -> tuple[Batcher | PartedSource, SourceReader]:
+    ) -> tuple[Batcher | ParallelBatcher, SourceReader]:
         """What makes the batches of a source, and a reader that knows the form of its rows when they are made."""
         assert self._tools is not None
         first_rows = source.rows if self.data.streaming else None
@@ -128,7 +128,7 @@ class SourceStores:
             except OSError as error:
                 raise _unreadable(source.path, error) from error
             if parts:
-                made = PartedSource(parts, source, *self._tools, folder=folder, processes=division.processes)
+                made = ParallelBatcher(parts, source, *self._tools, folder=folder, processes=division.processes)
                 return made, parts[0]
         reader = SourceReader(source, system=self.data.system, files=files)
         return Batcher(_until_unreadable(itertools.islice(reader, first_rows), source), *self._tools), reader

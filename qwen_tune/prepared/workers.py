@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from typing import Any, TypeVar
 
-from qwen_tune.machine import usable_cores
+from qwen_tune.machine import signals_held, usable_cores
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -110,7 +110,7 @@ def _fork(work: Callable[[Any], Any]) -> tuple[Connection, ForkProcess]:
     context = get_context("fork")
     ours, theirs = context.Pipe()
     worker = context.Process(target=_serve, args=(work, theirs, os.getpid()), daemon=True)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), signals_held():
         # Python warns of forking beside threads. Those of torch and the tokenizers sleep, and no worker wakes them.
         warnings.simplefilter("ignore", DeprecationWarning)
         worker.start()
@@ -125,6 +125,7 @@ def _serve(work: Callable[[Any], Any], connection: Connection, parent: int) -> N
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all; the parent ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     while True:
         task = connection.recv()
         try:

@@ -22,7 +22,7 @@ from templates import REVISIONS
 from qwen_tune.chatml.template import ChatTemplate
 from qwen_tune.errors import DataError
 from qwen_tune.machine import usable_cores
-from qwen_tune.prepared.parts import WORTH_PROCESSES, Division
+from qwen_tune.prepared.parallel import WORTH_PROCESSES, Division
 from qwen_tune.prepared.source_store import SourceStores
 from qwen_tune.prepared.workers import WorkerError, in_processes
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
@@ -210,7 +210,7 @@ def large(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("large")
     turns = [chat(number)["messages"] for number in range(500)]
     with (folder / "rows.jsonl").open("wb") as file:
-        while file.tell() < 6 * WORTH_PROCESSES:
+        while file.tell() < 3 * WORTH_PROCESSES:
             file.write(b"\n".join(lines(*({"messages": pair * 20} for pair in turns))) + b"\n")
     recipe = {
         "model": {"base": str(TINY)},
@@ -227,11 +227,12 @@ def started(folder: Path, cache: Path) -> tuple[subprocess.Popen[str], list[psut
     env = environment(QWEN_TUNE_CACHE=str(cache.parent))
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=-1, stderr=-1, text=True)
     end = time.monotonic() + 120
-    while not any(path.name.startswith("part-") for path in cache.glob("*.part/*")):
+    begun = psutil.Process(process.pid)
+    while len(begun.children()) < 2 or not any(path.name.startswith("part-") for path in cache.glob("*.part/*")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "no part was begun"
         time.sleep(0.01)
-    return process, psutil.Process(process.pid).children()
+    return process, begun.children()
 
 
 @pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")

@@ -55,7 +55,7 @@ class _Done:
     encoded_rightly: bool
 
 
-class PartedSource:
+class ParallelBatcher:
     """The rows of a source as batches, made by several processes; has what a `Batcher` has.
 
     They are the same batches' worth of bytes, and the same problems, however many processes there are.
