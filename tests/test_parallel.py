@@ -225,7 +225,11 @@ def started(folder: Path, cache: Path) -> tuple[subprocess.Popen[str], list[psut
     """`qwen-tune prepare`, and the processes that work for it."""
     command = [sys.executable, "-m", "qwen_tune", "prepare", "recipe.yaml"]
     env = environment(QWEN_TUNE_CACHE=str(cache.parent))
-    process = subprocess.Popen(command, cwd=folder, env=env, stdout=-1, stderr=-1, text=True)
+    # In the background of a shell SIGINT is ignored, and whoever is started there ignores it as well.
+    takes_interrupts = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(
+        command, cwd=folder, env=env, stdout=-1, stderr=-1, text=True, preexec_fn=takes_interrupts
+    )
     end = time.monotonic() + 120
     begun = psutil.Process(process.pid)
     while len(begun.children()) < 2 or not any(path.name.startswith("part-") for path in cache.glob("*.part/*")):
