@@ -38,6 +38,7 @@ def test_evaluation_computes_what_training_computes_and_leaves_the_weights(kind,
     model = quantized(kind, dtype)
     keep_training_function(model)
     before = bits(model)
+    torch.manual_seed(2)
     x = torch.randn(2, 24, WIDTH, dtype=dtype)
     x[0, 0, :4] *= 50  # what int8 with its outliers would treat apart
     trained = model.train()(x.clone().requires_grad_())
@@ -49,7 +50,9 @@ def test_evaluation_computes_what_training_computes_and_leaves_the_weights(kind,
     again = model.train()(x.clone().requires_grad_())
     assert torch.equal(evaluated, trained)
     assert torch.equal(again, trained)
-    torch.testing.assert_close(one_token, trained[:, :1])
+    # One token is another product, in another order of additions.
+    near = {} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.01 * float(trained.detach().abs().max())}
+    torch.testing.assert_close(one_token, trained[:, :1], **near)
     assert bits(model) == before
     assert not model[0].weight.is_inference()
 
