@@ -142,10 +142,12 @@ class TracedTemplate:
         Raises:
             UntraceableError: A text is asked what cannot be recorded.
         """
-        from transformers.utils.chat_template_utils import _alias_reasoning_fields
+        from transformers.utils import chat_template_utils
 
+        # Later releases give templates the reasoning under several names.
+        alias = getattr(chat_template_utils, "_alias_reasoning_fields", list)
         rendered: str = self._template.render(
-            messages=_alias_reasoning_fields([dict(message) for message in messages]),
+            messages=alias([dict(message) for message in messages]),
             tools=None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
