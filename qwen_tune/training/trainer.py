@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, TrainerState
+from transformers import PrinterCallback, TrainerState, set_seed
 
 from qwen_tune.errors import Interrupted, Problem, RunError, TrainingError
 from qwen_tune.fused.regional import naming_the_key
@@ -393,6 +393,8 @@ def build_trainer(
     shape = None
     if recipe.train.torch_compile:
         shape = BatchShape.holding(packs, schedule.per_device_train_batch_size, recipe.data.max_length_tokens)
+    # The adapter's matrices are random, and TRL 1.14 seeds only after it has made them (1.16 before).
+    set_seed(recipe.train.seed)
     trainer = LoraTrainer(
         model,
         recipe=recipe,
