@@ -58,8 +58,12 @@ def test_live_bytes_are_those_of_storages_that_are_held():
 
 
 def test_the_loss_holds_a_tenth_of_the_plain_ones_memory_and_a_fifth_of_trls():
+    import trl.kernels
+
     ours = extra_bytes_of_loss(our_loss)
     assert extra_bytes_of_loss(plain_loss) >= 10 * ours
+    if not hasattr(trl.kernels, "ChunkedLogProbFunction"):
+        pytest.skip("TRL 1.14 has no such loss")
     assert extra_bytes_of_loss(trl_loss) >= 5 * ours
 
 
