@@ -154,9 +154,6 @@ def bring_in(*modules: str) -> None:
     An import leaves nothing to collect; looking for it all the same took 0.4 of torch's 2 seconds and 3.7 of TRL's 12,
     and as much again of torch's when the process ends.
     """
-    modules = tuple(module for module in modules if module not in sys.modules)
-    if not modules:
-        return  # what the process holds by now is not all of it there to stay: an earlier run's model
     was_on = gc.isenabled()
     gc.disable()
     try:
