@@ -127,6 +127,10 @@ def test_no_step_reads_a_number_from_the_device(workspace, monkeypatch, trained)
 def reads(workspace, monkeypatch, steps, *overrides):
     monkeypatch.chdir(workspace)
     waits = Waits()
+    # Torch looks up once what `with torch.device(…)` applies to. If it did so while `tensor` is patched, Transformers
+    # would no longer see that it builds on the meta device, and rotary frequencies would stay uninitialised memory.
+    with torch.device("meta"):
+        assert torch.tensor([]).is_meta
     with monkeypatch.context() as patched, waits:
         for name in ("tolist", "cpu", "numpy"):
             patched.setattr(torch.Tensor, name, counting(getattr(torch.Tensor, name), waits.asked))
