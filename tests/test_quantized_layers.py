@@ -50,9 +50,12 @@ def test_evaluation_computes_what_training_computes_and_leaves_the_weights(kind,
     again = model.train()(x.clone().requires_grad_())
     assert torch.equal(evaluated, trained)
     assert torch.equal(again, trained)
-    # One token is another product, in another order of additions.
-    near = {} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.01 * float(trained.detach().abs().max())}
-    torch.testing.assert_close(one_token, trained[:, :1], **near)
+    if dtype == torch.float32:
+        torch.testing.assert_close(one_token, trained[:, :1])
+    else:
+        # One token is another product: what is rounded to 8 bits before the bias is added differs by its last bits.
+        apart = (one_token.float() - trained[:, :1].float()).abs()
+        assert (apart <= 2**-6 * (trained[:, :1].float().abs() + model[0].bias.float().abs())).all()
     assert bits(model) == before
     assert not model[0].weight.is_inference()
 

@@ -32,6 +32,9 @@ ATTENTIONS = (qwen2.Qwen2Attention, qwen3.Qwen3Attention)
 MLPS = (qwen2.Qwen2MLP, qwen3.Qwen3MLP)
 NORMS = (qwen2.Qwen2RMSNorm, qwen3.Qwen3RMSNorm)
 
+# Whether a layer is checkpointed by its `__call__`, as before Transformers 5.23, or by its `forward`, replaced here.
+CHECKPOINTED_BY_CALL = "__call__" in vars(GradientCheckpointingLayer)
+
 
 @dataclass(frozen=True)
 class Fused:
@@ -117,7 +120,7 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any
     """The forward of a decoder layer; arguments are those of Transformers."""
     if args or not (self.training and torch.is_grad_enabled()) or kwargs.get("past_key_values") is not None:
         return type(self).forward(self, hidden_states, *args, **kwargs)
-    if self.gradient_checkpointing:
+    if self.gradient_checkpointing and not CHECKPOINTED_BY_CALL:
         # As the class's own forward does it, which this one stands in front of.
         return self._gradient_checkpointing_func(partial(self.body, self, **kwargs), hidden_states)
     return self.body(self, hidden_states, **kwargs)
