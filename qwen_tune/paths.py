@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import stat
 from pathlib import Path
 
@@ -47,6 +48,6 @@ def read_text_file(text: str) -> str:
             content = file.read(TEXT_LIMIT_BYTES + 1)
         if len(content) > TEXT_LIMIT_BYTES:
             raise UnreadableError(f"it is larger than {TEXT_LIMIT_BYTES >> 20} MiB")
-        return content.decode("utf-8")
+        return io.TextIOWrapper(io.BytesIO(content), "utf-8").read()  # every line ends in \n
     except (OSError, UnicodeDecodeError) as error:
         raise UnreadableError(first_line(error)) from None

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import datasets
 import psutil
 import pytest
 from conftest import TINY, environment
@@ -20,7 +23,7 @@ from hypothesis import strategies as st
 from templates import REVISIONS
 
 from qwen_tune.chatml.template import ChatTemplate
-from qwen_tune.errors import DataError
+from qwen_tune.errors import DataError, Problem
 from qwen_tune.machine import usable_cores
 from qwen_tune.prepared.parallel import WORTH_PROCESSES, Division
 from qwen_tune.prepared.source_store import SourceStores
@@ -203,6 +206,32 @@ def test_what_goes_wrong_in_a_process_is_told():
     with pytest.raises(OSError, match="No space left"):
         list(in_processes(is_full, range(5), 2))
 
+    def refuses(number: int) -> int:
+        raise DataError(Problem("tools.json", "is no list", "write one"))
+
+    with pytest.raises(DataError, match=r"tools\.json: is no list\. Fix: write one"):
+        list(in_processes(refuses, range(5), 2))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no processes are forked")
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_the_unpacked_copy_of_a_table_has_no_name(tmp_path, monkeypatch, suffix):
+    """A process that is killed while it reads one would leave it: gigabytes, perhaps."""
+    dataset = datasets.Dataset.from_list([chat(number) for number in range(3)])
+    if suffix == "parquet":
+        dataset.to_parquet(tmp_path / "rows.parquet")
+    else:
+        dataset.save_to_disk(tmp_path / "saved")
+        next((tmp_path / "saved").glob("*.arrow")).rename(tmp_path / "rows.arrow")
+    packed = tmp_path / f"rows.{suffix}.gz"
+    packed.write_bytes(gzip.compress((tmp_path / f"rows.{suffix}").read_bytes()))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    rows = read_rows(SourceFile(packed, "rows"))
+    assert next(rows).columns["messages"] == chat(0)["messages"]
+    assert not any((tmp_path / "temporary").iterdir())
+    assert len(list(rows)) == 2
+
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
@@ -232,7 +261,7 @@ def started(folder: Path, cache: Path) -> tuple[subprocess.Popen[str], list[psut
     )
     end = time.monotonic() + 120
     begun = psutil.Process(process.pid)
-    while len(begun.children()) < 2 or not any(path.name.startswith("part-") for path in cache.glob("*.part/*")):
+    while len(begun.children()) < 2 or not any(cache.glob("*.part/*/part-*")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "no part was begun"
         time.sleep(0.01)

@@ -58,6 +58,8 @@ def test_only_small_regular_files_of_text_are_read_whole(tmp_path):
             read_text_file(name)
     Path("text").write_text("ä\n")
     assert read_text_file("text") == "ä\n"
+    Path("text").write_bytes(b"one\r\ntwo\rthree")
+    assert read_text_file("text") == "one\ntwo\nthree"
 
 
 KEYS = {

@@ -33,11 +33,18 @@ def try_out(render: Callable[[], object]) -> None:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    with signals_held():
-        child = os.fork()
-        if child == 0:
-            _render_within_limits(render)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    child = 0
+    try:
+        with signals_held():
+            child = os.fork()
+            if child == 0:
+                _render_within_limits(render)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    except BaseException:
+        if child:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        raise
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
         what = f"it takes more than {SECONDS} seconds for one question and answer"
         raise ModelError(Problem("chat template", what, _FIX))

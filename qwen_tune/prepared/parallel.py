@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from qwen_tune.chatml.encoder import Encoder
 from qwen_tune.chatml.fast_encoder import FastEncoderError
@@ -28,6 +31,12 @@ PARTS_EACH = 16
 """Parts a process, so that none waits long for the last."""
 
 SMALLEST_PART, LARGEST_PART = 1 << 20, 32 << 20  # bytes
+
+FIXES: dict[int | None, str] = {
+    signal.SIGKILL: "free memory, which the system may have lacked, or use fewer cores: taskset -c 0,1 qwen-tune …",
+    signal.SIGTERM: "run the command again",
+}
+"""What helps where a process was killed from outside; other signals are faults."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +102,19 @@ class ParallelBatcher:
         """The batches of all parts, in order; None for rows with which something is wrong.
 
         Raises:
-            DataError: A process was killed.
+            DataError: A process was killed, or met something that ends it.
             FastEncoderError: See `Encoder.encode`.
+            WorkerError: A process failed otherwise: a fault of ours, or of a library.
+            OSError: A process cannot write.
         """
+        with TemporaryDirectory(dir=self._folder) as folder:
+            yield from self._batches(Path(folder))
+
+    def _batches(self, folder: Path) -> Iterator[StoredBatch | None]:
+        make = partial(self._make, folder)
         missed: list[set[str]] = []
         try:
-            for number, done in enumerate(in_processes(self._make, range(len(self._parts)), self._processes)):
+            for number, done in enumerate(in_processes(make, range(len(self._parts)), self._processes)):
                 if not done.encoded_rightly:
                     raise FastEncoderError
                 self.rows += done.rows
@@ -110,24 +126,21 @@ class ParallelBatcher:
                 if self.problems:
                     yield None
                 else:
-                    yield from _read(self._file(number))
-                self._file(number).unlink()
+                    yield from _read(_file(folder, number))
+                _file(folder, number).unlink()
         except WorkerError as error:
-            if error.killed_by is None:
+            if error.killed_by not in FIXES:
                 raise
-            fix = "free memory, which the system may have lacked, or use fewer cores: taskset -c 0,1 qwen-tune …"
+            fix = FIXES[error.killed_by]
             raise DataError(Problem(self._source.path, str(error), fix)) from None
         if missed:
             self.problems.add(Problems(missed_columns(self._source, set.intersection(*missed))))
 
-    def _file(self, number: int) -> Path:
-        return self._folder / f"part-{number}"
-
-    def _make(self, number: int) -> _Done:
+    def _make(self, folder: Path, number: int) -> _Done:
         reader = self._parts[number]
         batcher = Batcher(reader, *self._tools)
         encoded_rightly = True
-        with self._file(number).open("wb") as file, collecting_by_batch() as collect:
+        with _file(folder, number).open("wb") as file, collecting_by_batch() as collect:
             try:
                 for batch in batcher.batches():
                     if batch is not None:
@@ -151,6 +164,7 @@ def part_readers(
 
     Raises:
         OSError: A file cannot be read.
+        DataError: The first row cannot be.
     """
     if division.processes < 2:
         return []
@@ -160,6 +174,10 @@ def part_readers(
     if len(parts) < 2 or whole.recognised is None:
         return []
     return [SourceReader(source, system=system, files=[part], recognised=whole.recognised) for part in parts]
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"part-{number}"
 
 
 def _read(file: Path) -> Iterator[StoredBatch]:

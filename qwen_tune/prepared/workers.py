@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from typing import Any, TypeVar
 
+from qwen_tune.errors import DataError, Problem, QwenTuneError
 from qwen_tune.machine import signals_held, usable_cores
 
 Task = TypeVar("Task")
@@ -56,7 +57,8 @@ def in_processes(work: Callable[[Task], Result], tasks: Sequence[Task], processe
 
     Raises:
         WorkerError: A process was killed, or `work` raised something, which the message tells.
-        OSError: `work` raised it.
+        DataError: Not one process can be started.
+        OSError, QwenTuneError: `work` raised it.
     """
     workers: dict[Connection, ForkProcess] = {}
     running: dict[Connection, int] = {}
@@ -64,8 +66,16 @@ def in_processes(work: Callable[[Task], Result], tasks: Sequence[Task], processe
     results: dict[int, Result] = {}
     try:
         for _ in range(min(processes, len(tasks))):
-            connection, worker = _fork(work)
-            workers[connection] = worker
+            with signals_held():  # until the worker is among those that are ended below
+                try:
+                    connection, worker = _fork(work)
+                except OSError as error:  # no more processes, memory or file descriptors
+                    if workers:
+                        break
+                    what = f"no process can be started: {error}"
+                    fix = "allow more processes or memory, or use one core: taskset -c 0 qwen-tune …"
+                    raise DataError(Problem("qwen-tune", what, fix)) from None
+                workers[connection] = worker
             _assign(connection, waiting, running)
         for number in range(len(tasks)):
             while number not in results:
@@ -97,7 +107,7 @@ def _received(connection: Connection, worker: ForkProcess) -> Any:
         code = worker.exitcode or 0
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         raise WorkerError(f"a process that worked on it {how}", -code if code < 0 else None) from None
-    if isinstance(result, OSError):
+    if isinstance(result, OSError | QwenTuneError):
         raise result
     if not succeeded:
         raise WorkerError(f"a process that worked on it failed:\n{result}")
@@ -110,7 +120,7 @@ def _fork(work: Callable[[Any], Any]) -> tuple[Connection, ForkProcess]:
     context = get_context("fork")
     ours, theirs = context.Pipe()
     worker = context.Process(target=_serve, args=(work, theirs, os.getpid()), daemon=True)
-    with warnings.catch_warnings(), signals_held():
+    with warnings.catch_warnings():
         # Python warns of forking beside threads. Those of torch and the tokenizers sleep, and no worker wakes them.
         warnings.simplefilter("ignore", DeprecationWarning)
         worker.start()
@@ -130,7 +140,7 @@ def _serve(work: Callable[[Any], Any], connection: Connection, parent: int) -> N
         task = connection.recv()
         try:
             answer: tuple[bool, Any] = True, work(task)
-        except OSError as error:
+        except (OSError, QwenTuneError) as error:
             answer = False, error
         except Exception:
             answer = False, traceback.format_exc()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,8 +141,10 @@ def _unpacked(file: SourceFile) -> Iterator[Path]:
     import shutil
     import tempfile
 
-    with tempfile.NamedTemporaryFile() as copy:
+    # Without a name where that can be read: a process that is killed then leaves nothing.
+    nameless = sys.platform == "linux"
+    with tempfile.TemporaryFile() if nameless else tempfile.NamedTemporaryFile() as copy:
         with file.open() as stream:
             shutil.copyfileobj(stream, copy, 1 << 20)
         copy.flush()
-        yield Path(copy.name)
+        yield Path(f"/proc/self/fd/{copy.fileno()}" if nameless else copy.name)
