@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from qwen_tune.disk import flush, is_full, parse_json
 from qwen_tune.errors import Problem, QwenTuneError, RunError, first_line
+from qwen_tune.machine import is_main_process
 from qwen_tune.runs.checkpoints import list_checkpoints, read_manifest, step_of
 from qwen_tune.runs.drift import allowed_drift, asks_for_more, recipe_drift, refuse
 from qwen_tune.runs.resume import Plan, choose_checkpoint
@@ -91,7 +92,7 @@ class RunDir:
         return run
 
     def check(self, recipe_yaml: str, *, overwrite: bool, resume: str) -> Plan:
-        """Looks whether and from where a recipe may run here, changing nothing.
+        """Looks whether and from where a recipe may run here; what is there stays as it is.
 
         Args:
             recipe_yaml: The resolved recipe.
@@ -102,7 +103,8 @@ class RunDir:
             RunError: Another process is at work here, files would be lost, the run that is there is another one's, or
                 nothing can be written here.
         """
-        self._try_to_write()
+        if is_main_process():  # the others write nothing here, and their folders would meet with its clearing up
+            self._try_to_write()
         if self._is_locked():
             raise RunError(
                 Problem(
