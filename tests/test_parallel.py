@@ -213,7 +213,6 @@ def test_what_goes_wrong_in_a_process_is_told():
         list(in_processes(refuses, range(5), 2))
 
 
-@LINUX
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 def test_the_unpacked_copy_of_a_table_has_no_name(tmp_path, monkeypatch, suffix):
     """A process that is killed while it reads one would leave it: gigabytes, perhaps."""
