@@ -14,9 +14,9 @@ from pathlib import Path
 from types import FrameType
 
 from qwen_tune import __version__
-from qwen_tune.console import ReaderGoneError, can_encode, make_console, prepare_streams, show, shown_path, tell
+from qwen_tune.console import ReaderGoneError, can_encode, make_console, prepare_streams, report, show, shown_path
+from qwen_tune.disk import path_fault
 from qwen_tune.errors import QwenTuneError
-from qwen_tune.paths import path_fault
 
 ANY_TEXT = "\U0001f642"
 """What only an encoding of all of Unicode can write."""
@@ -134,12 +134,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def validate(options: argparse.Namespace) -> None:
     """`qwen-tune validate`."""
+    from qwen_tune.data.sources import check_data
     from qwen_tune.recipe.files import load_recipe
-    from qwen_tune.validation import check_data
 
     recipe = load_recipe(options.recipe, options.overrides)
     rows = check_data(recipe.data)
-    show(f"{options.recipe}: fine. Base {recipe.model.base}, {rows}, run directory {recipe.run_dir}")
+    show(f"{options.recipe}: OK. Base {recipe.model.base}, {rows}, run directory {recipe.run_dir}")
 
 
 def preview(options: argparse.Namespace) -> None:
@@ -149,13 +149,13 @@ def preview(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
 
     from qwen_tune.chatml.template import ChatTemplate
-    from qwen_tune.machine import quiet_libraries
+    from qwen_tune.console import quiet_libraries
+    from qwen_tune.data.preparation import prepare_data
     from qwen_tune.model.base import resolve_base
     from qwen_tune.model.tokenizer import load_tokenizer
-    from qwen_tune.prepared import preview as view
-    from qwen_tune.prepared import preview_page
-    from qwen_tune.prepared.audit import audit
-    from qwen_tune.prepared.preparation import prepare_data
+    from qwen_tune.preview import page as preview_page
+    from qwen_tune.preview import terminal as view
+    from qwen_tune.preview.audit import audit
 
     if options.html:
         preview_page.check_target(options.html)
@@ -186,15 +186,15 @@ def prepare(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides)
 
-    from qwen_tune.cache import cache_folder
     from qwen_tune.chatml.template import ChatTemplate
-    from qwen_tune.machine import quiet_libraries
+    from qwen_tune.console import quiet_libraries
+    from qwen_tune.data.cache import cache_folder
+    from qwen_tune.data.packing import pack, pack_by_source
+    from qwen_tune.data.preparation import prepare_data
     from qwen_tune.model.base import resolve_base
     from qwen_tune.model.tokenizer import load_tokenizer
-    from qwen_tune.prepared import preview as view
-    from qwen_tune.prepared.audit import audit
-    from qwen_tune.prepared.packing import pack, pack_by_source
-    from qwen_tune.prepared.preparation import prepare_data
+    from qwen_tune.preview import terminal as view
+    from qwen_tune.preview.audit import audit
 
     quiet_libraries()
     base = resolve_base(recipe.model, weights=False, max_length_tokens=recipe.data.max_length_tokens)
@@ -210,10 +210,10 @@ def estimate(options: argparse.Namespace) -> None:
     """`qwen-tune estimate`."""
     import json
 
+    from qwen_tune.hardware import find_gpu
     from qwen_tune.model.base import check_unquantized, resolve_base
     from qwen_tune.planner.estimate import estimate as count
     from qwen_tune.planner.estimate import lines
-    from qwen_tune.planner.gpus import find_gpu
     from qwen_tune.recipe.files import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
@@ -237,7 +237,7 @@ def train(options: argparse.Namespace) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """`qwen-tune merge`."""
-    from qwen_tune.machine import prepare_process, wait_passively
+    from qwen_tune.distributed.process import prepare_process, wait_passively
 
     prepare_process() if options.verify else wait_passively()
     from qwen_tune.merging.merge import merge as merge_adapter
@@ -251,7 +251,7 @@ def merge(options: argparse.Namespace) -> None:
     )
     show(f"merged model: {shown_path(target)}")
     if options.verify:
-        from qwen_tune.merging.verification import verify_merged
+        from qwen_tune.evaluation.verification import verify_merged
 
         show(str(verify_merged(options.paths, target, options.base)))
 
@@ -259,7 +259,7 @@ def merge(options: argparse.Namespace) -> None:
 def push(options: argparse.Namespace) -> None:
     """`qwen-tune push`."""
     from qwen_tune.publishing.push import push as push_parts
-    from qwen_tune.publishing.shipment import Options
+    from qwen_tune.publishing.upload_plan import Options
 
     how = Options(
         private=False if options.public else True if options.private else None,
@@ -274,8 +274,8 @@ def push(options: argparse.Namespace) -> None:
 
 def chat(options: argparse.Namespace) -> None:
     """`qwen-tune chat`."""
-    from qwen_tune.machine import prepare_process
-    from qwen_tune.model.chat import chat as hold_chat
+    from qwen_tune.distributed.process import prepare_process
+    from qwen_tune.evaluation.chat import chat as hold_chat
 
     prepare_process()
     hold_chat(
@@ -313,25 +313,25 @@ def run_command(arguments: Sequence[str]) -> int:
     except ReaderGoneError:
         return 0
     except QwenTuneError as error:
-        _tell_once(error)
+        _report_once(error)
         return 2
     except KeyboardInterrupt as stopped:
-        _tell_once(stopped.args[0] if stopped.args else "interrupted")
+        _report_once(stopped.args[0] if stopped.args else "interrupted")
         return 130
-    except SystemExit as done:  # argparse: 0 behind --help, 2 for wrong arguments
+    except SystemExit as done:  # argparse: 0 after --help, 2 for wrong arguments
         return done.code if isinstance(done.code, int) else 2
     return 0
 
 
-def _tell_once(message: object) -> None:
+def _report_once(message: object) -> None:
     """Prints a message that ends the process, once on a machine: its processes would all say the same."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        tell(message)
+        report(message)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
-    # argparse takes a list of positionals from one place only; overrides may stand behind options as well.
+    # argparse takes a list of positionals from one place only; overrides may stand after options as well.
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

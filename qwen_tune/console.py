@@ -131,7 +131,7 @@ def say(text: str) -> None:
         show(text)
 
 
-def tell(message: object) -> None:
+def report(message: object) -> None:
     """Prints lines on standard error: warnings, errors, and what a waiting user should know."""
     print(_fitted(relative_paths(visible(str(message))), sys.stderr), file=sys.stderr, flush=True)
 
@@ -221,3 +221,27 @@ def _fitted(text: str, stream: TextIO) -> str:
         else textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False)
         for line in text.split("\n")
     )
+
+
+def quiet_libraries() -> None:
+    """Leaves the talking to us, on the terminal and on the network."""
+    import logging
+    import warnings
+
+    from qwen_tune.machine import import_without_gc
+
+    # TRL reports model family, device and world size to the Hub at every start; nobody asked for that.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Deprecations among the libraries are for us to follow, not for the user to read.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate|torch)\b")
+    # Where the CPU has AVX512-BF16, bitsandbytes misses a package for its own 4-bit inference when it is imported, also
+    # where nothing is quantized; its layers do not go that way here (`model.quantized_layers`).
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # It casts the inputs of its 8-bit product to float16, and says so at every layer and step.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    import_without_gc("transformers")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

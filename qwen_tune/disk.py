@@ -1,13 +1,17 @@
-"""What has to be on the disk, and what lies there."""
+"""Files: what has to be on the disk, what lies there, and paths that a person wrote."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
+
+from qwen_tune.errors import first_line
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of an OSError that says that a file is too large for its place."""
@@ -54,3 +58,79 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _open_privately(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name in the same directory under which something is made before it is renamed into place."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def write_atomically(path: Path, text: str, *, private: bool = False) -> None:
+    """Replaces a file so that a reader, or a crash, finds either the old text or the new one.
+
+    Args:
+        path: The file.
+        text: All of it.
+        private: Whether nobody else may read it.
+    """
+    temporary = temporary_beside(path)
+    temporary.unlink(missing_ok=True)  # a killed process of the same number may have left one of another mode
+    with open(temporary, "w", encoding="utf-8", opener=_open_privately if private else None) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    flush(path.parent)
+
+
+TEXT_LIMIT_BYTES = 16 << 20
+"""Largest file that is read whole because a person named it: a template, a list of tools."""
+
+
+class UnreadableError(Exception):
+    """A file that cannot be read as text; the message says why."""
+
+
+def path_fault(text: str) -> str | None:
+    """Why no file can ever be at a path, in words; None where one could be, whether it is there or not."""
+    try:
+        Path(text).expanduser().stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None
+    except OSError as error:  # too long, a loop of links
+        return (error.strerror or str(error)).lower()
+    except ValueError:
+        return "it holds a character that no path can hold"
+    except RuntimeError:
+        return "there is no such user, or no home folder"
+    return None
+
+
+def read_text_file(text: str) -> str:
+    """The text of a file that a person named.
+
+    Raises:
+        UnreadableError: It is not there, no regular file (reading a pipe may wait for ever, and a device may have no
+            end), larger than `TEXT_LIMIT_BYTES`, or not UTF-8.
+    """
+    if fault := path_fault(text):
+        raise UnreadableError(fault)
+    path = Path(text).expanduser()
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UnreadableError("it is no regular file")
+        with path.open("rb") as file:
+            content = file.read(TEXT_LIMIT_BYTES + 1)
+        if len(content) > TEXT_LIMIT_BYTES:
+            raise UnreadableError(f"it is larger than {TEXT_LIMIT_BYTES >> 20} MiB")
+        return io.TextIOWrapper(io.BytesIO(content), "utf-8").read()  # every line ends in \n
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnreadableError(first_line(error)) from None

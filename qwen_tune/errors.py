@@ -1,4 +1,4 @@
-"""The errors that are the user's to mend, in one tree.
+"""The errors that are the user's to fix, in one tree.
 
 QwenTuneError                  the message is all that the user sees; the process ends with exit code 2
 ├── RecipeError                the recipe, or an override of it
@@ -9,6 +9,8 @@ QwenTuneError                  the message is all that the user sees; the proces
 ├── MergeError                 an adapter and a base that do not make a model
 │   └── NoRoomError            a disk that is full; what was written stays
 └── PublishError               what cannot be pushed, or a hub that does not take it
+
+RowError is what is wrong with a record whose place is not known yet; it becomes a `Problem`.
 
 Interrupted, a KeyboardInterrupt, is no error: a run that was asked to stop and has saved its work; exit code 130.
 
@@ -26,9 +28,9 @@ _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with the user's input, and how to mend it.
+    """One thing that is wrong with the user's input, and how to fix it.
 
-    `where` is `file:line` (or as near to it as the input allows), `what` says what was found and, behind a semicolon,
+    `where` is `file:line` (or as near to it as the input allows), `what` says what was found and, after a semicolon,
     what is expected. `fix` is a sentence without the word "Fix".
     """
 
@@ -46,7 +48,7 @@ class Problem:
 class QwenTuneError(Exception):
     """Input that the user has to change.
 
-    Holds every problem that was found, so that all of them are told at once.
+    Holds every problem that was found, so that all of them are reported at once.
     """
 
     def __init__(self, problems: Problem | str | Iterable[Problem]) -> None:
@@ -94,8 +96,8 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, step: int, command: str = "") -> None:
         self.step = step
-        how = f"Go on with: {command}" if command else "The same command goes on from there"
-        super().__init__(f"interrupted behind step {step}, which is saved. {how}")
+        how = f"Resume with: {command}" if command else "The same command resumes from there"
+        super().__init__(f"interrupted after step {step}, which is saved. {how}")
 
 
 class MergeError(QwenTuneError):
@@ -103,7 +105,7 @@ class MergeError(QwenTuneError):
 
 
 class NoRoomError(MergeError):
-    """A disk is full: what was written stays, and the command can go on behind it."""
+    """A disk is full: what was written stays, and the command can resume after it."""
 
 
 class PublishError(QwenTuneError):
@@ -118,3 +120,16 @@ def visible(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type's name where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class RowError(ValueError):
+    """A row that cannot be trained on; becomes a `Problem` with the row's file and line."""
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.fix = fix
+
+    def at(self, where: str) -> Problem:
+        """The problem with its place."""
+        return Problem(where, self.what, self.fix)

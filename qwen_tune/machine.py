@@ -3,71 +3,21 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import platform
 import re
 import resource
 import signal
 import sys
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-from qwen_tune.errors import Problem, RunError
+from types import FrameType
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers")
-
-
-def world_size() -> int:
-    """How many processes the launcher started for this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_world_size() -> int:
-    """How many of them run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-
-
-def local_rank() -> int:
-    """The number of this process among those of this machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def rank() -> int:
-    """The number of this process among all of the run."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def is_main_process() -> bool:
-    """Whether this is the process that writes and prints."""
-    return rank() == 0
-
-
-def check_world(num_processes: int | None) -> None:
-    """Compares the processes that run with those that the recipe asks for.
-
-    Raises:
-        RunError: They differ.
-    """
-    running = world_size()
-    if num_processes is not None and running != num_processes:
-        hint = (
-            "; on a CPU, `accelerate launch --cpu --num_processes N` starts one process whatever N says"
-            if running == 1
-            else ""
-        )
-        raise RunError(
-            Problem(
-                "train.num_processes",
-                f"the recipe asks for {num_processes} processes and {running} run{hint}",
-                f"start {num_processes} processes or set train.num_processes={running}",
-            )
-        )
 
 
 def uses_gpu() -> bool:
@@ -121,34 +71,7 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def prepare_process() -> None:
-    """Readies this process for heavy work. Must run before torch and the Hub's client are imported."""
-    if world_size() == 1:
-        use_one_gpu()
-    wait_passively()
-    keep_few_primitives()
-    bring_in("torch")
-    use_all_cores()
-    quiet_libraries()
-
-
-def wait_passively() -> None:
-    """Lets torch's threads sleep while they have nothing to do. Must run before torch is imported."""
-    # Threads that wait by spinning stop the whole step when another program takes a core: measured 10 times slower
-    # beside one busy process. OpenMP reads this once, when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def keep_few_primitives() -> None:
-    """Bounds what oneDNN keeps of the kernels that it makes for each shape. Must run before torch is imported.
-
-    Packs differ in their length, and a CPU that multiplies bfloat16 gets kernels of its own for each: by default the
-    last 1,024, which grew by 70 MB a step to 1.3 GB (Qwen2.5-0.5B, packs of about 512). A step needs about 40 of them.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-
-
-def bring_in(*modules: str) -> None:
+def import_without_gc(*modules: str) -> None:
     """Imports large libraries with the garbage collector off, and never looks through them again.
 
     An import leaves nothing to collect; looking for it all the same took 0.4 of torch's 2 seconds and 3.7 of TRL's 12,
@@ -163,50 +86,6 @@ def bring_in(*modules: str) -> None:
         gc.freeze()
         if was_on:
             gc.enable()
-
-
-def use_one_gpu() -> None:
-    """Hides all GPUs but the first.
-
-    Where several are visible to one process, Transformers would spread batches over them with `nn.DataParallel`, which
-    TRL refuses.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
-
-
-def quiet_libraries() -> None:
-    """Leaves the talking to us, on the terminal and on the network."""
-    # TRL reports model family, device and world size to the Hub at every start; nobody asked for that.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Deprecations among the libraries are for us to follow, not for the user to read.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate|torch)\b")
-    # Where the CPU has AVX512-BF16, bitsandbytes misses a package for its own 4-bit inference when it is imported, also
-    # where nothing is quantized; its layers do not go that way here (`model.quantized_layers`).
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # It casts the inputs of its 8-bit product to float16, and says so at every layer and step.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    bring_in("transformers")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def use_all_cores() -> int:
-    """Sets torch's threads to this machine's cores, shared evenly among the run's processes on it.
-
-    Launchers leave one thread a process (`OMP_NUM_THREADS=1`), with which a CPU trains at a third of its speed.
-
-    Returns:
-        The threads of this process.
-    """
-    import torch
-
-    threads = max(1, usable_cores() // local_world_size())
-    torch.set_num_threads(threads)
-    return threads
 
 
 def peak_memory_bytes() -> int:
@@ -224,20 +103,6 @@ def started_at() -> float:
     import psutil
 
     return float(psutil.Process().create_time())
-
-
-def available_memory_bytes() -> int:
-    """What is free on this process' GPU; with several processes all of the smallest GPU's memory.
-
-    Processes must come to the same plan before they can talk to each other. What is free may differ among them; the
-    GPUs of a machine are told to all of its processes alike.
-    """
-    import torch
-
-    if world_size() == 1:
-        free, _ = torch.cuda.mem_get_info()
-        return int(free)
-    return min(int(torch.cuda.get_device_properties(gpu).total_memory) for gpu in range(torch.cuda.device_count()))
 
 
 def memory_bytes() -> int:
@@ -276,3 +141,14 @@ def _own_version() -> str:
     from qwen_tune import __version__
 
     return __version__
+
+
+@contextmanager
+def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Lets a handler answer SIGINT and SIGTERM for as long as this lasts. For the main thread."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

@@ -19,13 +19,15 @@ if __name__ == "__main__":
     sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if Path(entry).resolve() != _folder)]
 
 from qwen_tune.console import say, shown_path
+from qwen_tune.distributed.launch import launch, processes_to_start, resume_command
+from qwen_tune.distributed.process import prepare_process
+from qwen_tune.distributed.world import check_world, is_main_process
 from qwen_tune.errors import Interrupted
-from qwen_tune.machine import bring_in, check_world, is_main_process, prepare_process
+from qwen_tune.machine import import_without_gc
 from qwen_tune.recipe.files import load_recipe, to_yaml
 from qwen_tune.runs.directory import RunDir
 from qwen_tune.runs.resume import Plan, check_resume
 from qwen_tune.tracking.tracking import check_trackers, tracked
-from qwen_tune.training.launch import command_to_go_on, launch, processes_to_start
 
 
 def train(
@@ -42,7 +44,7 @@ def train(
     Raises:
         QwenTuneError: What the user has to change. Nothing has been written then, but for a `TrainingError` (the
             run directory tells of it) and a `MergeError` (the adapter is saved).
-        Interrupted: The run was asked to stop; it is saved, and the same recipe goes on from there.
+        Interrupted: The run was asked to stop; it is saved, and the same recipe resumes from there.
         SystemExit: The run took several processes, and these have ended; the code is theirs.
     """
     recipe = load_recipe(recipe_path, overrides)
@@ -65,13 +67,13 @@ def train(
 
             merge(run.path)
         if recipe.hub and is_main_process():
-            from qwen_tune.publishing.after_training import push_commands
+            from qwen_tune.publishing.push import push_commands
 
             for command in push_commands(run.path, recipe.hub):
                 say(f"to push it: {command}")
         return
     if recipe.hub and is_main_process() and not dry_run:
-        from qwen_tune.publishing.after_training import check_push
+        from qwen_tune.publishing.push import check_push
 
         for warning in check_push(recipe):
             say(f"warning: {warning}")
@@ -80,26 +82,24 @@ def train(
     # seconds, and only a job that can start waits for TRL.
     prepare_process()
     from qwen_tune.chatml.template import ChatTemplate
+    from qwen_tune.data.packing import pack, pack_by_source
+    from qwen_tune.data.preparation import prepare_data
     from qwen_tune.model.base import resolve_base
     from qwen_tune.model.loading import check_dtype, load_base_model, own_device, training_dtype
     from qwen_tune.model.quantization import check_quantization, quantization_config
-    from qwen_tune.model.tokenizer import load_tokenizer
-    from qwen_tune.model.untuned import is_untuned, trained_tokens
-    from qwen_tune.prepared.packing import pack, pack_by_source
-    from qwen_tune.prepared.preparation import prepare_data
+    from qwen_tune.model.tokenizer import is_pretrained_only, load_tokenizer, trained_tokens
     from qwen_tune.training import record, summary
-    from qwen_tune.training.fitting import fit
-    from qwen_tune.training.schedule import plan_schedule
+    from qwen_tune.training.batch_plan import choose_batch_plan, plan_schedule
 
     check_dtype(recipe.model)
     base = resolve_base(recipe.model, max_length_tokens=recipe.data.max_length_tokens)
     dtype = training_dtype(recipe.model, base)
     check_quantization(recipe.model, base)
     tokenizer = load_tokenizer(recipe.model, base)
-    untuned = is_untuned(base, tokenizer)
+    untuned = is_pretrained_only(base, tokenizer)
     data = prepare_data(recipe.data, ChatTemplate(tokenizer), seed=recipe.train.seed)
     packs = pack(data.train.examples, recipe.data)
-    choice = fit(recipe, base, dtype)
+    choice = choose_batch_plan(recipe, base, dtype)
     schedule = plan_schedule(recipe.train, choice, rows=len(packs))
     facts = record.start_facts(recipe, overrides, base, tokenizer, data, schedule, choice, dtype, untuned=untuned)
     facts |= check_resume(plan, run, facts, schedule.max_steps)
@@ -108,11 +108,11 @@ def train(
     if dry_run:
         return
 
-    bring_in("trl.trainer.sft_trainer")
-    from qwen_tune.model.adapter_config import lora_config
-    from qwen_tune.model.adapter_writer import AdapterWriter, save_adapter
-    from qwen_tune.training.processes import recording
-    from qwen_tune.training.shortages import advising
+    import_without_gc("trl.trainer.sft_trainer")
+    from qwen_tune.artifacts.adapter_writer import AdapterWriter, save_adapter
+    from qwen_tune.model.adapter import lora_config
+    from qwen_tune.training.batch_plan import explain_out_of_memory
+    from qwen_tune.training.recording import recording
     from qwen_tune.training.trainer import build_trainer
 
     quantization = quantization_config(recipe.model, dtype)
@@ -124,12 +124,16 @@ def train(
     summary.show_adapter(trainer.model, trainer.fused)
     facts |= record.model_facts(trainer)
     kept = recording(run, text, plan, facts, trainer.accelerator, overwrite=overwrite, resume=recipe.train.resume)
-    with kept, advising(recipe, choice), tracked(recipe, run.path, facts, plan) as trainer.metrics.trackers:
+    with (
+        kept,
+        explain_out_of_memory(recipe, choice),
+        tracked(recipe, run.path, facts, plan) as trainer.metrics.trackers,
+    ):
         before = trainer.loss_before(plan)
         try:
             trainer.train(plan.checkpoint)
         except Interrupted as error:
-            raise Interrupted(error.step, command_to_go_on(recipe_path, overrides, recipe)) from None
+            raise Interrupted(error.step, resume_command(recipe_path, overrides, recipe)) from None
         trainer.load_best()
         after = trainer.evaluation_loss()
         if is_main_process():
@@ -145,7 +149,7 @@ def train(
         merge_run(run)
     summary.show_end(run)
     if recipe.hub:
-        from qwen_tune.publishing.after_training import push_after_training
+        from qwen_tune.publishing.push import push_after_training
 
         push_after_training(run.path, recipe.hub)
 

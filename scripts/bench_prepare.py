@@ -138,11 +138,11 @@ def measure_qwen_tune(options: argparse.Namespace) -> dict[str, Any]:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     from transformers import AutoTokenizer
 
-    import qwen_tune.prepared.source_store  # noqa: F401  with all that it needs
+    import qwen_tune.data.source_store  # noqa: F401  with all that it needs
     from qwen_tune.chatml.fast_encoder import FastEncoder
     from qwen_tune.chatml.template import ChatTemplate
-    from qwen_tune.prepared.packing import pack
-    from qwen_tune.prepared.preparation import prepare_data
+    from qwen_tune.data.packing import pack
+    from qwen_tune.data.preparation import prepare_data
     from qwen_tune.recipe.schema import DataSpec, SourceSpec
 
     tokenizer = AutoTokenizer.from_pretrained(options.base)

@@ -13,7 +13,7 @@ over the fewest operations that a token takes (`training_bench/shapes.py`).
 Before the first step each side computes loss and gradient over the same few rows with the same adapters: a side that
 differs from qwen-tune by more than the tolerance in any round gets no ratio, and one that trains other parameters, on
 another share of labels, or under other checkpointing than the case says (`training_bench/fairness.py`). The exit code
-is 1 then, as it is for a loss that is no number and a gradient of zero. What was not run is in the result, with the
+is 1 then, as it is for a loss that is not finite and a gradient of zero. What was not run is in the result, with the
 reason. Prints progress on stderr and one JSON line at the end; with --out also after every measurement, so that a run
 that is cut off leaves what it had.
 """
@@ -43,7 +43,7 @@ from training_bench.sides import rows_needed, run_job
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = "bench_train result: "
 LONGEST_SECONDS = 300  # of one measurement
-OVERTIME = 1.2  # what was begun within the budget is ended behind so many times of it
+OVERTIME = 1.2  # what was begun within the budget is ended after so many times of it
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS)
     parser.add_argument("--rounds", type=int, help="times that every side is measured in a case")
-    parser.add_argument("--budget-seconds", type=float, help="start nothing new behind so many")
+    parser.add_argument("--budget-seconds", type=float, help="start nothing new after so many")
     parser.add_argument("--only", nargs="*", help="cases by name, such as '7b bfloat16 4096'")
     parser.add_argument("--sides", nargs="*", choices=SIDES, default=COMPARED)
     parser.add_argument("--unsloth-site", type=Path, help="folder of packages with Unsloth and what it wants")

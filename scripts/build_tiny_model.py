@@ -147,10 +147,10 @@ def build_tokenizer(phrases: Phrases) -> Qwen2Tokenizer:
     chats = take(draw_chats(phrases, SEED), TOKENIZER_CHATS)
     bpe.train_from_iterator((turn["content"] for chat in chats for turn in chat), trainer)
 
-    learnt = json.loads(bpe.to_str())["model"]
+    trained = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
-        vocab=learnt["vocab"],
-        merges=[tuple(merge) for merge in learnt["merges"]],
+        vocab=trained["vocab"],
+        merges=[tuple(merge) for merge in trained["merges"]],
         unk_token=None,
         model_max_length=CONTEXT_TOKENS,
     )
@@ -174,7 +174,7 @@ def build_config(tokenizer: Qwen2Tokenizer) -> Qwen3Config:
         head_dim=32,
         max_position_embeddings=CONTEXT_TOKENS,
         tie_word_embeddings=True,
-        # The usual 0.02 suits wide models: from there, one this narrow had hardly learnt to copy a name.
+        # The usual 0.02 suits wide models: from there, one this narrow had hardly trained to copy a name.
         initializer_range=0.06,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from templates import REVISIONS
 
+from qwen_tune.chatml.conversation import Conversation
 from qwen_tune.chatml.template import IGNORED, ChatTemplate
+from qwen_tune.data.messages import parse_messages, parse_tools
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
-from qwen_tune.rows.conversation import Conversation, parse_tools
-from qwen_tune.rows.messages import parse_messages
 
 TOOLS = [
     {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}},
@@ -37,7 +37,7 @@ def with_template(tokenizer, text: str) -> ChatTemplate:
     return ChatTemplate(tokenizer)
 
 
-def learned(example, tokenizer) -> list[str]:
+def supervised(example, tokenizer) -> list[str]:
     groups = itertools.groupby(zip(example.input_ids, example.labels, strict=True), key=lambda pair: pair[1] != IGNORED)
     return [tokenizer.decode([token for token, _ in group]) for is_learned, group in groups if is_learned]
 

@@ -72,7 +72,7 @@ def angles(model: PeftModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(model: PeftModel, hidden: Tensor, rotations: tuple[Tensor, Tensor]) -> Tensor:
-    """The residual stream behind the layers, under autocast where they are in 16 bits; hidden: (1, tokens, size)."""
+    """The residual stream after the layers, under autocast where they are in 16 bits; hidden: (1, tokens, size)."""
     narrow = hidden.dtype in (torch.bfloat16, torch.float16)
     context: AbstractContextManager[Any] = nullcontext()
     if narrow:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_iter
 
 HeadLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """The summed loss from hidden states (tokens, hidden), the output matrix (vocabulary, hidden), the ids that are to be
-predicted (tokens,), and the positions of those that carry loss."""
+predicted (tokens,), and the positions of those that are supervised."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -94,7 +94,7 @@ def trl_loss_of_labelled(hidden: Tensor, weight: Tensor, targets: Tensor, positi
 
 
 def our_loss(hidden: Tensor, weight: Tensor, targets: Tensor, positions: Tensor) -> Tensor:
-    """As `add_labelled_loss` computes it."""
+    """As `add_supervised_loss` computes it."""
     from qwen_tune.training.loss import summed_nll
 
     return summed_nll(hidden.index_select(0, positions), weight, targets.index_select(0, positions))

@@ -24,14 +24,14 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Expected:
-    """A sample: its text, what is learned of it as character ranges, and where text only looks like control tokens."""
+    """A sample: its text, its supervised character ranges, and where text only looks like control tokens."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
     literals: tuple[tuple[int, int], ...] = ()
 
     @property
-    def learned(self):
+    def supervised(self):
         return [self.text[start:end] for start, end in self.spans]
 
 

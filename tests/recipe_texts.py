@@ -1,4 +1,4 @@
-"""Recipes that several test files write down, and what is told about them."""
+"""Recipes that several test files write down, and what is reported about them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that several test files go on with."""
+"""A run that several test files resume with."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def run(folder: Path, monkeypatch, *overrides: str) -> Path:
 
 
 def copy_of(uninterrupted: Path, tmp_path: Path, *, at: str) -> Path:
-    """The same run as a kill would have left it behind a checkpoint."""
+    """The same run as a kill would have left it after a checkpoint."""
     folder = make_workspace(tmp_path)
     shutil.copytree(uninterrupted, folder / "run")
     for name in STEPS_LATER:

@@ -18,7 +18,7 @@ from training_bench.shapes import LINEAR, Shape, flops
 from qwen_tune.chatml.template import IGNORED
 from qwen_tune.fused.install import fuse
 from qwen_tune.training.batches import PackCollator
-from qwen_tune.training.loss import add_labelled_loss
+from qwen_tune.training.loss import add_supervised_loss
 
 # A quarter of Qwen2.5-0.5B's width and a sixth of its layers; head and adapters have the share that they have there.
 QUARTER = Shape("quarter", 224, 1216, 4, 14, 2, 6332, True)
@@ -39,7 +39,7 @@ def step_flops(*, ours: bool, checkpointing: bool = False) -> float:
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(**QUARTER.config(), attn_implementation="sdpa"))
     if ours:
-        add_labelled_loss(model)
+        add_supervised_loss(model)
     tuned = get_peft_model(model, LoraConfig(r=RANK, target_modules=list(LINEAR))).train()
     if ours:
         assert fuse(tuned).reasons == {}
@@ -63,7 +63,7 @@ def step_flops(*, ours: bool, checkpointing: bool = False) -> float:
 
 
 def pack() -> dict[str, Any]:
-    """Samples of random ids whose last tokens carry loss."""
+    """Samples of random ids whose last tokens are supervised."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, QUARTER.vocab_size, (sum(LENGTHS),), generator=generator).tolist()
     labels = []

@@ -20,7 +20,7 @@ _OPEN_PROMPT = "    {{- '<|im_start|>assistant\\n<think>\\n' }}\n{%- endif %}"
 class Revision:
     """A template and what its family is known to do with reasoning, from the family's documentation.
 
-    `reasoning`: rendered from the key `reasoning_content`, taken from the content behind a prompt that opens a think
+    `reasoning`: rendered from the key `reasoning_content`, taken from the content after a prompt that opens a think
     block, or not known at all. `drops`: what the template passes over without a word. `parses_blocks`: it takes a
     think block out of the content by itself. `variables`: what a row may set, beside the switches of thinking.
     """

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from qwen_tune.errors import ModelError
 from qwen_tune.merging.merge import merge
-from qwen_tune.model.adapter_config import target_modules
+from qwen_tune.model.adapter import target_modules
 from qwen_tune.recipe.schema import LoraSpec
 from qwen_tune.train import train
 
@@ -72,9 +72,9 @@ def test_what_is_saved_is_what_was_trained_and_merges(workspace, monkeypatch, ki
 
 def held_out_loss(model, path: Path, monkeypatch, workspace: Path) -> float:
     from qwen_tune.chatml.template import IGNORED, ChatTemplate
+    from qwen_tune.data.preparation import prepare_data
     from qwen_tune.model.base import BaseCheckpoint
     from qwen_tune.model.tokenizer import load_tokenizer
-    from qwen_tune.prepared.preparation import prepare_data
     from qwen_tune.recipe.files import load_recipe
 
     recipe = load_recipe(path / "recipe.yaml")

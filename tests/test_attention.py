@@ -17,7 +17,7 @@ from qwen_tune.machine import repeats_key_heads
 from qwen_tune.model.attention import VARLEN, choose_attention, needs_no_mask
 from qwen_tune.recipe.schema import ModelSpec
 from qwen_tune.training.batches import PackCollator
-from qwen_tune.training.loss import add_labelled_loss
+from qwen_tune.training.loss import add_supervised_loss
 
 # PEFT uses names that Transformers is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -83,7 +83,7 @@ def test_every_token_of_a_pack_costs_what_it_costs_alone(config, window, fused):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config(**SHAPE, **windows), attn_implementation=attention)
         assert set(model.config.layer_types) == {"sliding_attention" if window else "full_attention"}
-        add_labelled_loss(model)
+        add_supervised_loss(model)
         tuned = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
         if fused:
             assert fuse(tuned).reasons == {}

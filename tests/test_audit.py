@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qwen_tune.chatml.template import ChatTemplate
-from qwen_tune.prepared.audit import BARS, Found, audit
-from qwen_tune.prepared.preparation import prepare_data
+from qwen_tune.data.preparation import prepare_data
+from qwen_tune.preview.audit import BARS, Found, audit
 from qwen_tune.recipe.schema import DataSpec
 
 pytestmark = pytest.mark.usefixtures("own_folder")

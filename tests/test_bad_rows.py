@@ -13,10 +13,10 @@ import pyarrow
 import pytest
 from conftest import TINY
 
+from qwen_tune.data.messages import LOSS_KEYS
+from qwen_tune.data.sources import load_sources
 from qwen_tune.errors import SHOWN_PROBLEMS, DataError, Problem
 from qwen_tune.recipe.schema import SourceSpec
-from qwen_tune.rows.parts import LOSS_KEYS
-from qwen_tune.rows.sources import load_sources
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -47,7 +47,7 @@ def sharegpt(*turns: object) -> bytes:
 HUMAN = {"from": "human", "value": "q"}
 GPT = {"from": "gpt", "value": "a"}
 
-# Each stands behind a good row, in line 2: what is wrong with it.
+# Each stands after a good row, in line 2: what is wrong with it.
 BAD_LINES: dict[str, tuple[bytes, str]] = {
     "an empty answer": (answer(""), "messages[1] (assistant) has blank content"),
     "a blank answer": (answer(" \n\t"), "blank content"),
@@ -59,7 +59,7 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "an object for an answer": (answer({"text": "a"}), "content is an object"),
     "a part that is an image": (answer([{"type": "image_url", "image_url": {}}]), "not yet: messages[1].content[0]"),
     "the assistant first": (chat(ANSWER), "the first turn is from the assistant"),
-    "the assistant behind the system": (chat({"role": "system", "content": "s"}, ANSWER), "first turn is from the ass"),
+    "the assistant after the system": (chat({"role": "system", "content": "s"}, ANSWER), "first turn is from the ass"),
     "a tool first": (chat({"role": "tool", "content": "1"}, ANSWER), "the first turn is from the tool"),
     "the user last": (chat(USER, ANSWER, USER), "the last turn is from the user"),
     "no assistant": (chat(USER), "there is no assistant turn"),
@@ -155,7 +155,7 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "a list that does not end": ("rows.json", b"[" + LINE, ":2: expected a comma or the end of the list"),
     "a list of lists": ("rows.json", b"[\n[1]]", ":2: the row is a list"),
     "an empty list": ("rows.json", b"[]", ":1: the file is empty"),
-    "more behind the list": ("rows.json", b"[" + LINE.strip() + b"]\n[]", ":2: there is more behind the list"),
+    "more after the list": ("rows.json", b"[" + LINE.strip() + b"]\n[]", ":2: there is more after the list"),
     "CSV with a value too few": ("rows.csv", b"prompt,completion\nq,a\nq\n", ":3: the row has 1 values"),
     "CSV without rows": ("rows.csv", b"prompt,completion\n", ":1: the file holds a header and no rows"),
     "CSV with a name twice": ("rows.csv", b"prompt,prompt\nq,a\n", ":1: the header names prompt twice"),

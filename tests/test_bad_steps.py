@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is no number, or far above guessing: what a run says of them, and what it does."""
+"""Steps whose loss or gradient is not finite, or far above guessing: what a run says of them, and what it does."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def breaking(workspace):
 def where_it_breaks(folder: Path, monkeypatch, *overrides: str) -> int:
     with pytest.raises(TrainingError) as told:
         run(folder, monkeypatch, "model.base=./breaking", *RUN, *overrides)
-    assert "the loss and the gradient norm are no numbers; its rows are rows.jsonl:20. Fix: mend" in str(told.value)
+    assert "the loss and the gradient norm are not finite; its rows are rows.jsonl:20. Fix: fix" in str(told.value)
     assert "train.on_bad_step=skip" in str(told.value)
     record = facts(folder / "run")
     assert (record["state"], record["exit"]) == ("failed", 2)
@@ -72,7 +72,7 @@ def where_it_breaks(folder: Path, monkeypatch, *overrides: str) -> int:
 
 
 def test_a_run_stops_there_names_the_row_and_goes_on_without_the_step(breaking, monkeypatch, capsys):
-    # Logged seldom: what happened is found out later, and told of the step that it happened in.
+    # Logged seldom: what happened is detected later, and told of the step that it happened in.
     step = where_it_breaks(breaking, monkeypatch, "train.logging_steps=50", "train.save_steps=1")
     kept = facts(breaking / "run")["checkpoints"][-1]
     assert kept == f"step-{step - 1}"
@@ -86,7 +86,7 @@ def test_a_run_stops_there_names_the_row_and_goes_on_without_the_step(breaking, 
     }
     assert all(tensor.isfinite().all() for tensor in adapters[step + 2].values())
     assert any(not torch.equal(adapters[step][name], adapters[step + 2][name]) for name in adapters[step])
-    # The same from the beginning, and after a kill behind the step.
+    # The same from the beginning, and after a kill after the step.
     whole = run(breaking, monkeypatch, *until, "train.on_bad_step=skip", "run.dir=whole")
     assert weights(whole) == weights(resumed)
     leave_unfinished(whole, "step-9")
@@ -98,9 +98,9 @@ def test_a_step_that_is_left_out_changes_nothing(breaking, monkeypatch):
     step = where_it_breaks(breaking, monkeypatch, "train.save_steps=null")
     settings = ("model.base=./breaking", *RUN, "train.save_steps=1")
     path = run(breaking, monkeypatch, *settings, "train.on_bad_step=skip", "run.dir=skips", "train.weight_decay=0.1")
-    before, behind = (path / "checkpoints" / f"step-{n}" for n in (step - 1, step))
+    before, after = (path / "checkpoints" / f"step-{n}" for n in (step - 1, step))
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
-        assert (before / name).read_bytes() == (behind / name).read_bytes()
+        assert (before / name).read_bytes() == (after / name).read_bytes()
 
 
 def test_a_ruined_model_is_never_saved(breaking, monkeypatch):
@@ -109,7 +109,7 @@ def test_a_ruined_model_is_never_saved(breaking, monkeypatch):
     lines = (breaking / "rows.jsonl").read_text().splitlines(keepends=True)
     (breaking / "clean.jsonl").write_text("".join(lines[:5]))
     settings = ("model.base=./breaking", *RUN, "train.logging_steps=100", "train.save_steps=100", *early)
-    with pytest.raises(TrainingError, match=r"step \d+: the loss and the gradient norm are no numbers"):
+    with pytest.raises(TrainingError, match=r"step \d+: the loss and the gradient norm are not finite"):
         run(breaking, monkeypatch, *settings)
     assert not (breaking / "run" / "checkpoints").exists()
     assert "NaN" not in (breaking / "run" / "run.json").read_text()
@@ -144,9 +144,9 @@ def test_what_is_bad():
     assert seen.mean_loss() == pytest.approx((2.4 + 2 * guessing) / 2)
     assert math.isnan(seen.mean_loss())
     _, bad = watch([[1.0, 1.0, math.inf]], [1.0])
-    assert str(bad[0]) == "the loss is no number; its rows are 1:[2]"
+    assert str(bad[0]) == "the loss is not finite; its rows are 1:[2]"
     _, bad = watch([[1.0]], [math.nan])
-    assert str(bad[0]) == "the gradient norm is no number; its rows are 1:None"
+    assert str(bad[0]) == "the gradient norm is not finite; its rows are 1:None"
     _, bad = watch([[1.0]], [math.inf], judges_gradients=False)
     assert not bad
 

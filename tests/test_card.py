@@ -88,9 +88,9 @@ def test_a_card_tells_what_changed_on_the_way_and_names_no_folder():
     ]
     bad = [{"step": step, "loss": None, "grad_norm": None, "rows": ["canary.jsonl:3"]} for step in (4, 99)]
     card = compose(replace(ABOUT, facts={"steps": 12, "drift": drift, "bad_steps": bad}))
-    changes = "`train.learning_rate` from 0.001 to 0.0005 behind step 6, `data.train[0].path` behind step 9"
+    changes = "`train.learning_rate` from 0.001 to 0.0005 after step 6, `data.train[0].path` after step 9"
     assert f"| Changed on the way | {changes} |" in card
-    assert "| Steps left out | 1, as their loss was no number" in card
+    assert "| Steps left out | 1, as their loss was not finite" in card
     assert "canary" not in card
 
 

@@ -6,7 +6,7 @@ import copy
 import json
 
 import pytest
-from conversations import TOOLS, conversation, data, for_each_template, learned, with_template
+from conversations import TOOLS, conversation, data, for_each_template, supervised, with_template
 from hypothesis import event
 from hypothesis import strategies as st
 from oracle import RefusedError, expected_labels, expected_samples
@@ -14,7 +14,7 @@ from templates import REVISIONS
 
 from qwen_tune.chatml.encoder import tokenize
 from qwen_tune.chatml.template import IGNORED, ChatTemplate, render_samples
-from qwen_tune.rows.errors import RowError
+from qwen_tune.errors import RowError
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_qwen2_5_chats_stay_one_sample_and_leave_the_injected_system_text_alone(
         {"role": "assistant", "content": "ok"},
     ]
     [example] = tokenize(conversation(chat), template["qwen2_5"], data())
-    assert learned(example, template["qwen2_5"].tokenizer) == ["hello<|im_end|>", "ok<|im_end|>"]
+    assert supervised(example, template["qwen2_5"].tokenizer) == ["hello<|im_end|>", "ok<|im_end|>"]
     assert text_of(example, template).startswith("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud.")
 
 
@@ -172,18 +172,18 @@ def test_qwen3_splits_where_the_history_loses_its_thinking(template):
     ]
     first, second = tokenize(conversation(chat), template["qwen3"], data())
     tokenizer = template["qwen3"].tokenizer
-    assert learned(first, tokenizer) == ["<think>\na greeting\n</think>\n\nhello<|im_end|>"]
+    assert supervised(first, tokenizer) == ["<think>\na greeting\n</think>\n\nhello<|im_end|>"]
     # The empty think block belongs to the prompt: learning it would teach a hybrid model never to think.
-    assert learned(second, tokenizer) == ["ok<|im_end|>"]
+    assert supervised(second, tokenizer) == ["ok<|im_end|>"]
     assert "a greeting" not in text_of(second, template)
     assert text_of(second, template).endswith("<think>\n\n</think>\n\nok<|im_end|>\n")
 
 
 def test_blank_reasoning_is_none(template):
-    """It must not switch thinking on: an empty think block would be learned."""
+    """It must not switch thinking on: an empty think block would be supervised."""
     blank = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": " \n"}]
     [example] = tokenize(conversation(blank), template["qwen3"], data())
-    assert learned(example, template["qwen3"].tokenizer) == ["a<|im_end|>"]
+    assert supervised(example, template["qwen3"].tokenizer) == ["a<|im_end|>"]
     with pytest.raises(RowError, match="does not reason"):
         tokenize(conversation(blank), template["qwen3"], data(thinking="require"))
 
@@ -216,7 +216,7 @@ def test_a_blank_inline_think_block_is_none(template):
     for block in ("<think></think>", "<think>\n \n</think>\n\n"):
         chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": block + "a"}]
         [example] = tokenize(conversation(chat), template["qwen3"], data(thinking="off"))
-        assert learned(example, template["qwen3"].tokenizer) == ["a<|im_end|>"]
+        assert supervised(example, template["qwen3"].tokenizer) == ["a<|im_end|>"]
 
 
 def test_control_tokens_in_inline_thinking_are_told_apart_too(template):
@@ -233,7 +233,7 @@ def test_a_token_across_the_boundary_is_context_and_counted(template):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "\n\nanswer"}]
     [example] = tokenize(conversation(chat), ChatTemplate(tokenizer), data())
     assert example.straddling == 1
-    assert learned(example, tokenizer) == ["\nanswer<|im_end|>"]
+    assert supervised(example, tokenizer) == ["\nanswer<|im_end|>"]
 
 
 def test_all_learns_every_token_but_the_first(template):
@@ -253,8 +253,8 @@ def test_a_checkpoint_that_thinks_in_its_content_gets_the_reasoning_there(templa
     chat = [{"role": "user", "content": "q"}, first, {"role": "user", "content": "q"}, {**first, "content": "b"}]
     one, other = tokenize(conversation(chat), template["qwq"], data())
     tokenizer = template["qwq"].tokenizer
-    assert learned(one, tokenizer) == ["r\n</think>\n\na<|im_end|>"]
-    assert learned(other, tokenizer) == ["r\n</think>\n\nb<|im_end|>"]
+    assert supervised(one, tokenizer) == ["r\n</think>\n\na<|im_end|>"]
+    assert supervised(other, tokenizer) == ["r\n</think>\n\nb<|im_end|>"]
     assert text_of(other, template).count("<think>") == 1
 
 
@@ -262,7 +262,7 @@ def test_a_checkpoint_that_always_thinks_learns_what_the_row_shows(template):
     """Its prompt is the same with thinking and without: a turn without reasoning closes the block at once."""
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     [example] = tokenize(conversation(chat), template["qwen3_thinking_2507"], data())
-    assert learned(example, template["qwen3_thinking_2507"].tokenizer) == ["\n</think>\n\na<|im_end|>"]
+    assert supervised(example, template["qwen3_thinking_2507"].tokenizer) == ["\n</think>\n\na<|im_end|>"]
 
 
 def test_a_bare_function_is_served_as_a_tool(template):

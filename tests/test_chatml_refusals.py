@@ -6,13 +6,12 @@ import copy
 from dataclasses import replace
 
 import pytest
-from conversations import TOOLS, conversation, data, learned, with_template
+from conversations import TOOLS, conversation, data, supervised, with_template
 from templates import REVISIONS
 
 from qwen_tune.chatml.encoder import tokenize
 from qwen_tune.chatml.template import ChatTemplate, render_samples
-from qwen_tune.errors import ModelError
-from qwen_tune.rows.errors import RowError
+from qwen_tune.errors import ModelError, RowError
 
 CALL = {
     "role": "assistant",
@@ -65,7 +64,7 @@ def test_learning_all_of_a_text_keeps_the_other_rules(template):
         ("qwen2_5", [{"role": "assistant", "content": "a <|im_end|> b"}], {}, r"control token <\|im_end\|>"),
         ("qwen3", [{"role": "assistant", "content": "r</think>a"}], {}, "not opened"),
         ("qwen3", [{"role": "assistant", "content": "a <think>r</think>"}], {}, "not at the start"),
-        ("qwen3", [{"role": "assistant", "content": "<think>r</think> \n"}], {}, "no answer behind"),
+        ("qwen3", [{"role": "assistant", "content": "<think>r</think> \n"}], {}, "no answer after"),
         (
             "qwen3",
             [{"role": "assistant", "content": "a", "reasoning_content": "<think>r</think>"}],
@@ -194,7 +193,7 @@ def test_a_template_without_thinking_cannot_require_it(template):
         tokenize(conversation(chat), template["qwen2_5"], data(thinking="require"))
     # There, think tags are a text like any other: what the template does not know it cannot switch off.
     [example] = tokenize(conversation(chat), template["qwen2_5"], data(thinking="off"))
-    assert learned(example, template["qwen2_5"].tokenizer) == ["<think>\nr\n</think>\n\na<|im_end|>"]
+    assert supervised(example, template["qwen2_5"].tokenizer) == ["<think>\nr\n</think>\n\na<|im_end|>"]
 
 
 def test_a_lost_argument_is_missed(template, tiny_tokenizer):

@@ -12,8 +12,8 @@ from conftest import make_workspace
 from resuming import copy_of, facts, leave_unfinished, run, weights
 
 from qwen_tune.errors import MergeError, QwenTuneError, RunError, TrainingError
+from qwen_tune.evaluation.chat import ChatModel
 from qwen_tune.merging.merge import merge
-from qwen_tune.model.chat import ChatModel
 from qwen_tune.runs.checkpoints import fault_of, list_checkpoints
 
 pytest_plugins = ("resume_fixtures",)
@@ -42,7 +42,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(uninterrupted, tmp_path, 
     resumed = run(folder, monkeypatch)
     printed = capsys.readouterr().out
     assert "passed over checkpoint step-6: optimizer.safetensors is not as it was written" in " ".join(printed.split())
-    assert "going on from step-3" in printed
+    assert "resuming from step-3" in printed
     assert weights(resumed) == weights(uninterrupted)
 
 

@@ -1,4 +1,4 @@
-"""The commands as users start them: real processes, real files, and what they leave behind."""
+"""The commands as users start them: real processes, real files, and what they leave after."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_a_finished_run_has_nothing_to_do_and_a_dry_run_writes_nothing(qwen_tune
     other = qwen_tune("train", "recipe.yaml", "train.max_steps=1", "train.seed=7", cwd=workspace)
     assert (other.returncode, "of another recipe (train.seed was 42, now 7)" in other.stderr) == (2, True)
     more = qwen_tune("train", "recipe.yaml", "train.max_steps=2", cwd=workspace)
-    assert (more.returncode, "it has no checkpoint to go on from" in more.stderr) == (2, True)
+    assert (more.returncode, "it has no checkpoint to resume from" in more.stderr) == (2, True)
 
 
 def test_an_installed_copy_trains_too(workspace, tmp_path_factory):

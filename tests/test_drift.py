@@ -11,7 +11,7 @@ from resuming import copy_of, facts, leave_unfinished, rates, run, weights, writ
 
 from qwen_tune.errors import RecipeError, RunError
 from qwen_tune.recipe.files import load_recipe
-from qwen_tune.recipe.same_facts import FACTS, drift_names, is_drift_name
+from qwen_tune.recipe.rules import FACTS, drift_names, is_drift_name
 from qwen_tune.runs.directory import RunDir
 from qwen_tune.runs.drift import recipe_drift
 from qwen_tune.train import train
@@ -60,7 +60,7 @@ def test_changed_rows_or_weights_are_noticed(uninterrupted, tmp_path, monkeypatc
 @pytest.mark.parametrize("arguments", [{}, {"overwrite": True}])
 def test_a_checkpoint_is_not_asked_for_where_there_is_none_to_go_on_from(workspace, monkeypatch, arguments):
     monkeypatch.chdir(workspace)
-    with pytest.raises(RunError, match="there is no run here to go on with"):
+    with pytest.raises(RunError, match="there is no run here to resume with"):
         train("recipe.yaml", ["run.dir=fresh", "train.resume=elsewhere/step-3"], **arguments)
     assert not (workspace / "fresh").exists()
 

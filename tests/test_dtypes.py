@@ -9,11 +9,11 @@ import torch
 from resuming import leave_unfinished, losses, weights
 from safetensors import safe_open
 
+from qwen_tune.evaluation.chat import ChatModel
+from qwen_tune.evaluation.verification import compare_merged
+from qwen_tune.hardware import automatic_cpu_dtype
 from qwen_tune.machine import cpu_bfloat16_units, device_name
 from qwen_tune.merging.merge import merge
-from qwen_tune.merging.verification import compare_merged
-from qwen_tune.model.chat import ChatModel
-from qwen_tune.model.dtypes import automatic_cpu_dtype
 from qwen_tune.train import train
 
 pytestmark = [

@@ -18,13 +18,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qwen_tune.chatml import encoder as encoder_module
 from qwen_tune.chatml import fast_encoder
+from qwen_tune.chatml.conversation import Conversation, Message
 from qwen_tune.chatml.encoder import Encoder, tokenize
 from qwen_tune.chatml.fast_encoder import FastEncoder, FastEncoderError, probes
 from qwen_tune.chatml.template import IGNORED, ChatTemplate, RenderedSample, render_samples
 from qwen_tune.errors import ModelError
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
-from qwen_tune.rows.conversation import Conversation
-from qwen_tune.rows.messages import Message
 
 CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 MARKUP = ("<tool_call>", "</think>", "<think>", "<|im_", "im_end|>")
@@ -99,7 +98,7 @@ def samples(draw):
 def same(one, other) -> None:
     assert one.ids.tolist() == other.ids.tolist()
     assert one.lengths.tolist() == other.lengths.tolist()
-    assert one.learned.tolist() == other.learned.tolist()
+    assert one.loss_mask.tolist() == other.loss_mask.tolist()
     assert one.straddling.tolist() == other.straddling.tolist()
     assert one.ended.tolist() == other.ended.tolist()
 
@@ -107,20 +106,20 @@ def same(one, other) -> None:
 def alone(encoded, index: int) -> tuple[list[int], list[bool]]:
     stop = int(encoded.lengths[: index + 1].sum())
     part = slice(stop - int(encoded.lengths[index]), stop)
-    return encoded.ids[part].tolist(), encoded.learned[part].tolist()
+    return encoded.ids[part].tolist(), encoded.loss_mask[part].tolist()
 
 
 def by_definition(sample: RenderedSample, tokenizer) -> tuple[list[int], list[bool], int, bool]:
     """Ids and mask as `shared` ranges say it: the tokens that lie in them whole, but for the first of all."""
     encoding = tokenizer(sample.text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-    learned = [any(a <= start and end <= b for a, b in sample.spans) for start, end in offsets]
+    supervised = [any(a <= start and end <= b for a, b in sample.spans) for start, end in offsets]
     straddling = sum(any(start < a < end for start, end in offsets) for a, b in sample.spans)
     ended = True
     for a, b in sample.spans:
         inside = [token for token, (start, end) in zip(ids, offsets, strict=True) if a <= start and end <= b]
         ended = ended and bool(inside) and inside[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    return ids, [False, *learned[1:]] if learned else [], straddling, ended
+    return ids, [False, *supervised[1:]] if supervised else [], straddling, ended
 
 
 @pytest.mark.parametrize("which", ["tiny", "real"])
@@ -134,9 +133,9 @@ def test_the_fast_way_gives_what_the_tokenizer_gives(request, which, drawn):
     assert fast._fast is not None
     same(one, other)
     for index, sample in enumerate(drawn):
-        ids, learned, straddling, ended = by_definition(sample, exact.tokenizer)
+        ids, supervised, straddling, ended = by_definition(sample, exact.tokenizer)
         if unicodedata.is_normalized("NFC", sample.text):
-            assert alone(other, index) == (ids, learned)
+            assert alone(other, index) == (ids, supervised)
             assert (int(other.straddling[index]), bool(other.ended[index])) == (straddling, ended)
         else:
             assert alone(other, index)[0] == ids
@@ -170,7 +169,7 @@ def test_batches_do_not_matter(tiny):
     whole = fast.encode(drawn)
     one_by_one = [fast.encode([sample]) for sample in drawn]
     assert whole.ids.tolist() == [token for part in one_by_one for token in part.ids.tolist()]
-    assert whole.learned.tolist() == [flag for part in one_by_one for flag in part.learned.tolist()]
+    assert whole.loss_mask.tolist() == [flag for part in one_by_one for flag in part.loss_mask.tolist()]
     assert whole.straddling.tolist() == [part.straddling[0] for part in one_by_one]
     same(whole, exact.encode(drawn))
 
@@ -181,7 +180,7 @@ def test_nothing_is_encoded_to_nothing(tiny):
         assert (len(nothing.ids), len(nothing.lengths), len(nothing.ended)) == (0, 0, 0)
         empty = encoder.encode([RenderedSample("", ()), RenderedSample("a", ((0, 1),)), RenderedSample("", ())])
         assert empty.lengths.tolist() == [0, 1, 0]
-        assert not empty.learned.any()
+        assert not empty.loss_mask.any()
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -216,11 +215,11 @@ def test_tokenize_is_the_exact_way(tiny_tokenizer):
     chat = Conversation("r:1", "r", (Message("user", "a question"), Message("assistant", "an\nanswer 🙂")))
     [sample] = render_samples(chat, template, spec())
     [example] = tokenize(chat, template, spec())
-    ids, learned, straddling, _ = by_definition(sample, tiny_tokenizer)
+    ids, supervised, straddling, _ = by_definition(sample, tiny_tokenizer)
     assert example.input_ids == ids
-    assert [label != IGNORED for label in example.labels] == learned
+    assert [label != IGNORED for label in example.labels] == supervised
     assert [label for label in example.labels if label != IGNORED] == [
-        token for token, flag in zip(ids, learned, strict=True) if flag
+        token for token, flag in zip(ids, supervised, strict=True) if flag
     ]
     assert example.straddling == straddling
 
@@ -327,8 +326,8 @@ CHANGES = {
     "an added token": _added(),
     "an added word": _added(single_word=True),
     "an added token that takes blanks before": _added(lstrip=True),
-    "an added token that takes blanks behind": _added(rstrip=True),
-    "ends that take blanks behind": _strips_around_ends,
+    "an added token that takes blanks after": _added(rstrip=True),
+    "ends that take blanks after": _strips_around_ends,
     "dropout": lambda backend: setattr(backend.model, "dropout", 0.5),
 }
 
@@ -391,7 +390,7 @@ def test_a_fast_encoder_that_goes_wrong_is_found_out(tiny_tokenizer):
     ids = tiny_tokenizer.backend_tokenizer.encode
     differs = next(text for text in probes(["QQ"]) if encoder._fast.encode(text).tolist() != ids(text).ids)
     with pytest.raises(FastEncoderError):
-        encoder.encode([RenderedSample(differs, ((0, 1),))] * (encoder_module.PROVED_EVERY + 1))
+        encoder.encode([RenderedSample(differs, ((0, 1),))] * (encoder_module.CHECKED_EVERY + 1))
 
 
 def test_it_starts_anew_where_it_would_fill_the_memory(tiny, monkeypatch):

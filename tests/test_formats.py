@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from qwen_tune.errors import Problem
+from qwen_tune.chatml.conversation import Conversation, Message, PlainTurns
+from qwen_tune.data.documents import TextRow, TokenizedRow
+from qwen_tune.data.formats import ACCEPTED, COLUMNS, FORMATS, recognise, to_training_row
+from qwen_tune.data.messages import parse_messages
+from qwen_tune.data.sources import SourceReader, iter_source
+from qwen_tune.errors import Problem, RowError
 from qwen_tune.recipe.schema import SourceSpec
-from qwen_tune.rows.conversation import Conversation
-from qwen_tune.rows.documents import TextRow, TokenizedRow
-from qwen_tune.rows.errors import RowError
-from qwen_tune.rows.formats import ACCEPTED, COLUMNS, FORMATS, recognise, to_training_row
-from qwen_tune.rows.messages import Message, PlainTurns, parse_messages
-from qwen_tune.rows.sources import SourceReader, iter_source
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -171,8 +170,8 @@ CALL = {"type": "tool_call", "tool_call": {"name": "f", "arguments": {}}}
         ([{"type": 5}], "content[0].type is the number 5"),
         ([{"type": "text"}], "content[0] has no text"),
         ([{"type": "text", "text": 5}], "content[0].text is the number 5"),
-        ([TEXT, REASON], "content[1] is reasoning behind the answer"),
-        ([CALL, TEXT], "content[1] is text behind a tool call"),
+        ([TEXT, REASON], "content[1] is reasoning after the answer"),
+        ([CALL, TEXT], "content[1] is text after a tool call"),
         ([{**TEXT, "train": False}], 'the key "train"'),
         ([{**CALL, "tool_call": "{"}], "content[0] is a string that is not JSON"),
         ([{**CALL, "tool_call": None}], "tool_calls[0] is null"),

@@ -18,7 +18,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from tuned_models import FUSED, KINDS, SIZES, batch, error, nodes, packed, randomize, results, tuned
 
-from qwen_tune.fused import attention, norm, rotation
+from qwen_tune.fused import attention
+from qwen_tune.fused import elementwise as norm
+from qwen_tune.fused import elementwise as rotation
 from qwen_tune.fused import mlp as fused_mlp
 from qwen_tune.fused.install import fuse, unfuse
 from qwen_tune.fused.lora_math import Projection

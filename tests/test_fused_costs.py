@@ -13,7 +13,7 @@ from layer_costs import adapted_layers, angles, forward, layer_costs
 from tuned_models import FUSED, KINDS, error, packed, results, tuned
 
 from qwen_tune.fused.install import fuse
-from qwen_tune.fused.trial import STEPS, compile_steps
+from qwen_tune.fused.self_check import STEPS, compile_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -53,7 +53,7 @@ def test_steps_that_cannot_be_compiled_stay_as_they_are(tmp_path):
     """In a process of its own: the compiler is looked for once."""
     script = (
         "import torch\n"
-        "from qwen_tune.fused.trial import STEPS, compile_steps\n"
+        "from qwen_tune.fused.self_check import STEPS, compile_steps\n"
         "print(compile_steps(torch.device('cpu'), torch.float32), any(step.compiled for step in STEPS))\n"
     )
     variables = environment(CXX="/bin/false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))

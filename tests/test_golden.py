@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from templates import REVISIONS
 
+from qwen_tune.chatml.conversation import Conversation
 from qwen_tune.chatml.template import ChatTemplate, render_samples
+from qwen_tune.data.messages import parse_messages, parse_tools
+from qwen_tune.errors import RowError
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
-from qwen_tune.rows.conversation import Conversation, parse_tools
-from qwen_tune.rows.errors import RowError
-from qwen_tune.rows.messages import parse_messages
 
 GOLDEN = Path(__file__).with_name("golden")
 
@@ -41,7 +41,7 @@ def rendered(row, template):
     )
     data = DataSpec(train=[SourceSpec(path="golden.jsonl")], **row.get("options", {}))
     return [
-        {"text": sample.text, "learned": [sample.text[slice(*span)] for span in sample.spans]}
+        {"text": sample.text, "supervised": [sample.text[slice(*span)] for span in sample.spans]}
         | ({"literals": [sample.text[slice(*span)] for span in sample.literals]} if sample.literals else {})
         for sample in render_samples(conversation, template, data)
     ]

@@ -1,4 +1,4 @@
-"""What only a GPU can show: steps in bfloat16, packs under every attention that is there, and going on from a save.
+"""What only a GPU can show: steps in bfloat16, packs under every attention that is there, and resuming from a save.
 
 `scripts/gpu_checks` runs these and times the shipped recipes.
 """
@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 from transformers.utils import is_flash_attn_2_available
 
 from qwen_tune.chatml.template import IGNORED
+from qwen_tune.evaluation.chat import ChatModel
+from qwen_tune.evaluation.verification import compare_merged
 from qwen_tune.fused.install import fuse
 from qwen_tune.merging.merge import merge
-from qwen_tune.merging.verification import compare_merged
 from qwen_tune.model.attention import VARLEN, needs_no_mask
-from qwen_tune.model.chat import ChatModel
 from qwen_tune.train import train
 from qwen_tune.training.batches import BatchShape, PackCollator
-from qwen_tune.training.loss import add_labelled_loss
+from qwen_tune.training.loss import add_supervised_loss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -96,7 +96,7 @@ def test_every_token_of_a_pack_costs_what_it_costs_alone(config, attention, shap
             inputs["attention_mask"] = dict.fromkeys(model.config.layer_types)
         logits = model(**inputs, use_cache=False).logits[0].float()
         packed = cross_entropy(logits[batch["labelled"]], batch["targets"], reduction="none")
-        add_labelled_loss(model)
+        add_supervised_loss(model)
         total = model(**batch)
     expected = torch.cat(alone)
     tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-4
@@ -121,7 +121,7 @@ def test_nothing_in_a_step_waits_for_the_gpu(trained):
 
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, attn_implementation=VARLEN)).to("cuda", torch.bfloat16)
-    add_labelled_loss(model, neftune_noise_alpha=5.0)
+    add_supervised_loss(model, neftune_noise_alpha=5.0)
     settings = LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=trained)
     model = get_peft_model(model, settings).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment
 
+from qwen_tune.distributed.launch import SET_BY_LAUNCHERS, launch, processes_to_start, visible_gpus
 from qwen_tune.errors import RunError
 from qwen_tune.recipe.schema import TrainSpec
-from qwen_tune.training.launch import SET_BY_LAUNCHERS, launch, processes_to_start, visible_gpus
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from qwen_tune.training.loss import (
     CHUNK_TOKENS,
     TokenRows,
-    add_labelled_loss,
     add_noise,
+    add_supervised_loss,
     embed,
     summed_nll,
     summed_nll_through,
@@ -156,17 +156,17 @@ def test_a_model_with_tied_heads_gets_the_plain_loss_and_gradients_over_several_
     )
     model = Qwen2ForCausalLM(config).double()
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    add_labelled_loss(model)
+    add_supervised_loss(model)
     tuned = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear")).double()
     trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
     for parameter in trained:
         torch.nn.init.normal_(parameter, std=0.1)
     ids = torch.randint(0, 400, (3, 401))
-    learned = torch.rand(3, 400) < 0.55
-    assert learned.sum() > 2 * CHUNK_TOKENS
+    supervised = torch.rand(3, 400) < 0.55
+    assert supervised.sum() > 2 * CHUNK_TOKENS
     logits = tuned(input_ids=ids[:, :-1], use_cache=False).logits
-    plain = cross_entropy(logits[learned], ids[:, 1:][learned], reduction="sum")
-    labelled = learned.flatten().nonzero().squeeze(1)
+    plain = cross_entropy(logits[supervised], ids[:, 1:][supervised], reduction="sum")
+    labelled = supervised.flatten().nonzero().squeeze(1)
     ours = tuned(input_ids=ids[:, :-1], labelled=labelled, targets=ids[:, 1:].flatten()[labelled])
     assert ours.item() == pytest.approx(plain.item(), rel=1e-12, abs=1e-10)
     for one, other in zip(

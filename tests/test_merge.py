@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from qwen_tune.disk import sha256
 from qwen_tune.errors import MergeError
+from qwen_tune.evaluation.verification import compare_merged, verify_merged
 from qwen_tune.merging.merge import merge
-from qwen_tune.merging.verification import compare_merged, verify_merged
 
 # PEFT 0.21 reads an alias that Transformers 5.23 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -17,9 +17,9 @@ import torch
 from conftest import ROOT, TINY, environment
 from made_checkpoints import LAYERS, MANY_LAYERS, rewrite, sha256, weights, write_adapter, write_base
 
+from qwen_tune.artifacts.directory import partial_directory
 from qwen_tune.errors import QwenTuneError
 from qwen_tune.merging.merge import merge
-from qwen_tune.merging.output_dir import partial_directory
 from qwen_tune.model.tensor_files import header
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -179,7 +179,7 @@ def test_no_room_is_told_and_what_is_whole_is_kept(tmp_path):
     )
     assert result.returncode == 2, result.stderr
     assert "there is no room for model-00008-of-00008.safetensors" in result.stderr
-    assert "it goes on behind the last whole file" in result.stderr
+    assert "it resumes after the last whole file" in result.stderr
     assert not (tmp_path / "model").exists()
     kept = sorted(file.name for file in (tmp_path / ".model.merging").glob("*.safetensors*"))
     assert kept == [f"model-0000{n}-of-00008.safetensors" for n in range(1, 8)] + ["model.safetensors.index.json"]
@@ -196,8 +196,8 @@ def test_a_full_disk_is_told_and_nothing_is_left(pair, small_disk, qwen_tune):
 
 
 def test_a_disk_that_fills_on_the_way(pair, small_disk, monkeypatch):
-    """What is free is told wrongly at the start, as by a quota."""
-    import qwen_tune.merging.output_dir as output_dir
+    """What is free is reported wrongly at the start, as by a quota."""
+    import qwen_tune.artifacts.directory as output_dir
 
     monkeypatch.setattr(output_dir, "SPARE_BYTES", -(1 << 40))
     with pytest.raises(QwenTuneError, match="there is no room for model"):

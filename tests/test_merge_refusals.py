@@ -168,7 +168,7 @@ DAMAGES = [
     (with_a_broken_pattern, "no regular expression"),
     (of_another_kind, "of the kind LOHA; expected LORA"),
     (started_from_the_base, "started by pissa_niter_16, which changes the base"),
-    (diverged, "values that are no numbers"),
+    (diverged, "values that are not finite"),
     (of_the_wrong_shape, "does not fit the base"),
     (overlapping, "do not follow those before it"),
     (no_json, "not a safetensors file"),

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_files import nearly, prose
 
+from qwen_tune.data.mixing import DUPLICATE, IN_EVALUATION, NEAR_DUPLICATE, NEAR_EVALUATION, RowTable, mix
+from qwen_tune.data.near_duplicates import near_groups, sketch
 from qwen_tune.errors import DataError
-from qwen_tune.prepared.mixing import DUPLICATE, IN_EVALUATION, NEAR_DUPLICATE, NEAR_EVALUATION, RowTable, mix
-from qwen_tune.prepared.near_duplicates import near_groups, sketch
 from qwen_tune.recipe.schema import DataSpec, EvalSpec, SourceSpec
 
 MANY = [f"question {number}" for number in range(40)]
@@ -27,7 +27,7 @@ def table(*sources: list[str]) -> RowTable:
     return RowTable(
         sources=np.repeat(np.arange(len(sources)), list(map(len, sources))),
         digests=digests,
-        lessons=digests,
+        supervision_digests=digests,
         sketches=sketch([text.encode() for text in texts]),
     )
 
@@ -65,8 +65,8 @@ def test_drawing_from_one_source_leaves_the_others_alone():
     alone = mix(table(MANY), DataSpec(train=[source(weight=0.25)]), seed=3)
     both = mix(table(MANY, few), DataSpec(train=[source(weight=0.25), source("few")]), seed=3)
     assert both.train.tolist() == [*alone.train.tolist(), 40, 41, 42]
-    behind = mix(table(few, MANY), DataSpec(train=[source("few"), source(weight=0.25)]), seed=3)
-    assert behind.train.tolist() == [0, 1, 2, *(alone.train + 3).tolist()]
+    after = mix(table(few, MANY), DataSpec(train=[source("few"), source(weight=0.25)]), seed=3)
+    assert after.train.tolist() == [0, 1, 2, *(alone.train + 3).tolist()]
 
 
 def test_the_order_of_a_file_decides_nothing():

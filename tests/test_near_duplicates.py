@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_tune.prepared.near_duplicates import BINS, EMPTY, SHORTEST_RUNS, near_groups, sketch
+from qwen_tune.data.near_duplicates import BINS, EMPTY, SHORTEST_RUNS, near_groups, sketch
 
 WORDS = [f"{a}{b}{c}" for a in ("ba", "ko", "ri", "tu", "me") for b in ("l", "n", "st", "r") for c in ("a", "os", "im")]
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_tune.chatml.template import IGNORED, ChatTemplate
-from qwen_tune.prepared.packing import best_fit_decreasing, pack, pack_by_source
-from qwen_tune.prepared.preparation import prepare_data
+from qwen_tune.data.packing import best_fit_decreasing, pack, pack_by_source
+from qwen_tune.data.preparation import prepare_data
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
 from qwen_tune.training.batches import PackCollator, pack_dataset
 

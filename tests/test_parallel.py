@@ -23,14 +23,13 @@ from hypothesis import strategies as st
 from templates import REVISIONS
 
 from qwen_tune.chatml.template import ChatTemplate
+from qwen_tune.data.files import in_ranges, read_rows
+from qwen_tune.data.parallel import WORTH_PROCESSES, Division, WorkerError, in_processes
+from qwen_tune.data.source_file import SourceFile, split_lines
+from qwen_tune.data.source_store import SourceStores
 from qwen_tune.errors import DataError, Problem
 from qwen_tune.machine import usable_cores
-from qwen_tune.prepared.parallel import WORTH_PROCESSES, Division
-from qwen_tune.prepared.source_store import SourceStores
-from qwen_tune.prepared.workers import WorkerError, in_processes
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
-from qwen_tune.rows.files import in_ranges, read_rows
-from qwen_tune.rows.source_file import SourceFile, split_lines
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
 pytestmark = LINUX

@@ -1,4 +1,4 @@
-"""Paths that nobody can use, wherever a user may write one: a message and exit code 2, with nothing left behind."""
+"""Paths that nobody can use, wherever a user may write one: a message and exit code 2, with nothing left after."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from conftest import TINY, environment
 from recipe_texts import mapping, told
 
+from qwen_tune.disk import TEXT_LIMIT_BYTES, UnreadableError, path_fault, read_text_file
 from qwen_tune.errors import DataError, RunError
-from qwen_tune.paths import TEXT_LIMIT_BYTES, UnreadableError, path_fault, read_text_file
 from qwen_tune.runs.directory import RunDir
 
 LONG = "folder/" + "x" * 5000
@@ -170,7 +170,7 @@ def test_a_run_that_cannot_be_written_is_refused_before_anything_is_loaded(works
 
 
 def test_no_home_folder(monkeypatch):
-    from qwen_tune.cache import cache_folder
+    from qwen_tune.data.cache import cache_folder
 
     monkeypatch.delenv("QWEN_TUNE_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

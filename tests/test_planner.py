@@ -22,20 +22,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from qwen_tune.errors import ModelError, QwenTuneError
+from qwen_tune.families.shape import Shape, read_shape
 from qwen_tune.fused.install import fuse
-from qwen_tune.model.adapter_config import lora_config
-from qwen_tune.model.attention import LARGEST_HEAD as CHOSEN_LARGEST_HEAD
+from qwen_tune.hardware import GIB, GPUS, choose_attention, find_gpu, kernel_of
+from qwen_tune.model.adapter import lora_config
 from qwen_tune.model.attention import VARLEN
-from qwen_tune.model.shape import Shape, read_shape
 from qwen_tune.planner.activations import LEVELS, LOSS_CHUNK, kept
 from qwen_tune.planner.adapter import read_adapter
 from qwen_tune.planner.choice import LARGEST_MASKED_TOKENS, choose, levels, usable_bytes
-from qwen_tune.planner.gpus import GIB, GPUS, find_gpu
-from qwen_tune.planner.job import LARGEST_HEAD, Job, attention_on, read_job
+from qwen_tune.planner.estimate import flops, tokens_per_second
+from qwen_tune.planner.job import Job, read_job
 from qwen_tune.planner.memory import int8_bytes, memory, nf4_bytes, optimizer_bytes
-from qwen_tune.planner.speed import flops, tokens_per_second
 from qwen_tune.recipe.files import load_recipe
-from qwen_tune.training.loss import CHUNK_TOKENS, add_labelled_loss
+from qwen_tune.training.loss import CHUNK_TOKENS, add_supervised_loss
 
 # PEFT and TRL use names that Transformers is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -54,7 +53,7 @@ def model_of(kind: str, dtype: torch.dtype, attention: str, **lora: Any) -> nn.M
     sizes = {key: value for key, value in LAYERS[kind].items() if key != "model_type"}
     made = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[kind](**sizes)
     model = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation=attention)
-    add_labelled_loss(model)
+    add_supervised_loss(model)
     model = get_peft_model(model, lora_config(model, made_recipe(lora=lora).lora))
     for parameter in model.parameters():
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
@@ -104,7 +103,7 @@ def small_job(kind: str, dtype: torch.dtype, attention: str, *, fused: bool, **l
     )
     name: Any = str(dtype).removeprefix("torch.")
     counted = read_job(recipe, read_shape(LAYERS[kind], kind), dtype=name, attention=attention, on_gpu=False)
-    return replace(counted, labelled_share=SHARE)
+    return replace(counted, supervised_share=SHARE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -140,7 +139,7 @@ def test_what_a_forward_keeps_is_what_is_counted(kind, dtype, attention, checkpo
         model.enable_input_require_grads()
     counted_job = small_job(kind, dtype, attention, fused=fused, **lora)
     counted = kept(counted_job, 1, checkpointing)
-    # The mask that layers share, and rotary tables behind a checkpoint, are held but not by the graph.
+    # The mask that layers share, and rotary tables after a checkpoint, are held but not by the graph.
     held = TOKENS * TOKENS * (counted_job.width if attention == "eager" else 1)
     if attention == VARLEN:
         held = -(3 * 4 + 2 * 16)  # instead of a mask the boundaries, and the state of no dropout in each layer
@@ -440,8 +439,11 @@ def test_estimate_leaves_out_what_cannot_compute_it(qwen_tune):
     ],
 )
 def test_attention_is_planned_as_it_is_chosen(asked, dtype, head, flash, found):
-    assert attention_on(asked, dtype, head, flash=flash) == found
-    assert LARGEST_HEAD == CHOSEN_LARGEST_HEAD
+    if found is None:
+        with pytest.raises(ModelError, match=f"got {asked}, which needs an NVIDIA GPU"):
+            choose_attention(asked, dtype, head, has_flash=flash)
+    else:
+        assert kernel_of(choose_attention(asked, dtype, head, has_flash=flash)) == found
 
 
 def test_estimate_refuses_what_it_does_not_know(qwen_tune, tmp_path):
@@ -468,11 +470,11 @@ def test_a_run_records_its_plan(trained):
 
 def test_advice_on_memory_that_ran_out_is_in_numbers():
     from qwen_tune.errors import TrainingError
-    from qwen_tune.training.shortages import advising
+    from qwen_tune.training.batch_plan import explain_out_of_memory
 
     recipe = made_recipe(train={"gradient_checkpointing": "none"})
     choice = choose(job(recipe), recipe.train, 24 * GIB)
-    with pytest.raises(TrainingError) as caught, advising(recipe, choice):
+    with pytest.raises(TrainingError) as caught, explain_out_of_memory(recipe, choice):
         raise torch.OutOfMemoryError("CUDA out of memory")
     text = str(caught.value)
     assert re.search(r"train\.gradient_checkpointing=full \(\d+\.\d GiB\); or model\.quantization=nf4 \(\d+\.\d", text)

@@ -15,10 +15,10 @@ from row_files import LONG, chat, lines, nearly, prose, write
 from templates import REVISIONS
 
 from qwen_tune.chatml.template import IGNORED
+from qwen_tune.data.mixing import DUPLICATE, IN_EVALUATION, NEAR_DUPLICATE, NEAR_EVALUATION
+from qwen_tune.data.packing import pack
+from qwen_tune.data.preparation import prepare_data
 from qwen_tune.errors import DataError
-from qwen_tune.prepared.mixing import DUPLICATE, IN_EVALUATION, NEAR_DUPLICATE, NEAR_EVALUATION
-from qwen_tune.prepared.packing import pack
-from qwen_tune.prepared.preparation import prepare_data
 from qwen_tune.recipe.schema import DataSpec, EvalSpec, SourceSpec
 
 

@@ -16,19 +16,19 @@ import pytest
 from conftest import ROOT, TINY, environment
 from templates import REVISIONS
 
-from qwen_tune.cache import KEPT_SECONDS, cache_folder, cached, key_of
 from qwen_tune.chatml.template import ChatTemplate
+from qwen_tune.data.cache import KEPT_SECONDS, cache_folder, cached, key_of
+from qwen_tune.data.preparation import prepare_data
+from qwen_tune.data.source_store import SourceStores
 from qwen_tune.disk import sha256
 from qwen_tune.errors import DataError
-from qwen_tune.prepared.preparation import prepare_data
-from qwen_tune.prepared.source_store import SourceStores
 from qwen_tune.recipe.schema import DataSpec, EvalSpec, SourceSpec
 
 PREPARE = """
 import json, sys
 from transformers import AutoTokenizer
 from qwen_tune.chatml.template import ChatTemplate
-from qwen_tune.prepared.preparation import prepare_data
+from qwen_tune.data.preparation import prepare_data
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
 template = ChatTemplate(AutoTokenizer.from_pretrained(sys.argv[1]))
 prepared = prepare_data(DataSpec(train=[SourceSpec(path=sys.argv[2])]), template, seed=1)

@@ -15,13 +15,13 @@ from qwen_tune.chatml.encoder import Encoder, tokenize
 from qwen_tune.chatml.fast_encoder import FastEncoder
 from qwen_tune.chatml.rendering import Renderer
 from qwen_tune.chatml.template import IGNORED, ChatTemplate
+from qwen_tune.data.batches import KEPT_AS_TEXT, STRADDLES
+from qwen_tune.data.parallel import Division
+from qwen_tune.data.preparation import NO_LABELS, OVERLONG, TRUNCATED, prepare_data
+from qwen_tune.data.source_store import SourceStores
+from qwen_tune.data.sources import load_sources
 from qwen_tune.errors import DataError
-from qwen_tune.prepared.parallel import Division
-from qwen_tune.prepared.preparation import NO_LABELS, OVERLONG, TRUNCATED, prepare_data
-from qwen_tune.prepared.row_batches import KEPT_AS_TEXT, STRADDLES
-from qwen_tune.prepared.source_store import SourceStores
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
-from qwen_tune.rows.sources import load_sources
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +136,9 @@ def test_chats_that_spell_control_tokens(tmp_path, template):
     prepared = prepare_data(DataSpec(train=[source], special_tokens_in_text="neutralize"), template, seed=1)
     one, other = prepared.train.examples
     assert one.input_ids.count(template.end_of_turn_id) == other.input_ids.count(template.end_of_turn_id) == 2
-    learned = [token for token in one.labels if token != IGNORED]
-    assert template.tokenizer.decode(learned) == "a <|im_start|> a<|im_end|>"
-    assert learned.count(template.end_of_turn_id) == 1
+    supervised = [token for token in one.labels if token != IGNORED]
+    assert template.tokenizer.decode(supervised) == "a <|im_start|> a<|im_end|>"
+    assert supervised.count(template.end_of_turn_id) == 1
     assert prepared.facts["warnings"] == {KEPT_AS_TEXT: 1}
 
 

@@ -1,4 +1,4 @@
-"""The preview: pieces that read as text, colours that tell what is learned, and a page that a browser shows."""
+"""The preview: pieces that read as text, colours that tell what is supervised, and a page that a browser shows."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rich.console import Console
 
 from qwen_tune.chatml.template import IGNORED, TokenizedExample
 from qwen_tune.cli import run_command
+from qwen_tune.data.token_store import Samples
 from qwen_tune.errors import QwenTuneError
-from qwen_tune.prepared import preview_page
-from qwen_tune.prepared.preview import Piece, Spelling, coloured, first_of_each_source, show_samples
-from qwen_tune.prepared.samples import Samples
+from qwen_tune.preview import page as preview_page
+from qwen_tune.preview.terminal import Piece, Spelling, coloured, first_of_each_source, show_samples
 
 # What a row may hold that would act in a page or a terminal, were it more than text.
 ACTS = "</script><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>&lt;b>"
@@ -30,8 +30,8 @@ def spelling(tiny_tokenizer):
     return Spelling(tiny_tokenizer)
 
 
-def example(tokenizer, context: str, learned: str) -> TokenizedExample:
-    ids = [tokenizer.encode(text, add_special_tokens=False) for text in (context, learned)]
+def example(tokenizer, context: str, supervised: str) -> TokenizedExample:
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in (context, supervised)]
     return TokenizedExample("rows.jsonl:1", "rows", ids[0] + ids[1], [IGNORED] * len(ids[0]) + ids[1])
 
 
@@ -61,9 +61,9 @@ def test_a_character_of_which_a_part_is_missing_is_shown_as_such(spelling, tiny_
     control = tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")
     cut = [*ids[:-1], control]
     assert list(spelling.pieces(cut, [IGNORED, *cut[1:]])) == [
-        Piece("\ufffd", (ids[0],), learned=False, control=False),
-        *(Piece("\ufffd", (id_,), learned=True, control=False) for id_ in ids[1:-1]),
-        Piece("<|im_end|>", (control,), learned=True, control=True),
+        Piece("\ufffd", (ids[0],), supervised=False, control=False),
+        *(Piece("\ufffd", (id_,), supervised=True, control=False) for id_ in ids[1:-1]),
+        Piece("<|im_end|>", (control,), supervised=True, control=True),
     ]
 
 
@@ -213,8 +213,8 @@ def test_the_page_holds_what_trains_and_asks_nobody_for_anything(page, workspace
         assert sample["at"] == told["source"]
         assert "".join(piece[0] for piece in sample["pieces"]) == told["text"]
         assert [id_ for piece in sample["pieces"] for id_ in piece[2:]] == told["input_ids"]
-        learned = [id_ for piece in sample["pieces"] if piece[1] & preview_page.LEARNED for id_ in piece[2:]]
-        assert learned == [label for label in told["labels"] if label != IGNORED]
+        supervised = [id_ for piece in sample["pieces"] if piece[1] & preview_page.SUPERVISED for id_ in piece[2:]]
+        assert supervised == [label for label in told["labels"] if label != IGNORED]
     shell = page.read_text("utf-8").replace(json.dumps(data), "")
     assert "http://" not in shell.replace("http://www.w3.org/2000/svg", "")
     assert not re.search(r"https:|@import|url\(|<link|src=|innerHTML|{{", preview_page_parts())
@@ -236,7 +236,7 @@ def test_the_page_is_bounded_and_says_so(workspace, monkeypatch, capsys):
     assert all(sample["tokens"] > 20 for sample in data["samples"])
 
 
-# Run in a copy of the page, behind its own script: what a reader would do, and what comes of it.
+# Run in a copy of the page, after its own script: what a reader would do, and what comes of it.
 PROBE = """<script>
 const facts = { title: document.title, images: document.images.length, scripts: document.scripts.length };
 facts.overflow = document.documentElement.scrollWidth - innerWidth;
@@ -255,7 +255,7 @@ facts.found = say("search", "break OUT", "input");
 facts.hits = [...document.querySelectorAll(".hit")].map((token) => token.textContent).join("");
 facts.text = document.querySelector(".tokens").textContent;
 facts.emoji = say("search", "emoji", "input");
-const joined = [...document.querySelectorAll(".tokens .learned")].find((token) => token.dataset.ids.includes(" "));
+const joined = [...document.querySelectorAll(".tokens .supervised")].find((token) => token.dataset.ids.includes(" "));
 joined.dispatchEvent(new MouseEvent("mouseover", { bubbles: true }));
 facts.joined = joined.textContent;
 facts.tip = at("tip").textContent;
@@ -288,7 +288,7 @@ def test_a_browser_shows_the_page_and_rows_stay_text(page, tmp_path):
     assert "<b>odd</b>" in body
     assert "1 row: nothing to learn from" in body
     assert "1 row: longer than data.max_length_tokens" in body
-    assert re.search(r'<span class="token learned" data-ids="[\d ]+" data-at="\d+">', body)
+    assert re.search(r'<span class="token supervised" data-ids="[\d ]+" data-at="\d+">', body)
     assert re.search(r'<span class="token control" data-ids="\d+" data-at="0">&lt;\|im_start\|&gt;</span>', body)
     numbers = [f"#{number}" for number in range(1, len(data["samples"]) + 1)]
     assert facts["first"] == facts["left"] == numbers[:10]
@@ -302,7 +302,7 @@ def test_a_browser_shows_the_page_and_rows_stay_text(page, tmp_path):
     assert ACTS in facts["text"]
     assert len(facts["emoji"]) == 1
     assert (len(facts["joined"]), facts["none"]) == (1, [])
-    assert re.fullmatch(r"ids \d+(, \d+)+ · positions \d+–\d+ · whole only together · carries loss", facts["tip"])
+    assert re.fullmatch(r"ids \d+(, \d+)+ · positions \d+–\d+ · whole only together · supervised", facts["tip"])
 
 
 def test_a_narrow_window_has_to_scroll_in_one_direction_only(page, tmp_path):
@@ -321,7 +321,7 @@ def test_the_page_looks_as_it_should(scheme, page, tmp_path):
         pixels = np.asarray(image.convert("RGB")).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1])
     share = {name: float((pixels == colour).mean()) for name, colour in colours.items()}
     assert share["page"] + share["panel"] > 0.7
-    assert 0.004 < share["learned"] < 0.2
+    assert 0.004 < share["supervised"] < 0.2
     assert 0.004 < share["control"] < 0.2
     assert share["accent"] > 0.0005
     assert share["warn-soft"] > 0.0005

@@ -21,7 +21,7 @@ from live_bytes import LiveBytes, extra_bytes_of_loss, our_loss, plain_loss, trl
 from step_flops import step_flops
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen_tune.prepared.packing import best_fit_decreasing
+from qwen_tune.data.packing import best_fit_decreasing
 from qwen_tune.train import train
 
 sys.path.append(str(ROOT / "scripts"))
@@ -176,7 +176,7 @@ def test_quick_commands_import_few_modules(arguments, most):
 
 MEASURED: dict[str, Any] = {
     "probe": {"loss": 9.0, "grad_norm": 2.0},
-    "labelled_share": 0.55,
+    "supervised_share": 0.55,
     "trained_parameters": 1000,
     "checkpoints": False,
     "peak_of": "training",
@@ -189,7 +189,7 @@ MEASURED: dict[str, Any] = {
         ({"probe": {"loss": 9.001, "grad_norm": 2.0}}, "the loss before training differs by 0.00011"),
         ({"probe": {"loss": 9.0, "grad_norm": 2.1}}, "the gradient norm before training differs by 0.05"),
         ({"probe": {"loss": float("nan"), "grad_norm": 2.0}}, "the loss before training differs by nan"),
-        ({"labelled_share": 1.0}, "0.78 of the tokens have loss, and 0.55 of ours"),
+        ({"supervised_share": 1.0}, "0.78 of the tokens have loss, and 0.55 of ours"),
         ({"trained_parameters": 5}, "trained_parameters are 1000 and 5"),
         ({"peak_of": "process"}, "peak_of are process and training"),
         ({"checkpoints": True}, "only one of them computes layers again"),

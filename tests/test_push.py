@@ -120,7 +120,7 @@ def test_a_client_that_is_told_to_stay_offline_says_so(hub, run, tmp_path, qwen_
     offline = client(hub, tmp_path, HF_HUB_OFFLINE="1")
     result = qwen_tune("push", str(run), "me/x", *BASE, cwd=tmp_path, **offline)
     assert result.returncode == 2
-    assert "the Hub's client is told to stay offline (HF_HUB_OFFLINE). Fix: unset it" in result.stderr
+    assert "the Hub's client is reported to stay offline (HF_HUB_OFFLINE). Fix: unset it" in result.stderr
 
 
 def test_a_dry_run_says_all_and_writes_nothing(hub, push, own_run):
@@ -356,7 +356,7 @@ def test_a_recipe_pushes_when_it_has_trained_and_a_failed_push_fails_no_run(hub,
     assert "warning: the push after training would fail: the Hub: does not say whose token it is" in result.stdout
     assert "warning: not pushed to me/small: me/small: the token may not do this" in result.stdout
     again = "qwen-tune push runs/small me/small --what adapter --base-id qwen/tiny"
-    assert f"go on with: {again}" in result.stdout
+    assert f"resume with: {again}" in result.stdout
     assert f"pushed merged of small: {hub.address}/me/full (private)" in result.stdout
     assert "model.safetensors" in hub.repository("me/full").files()
     words = [str(Path(sys.executable).with_name("qwen-tune")), *again.split()[1:]]

@@ -115,7 +115,7 @@ FAULTS = [
     (path_in_a_file, "generation_config.json: it holds a path of this machine (/home/someone/models/qwen)"),
     (path_in_the_metadata, "adapter_model.safetensors (its metadata): it holds a path of this machine"),
     (broken_metrics, "the record of the run is not as this version writes it (KeyError: 'trained')"),
-    (rank_of_words, "adapter_config.json: its rank (r, rank_pattern) is no number"),
+    (rank_of_words, "adapter_config.json: its rank (r, rank_pattern) is not finite"),
     (odd_record_of_the_merge, "merge.json: it is not what this version writes"),
     (no_weights, "adapter_model.safetensors"),
     (formats, "exported formats cannot be pushed so far"),

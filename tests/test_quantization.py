@@ -13,11 +13,11 @@ from conftest import make_workspace
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qwen_tune.artifacts.adapter_dir import AdapterDir, load_with_adapters
 from qwen_tune.errors import MergeError, ModelError
+from qwen_tune.evaluation.chat import ChatModel
+from qwen_tune.evaluation.verification import compare_merged, verify_merged
 from qwen_tune.merging.merge import merge
-from qwen_tune.merging.verification import compare_merged, verify_merged
-from qwen_tune.model.adapter_dir import AdapterDir, load_with_adapters
-from qwen_tune.model.chat import ChatModel
 from qwen_tune.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")

@@ -1,4 +1,4 @@
-"""What is told about a wrong value or key, and the fix that is suggested."""
+"""What is reported about a wrong value or key, and the fix that is suggested."""
 
 # ruff: noqa: E501 - a table of messages is read line by line
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 WRONG: list[tuple[str, str]] = [
-    # One line of a section each, then what is told behind `job.yaml:N: `.
+    # One line of a section each, then what is reported after `job.yaml:N: `.
     ("lora: {r: 0}", "lora.r: got 0; must be at least 1. Fix: leave it out for the default, 16"),
     ('lora: {r: "16"}', 'lora.r: got "16" (text); must be a whole number. Fix: write 16, without quotes'),
     ("lora: {r: 1_6}", "lora.r: got 1_6 (text); must be a whole number. Fix: write 16, without quotes"),

@@ -11,12 +11,12 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from qwen_tune.chatml.conversation import tool_name
 from qwen_tune.chatml.template import END_OF_TURN, IGNORED, ChatTemplate
-from qwen_tune.prepared.preparation import prepare_data
+from qwen_tune.data.preparation import prepare_data
+from qwen_tune.data.sources import load_conversations
 from qwen_tune.recipe.files import load_recipe
 from qwen_tune.recipe.schema import Recipe
-from qwen_tune.rows.conversation import tool_name
-from qwen_tune.rows.sources import load_conversations
 
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
 LAUNCHERS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -94,7 +94,7 @@ def test_every_row_of_a_recipe_becomes_samples(path, chat_template, monkeypatch)
     assert not split.warnings
     for example in split.examples:
         assert example.supervised
-        # Every stretch that is learnt ends with the end of its turn.
+        # Every stretch that is trained ends with the end of its turn.
         for label, following in itertools.pairwise([*example.labels, IGNORED]):
             if label != IGNORED and following == IGNORED:
                 assert label == template.end_of_turn_id, example.source

@@ -14,8 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tuned_models import SIZES, error, packed, results, tuned
 
 from qwen_tune.chatml.template import IGNORED
+from qwen_tune.fused.compiled import compiled
 from qwen_tune.fused.install import _halves, fuse, unfuse
-from qwen_tune.fused.regional import compiled
 from qwen_tune.training.batches import BatchShape, PackCollator
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
@@ -143,7 +143,7 @@ def test_filled_micro_batches_say_the_same_in_one_shape(seed):
 
 
 def test_a_compiled_run_counts_its_rows_alone_and_learns_the_same(workspace, qwen_tune):
-    """A real run with real machine code; the filling is told apart from the rows in its record."""
+    """A real run with real machine code; the filling is reported apart from the rows in its record."""
     same = ("train.max_steps=3", "export.merge=false", "train.global_batch_size=2")
     records = []
     for compiles in ("false", "true"):

@@ -1,4 +1,4 @@
-"""Data behind URLs, through fsspec and a real server."""
+"""Data after URLs, through fsspec and a real server."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from typing import ClassVar
 
 import pytest
 
+from qwen_tune.data.sources import check_data, load_conversations, source_files
 from qwen_tune.errors import DataError
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
-from qwen_tune.rows.sources import load_conversations, source_files
-from qwen_tune.validation import check_data
 
 ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 

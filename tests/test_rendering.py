@@ -13,12 +13,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from qwen_tune.chatml import rendering
+from qwen_tune.chatml.conversation import Conversation, Message
 from qwen_tune.chatml.rendering import SEEN_BEFORE_PLANNED, TURNS_PLANNED, Renderer, SamplePlan
 from qwen_tune.chatml.template import ChatTemplate, render_samples
-from qwen_tune.errors import ModelError
-from qwen_tune.rows.conversation import Conversation
-from qwen_tune.rows.errors import RowError
-from qwen_tune.rows.messages import Message
+from qwen_tune.errors import ModelError, RowError
 
 HOOKED = """
 {%- macro twice(text) %}{{ text }}{{ text }}{% endmacro -%}
@@ -141,7 +139,7 @@ HOOKS = [
     when("c|safe|length > 20"),
     "{{ strftime_now(c) }}",
     when("strftime_now(c ~ '') == 'magic'"),
-    # Questions whose answer is hidden behind another.
+    # Questions whose answer is hidden after another.
     when("c is string and c == 'magic'"),
     when("c is sequence and c == 'magic'"),
     when("c is iterable and c == 'magic'"),
@@ -442,7 +440,7 @@ def test_shapes_that_come_once_do_not_fill_the_memory(load, monkeypatch):
 
 
 def test_a_plan_that_writes_another_text_is_our_fault(load, monkeypatch):
-    """And found out under `python -O` too."""
+    """And detected under `python -O` too."""
     renderer = Renderer(load(REVISIONS["qwen3"].text), data())
     monkeypatch.setattr(SamplePlan, "fill", lambda self, texts: None)
     for _ in range(SEEN_BEFORE_PLANNED):

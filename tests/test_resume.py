@@ -13,8 +13,8 @@ from conftest import make_workspace
 from resuming import copy_of, facts, leave_unfinished, losses, rates, run, weights
 from torch.utils.data import DataLoader
 
+from qwen_tune.data.packing import Packs
 from qwen_tune.errors import Interrupted, RunError
-from qwen_tune.prepared.packing import Packs
 from qwen_tune.recipe.schema import Recipe
 from qwen_tune.training.batches import PackCollator, SeededOrder, pack_dataset
 
@@ -42,9 +42,9 @@ def test_a_chosen_checkpoint_takes_the_run_back_to_it(uninterrupted, tmp_path, m
 
 
 def test_a_run_whose_time_is_up_saves_and_goes_on(uninterrupted, workspace, monkeypatch):
-    # A limit of a moment is over behind every step.
+    # A limit of a moment is over after every step.
     for step in (1, 2):
-        with pytest.raises(Interrupted, match=f"interrupted behind step {step}, which is saved"):
+        with pytest.raises(Interrupted, match=f"interrupted after step {step}, which is saved"):
             run(workspace, monkeypatch, "train.max_hours=1e-9")
         assert json.loads((workspace / "run" / "run.json").read_text())["state"] == "interrupted"
     run(workspace, monkeypatch)
@@ -57,7 +57,7 @@ def test_a_finished_run_has_nothing_to_do_until_it_is_asked_for_more(uninterrupt
     run(folder, monkeypatch, "train.logging_steps=5")
     assert "nothing to do" in capsys.readouterr().out
     longer = run(folder, monkeypatch, "train.max_steps=12")
-    assert "going on from step-9" in capsys.readouterr().out
+    assert "resuming from step-9" in capsys.readouterr().out
     assert json.loads((longer / "run.json").read_text())["steps"] == 12
     assert losses(longer)[: len(losses(uninterrupted))] == losses(uninterrupted)
     with pytest.raises(RunError, match="4 steps are asked for, and the run has done 12 already"):
@@ -168,9 +168,9 @@ def test_a_finished_run_ends_with_its_best_once_that_is_asked_for(workspace, mon
     ],
 )
 def test_the_command_that_goes_on(overrides, file_says, command):
-    from qwen_tune.training.launch import command_to_go_on
+    from qwen_tune.distributed.launch import resume_command
 
     chosen = [text.removeprefix("train.resume=") for text in overrides if text.startswith("train.resume")]
     resume = chosen[0] if chosen else file_says or "auto"
     recipe = Recipe(name="x", model={"base": "x"}, data={"train": [{"path": "x"}]}, train={"resume": resume})
-    assert command_to_go_on("r.yaml", overrides, recipe) == command
+    assert resume_command("r.yaml", overrides, recipe) == command

@@ -18,13 +18,12 @@ import pyarrow
 import pyarrow.parquet
 from conftest import TINY
 
-from qwen_tune.errors import Problem
+from qwen_tune.chatml.conversation import Conversation
+from qwen_tune.data.formats import recognise, to_training_row
+from qwen_tune.data.sources import iter_source
+from qwen_tune.data.values import decode
+from qwen_tune.errors import Problem, RowError
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
-from qwen_tune.rows.conversation import Conversation
-from qwen_tune.rows.errors import RowError
-from qwen_tune.rows.formats import recognise, to_training_row
-from qwen_tune.rows.sources import iter_source
-from qwen_tune.rows.strict_json import decode
 
 HANG_SECONDS = 1.0
 LINES_PER_FILE = 100

@@ -15,13 +15,13 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, environment
 
+from qwen_tune.data import json_files as json_rows
+from qwen_tune.data import tables as table_rows
+from qwen_tune.data.files import READERS, find_files, is_data_file, names_hub_data_set, read_rows
+from qwen_tune.data.source_file import Row, SourceFile
+from qwen_tune.data.sources import SourceReader, iter_source, source_files
 from qwen_tune.errors import DataError, Problem
 from qwen_tune.recipe.schema import SourceSpec
-from qwen_tune.rows import json_files as json_rows
-from qwen_tune.rows import tables as table_rows
-from qwen_tune.rows.files import READERS, find_files, is_data_file, names_hub_data_set, read_rows
-from qwen_tune.rows.source_file import Row, SourceFile
-from qwen_tune.rows.sources import SourceReader, iter_source, source_files
 
 ROWS = [{"prompt": f"q {i}", "completion": f"answer ä {i}"} for i in range(700)]
 
@@ -113,7 +113,7 @@ def test_packed_files_that_are_damaged(tmp_path, suffix, packing, damage):
     assert isinstance(last, Problem)
     assert last.where.startswith(f"rows{suffix}:")
     # What follows the damage may be read before the check sum that gives it away, and be no row.
-    assert ("behind this line the" in last.what and packing in last.what) or damage == "overwritten"
+    assert ("after this line the" in last.what and packing in last.what) or damage == "overwritten"
 
 
 def test_the_line_reached_is_told(tmp_path):
@@ -291,7 +291,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
     code = (
         "import sys, psutil\n"
         "from qwen_tune.recipe.schema import SourceSpec\n"
-        "from qwen_tune.rows.sources import iter_source\n"
+        "from qwen_tune.data.sources import iter_source\n"
         "if sys.argv[1].endswith(('.arrow', '.parquet')): import pyarrow.ipc, pyarrow.parquet\n"
         "def own():\n"
         "    info = psutil.Process().memory_info()\n"

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
+from qwen_tune.disk import write_atomically
 from qwen_tune.errors import RunError
-from qwen_tune.runs.directory import RunDir, write_atomically
+from qwen_tune.runs.directory import RunDir
 from qwen_tune.runs.resume import Plan
 
 RECIPE = "name: one\n"
@@ -126,11 +127,11 @@ def test_a_live_process_holds_its_directory_until_it_is_killed(tmp_path):
     with pytest.raises(RunError, match=r"unfinished run; train\.resume is never"):
         RunDir(path).check(RECIPE, overwrite=False, resume="never")
     (path / "checkpoints" / "step-3").mkdir(parents=True)
-    with pytest.raises(RunError, match="no checkpoint to go on from; step-3: it has no manifest"):
+    with pytest.raises(RunError, match="no checkpoint to resume from; step-3: it has no manifest"):
         RunDir(path).check(RECIPE, overwrite=False, resume="auto")
     shutil.rmtree(path / "checkpoints")
     (path / "adapter").mkdir()
-    with pytest.raises(RunError, match="it has no checkpoint to go on from"):
+    with pytest.raises(RunError, match="it has no checkpoint to resume from"):
         RunDir(path).check(RECIPE, overwrite=False, resume="auto")
 
 

@@ -3,7 +3,7 @@ from planned import job, made_recipe
 
 from qwen_tune.errors import RecipeError
 from qwen_tune.planner.choice import choose
-from qwen_tune.training.schedule import Schedule, plan_schedule
+from qwen_tune.training.batch_plan import Schedule, plan_schedule
 
 
 def schedule_of(rows: int, *, packing: bool = True, processes: int = 1, **train) -> Schedule:

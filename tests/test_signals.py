@@ -50,7 +50,7 @@ def test_a_signal_saves_and_two_processes_go_on_to_the_same_end(workspace, qwen_
     both = ("train.num_processes=2", "train.max_steps=60", "train.logging_steps=1", "lora.lora_dropout=0.1")
     stopped = interrupted_behind(3, workspace, signal.SIGTERM, *both)
     assert stopped.returncode == 130, stopped.stderr
-    assert "which is saved. Go on with: qwen-tune train recipe.yaml run.dir=run " in stopped.stderr
+    assert "which is saved. Resume with: qwen-tune train recipe.yaml run.dir=run " in stopped.stderr
     assert "Traceback" not in stopped.stderr
     facts = json.loads((workspace / "run" / "run.json").read_text())
     assert (facts["state"], facts["exit"], facts["world_size"], facts["engine"]) == ("interrupted", 130, 2, "ddp")

@@ -9,11 +9,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from qwen_tune.data.files import find_files, names_hub_data_set
+from qwen_tune.data.sources import check_data, load_conversations
 from qwen_tune.errors import DataError
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
-from qwen_tune.rows.files import find_files, names_hub_data_set
-from qwen_tune.rows.sources import load_conversations
-from qwen_tune.validation import check_data
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 LINE = json.dumps(CHAT)
@@ -164,7 +163,7 @@ def test_nulls_that_arrow_invents_do_not_reach_a_template(tmp_path):
         (b'{"messages": "\\ud800"}\n', ":1: the line is not JSON: it holds half of a surrogate pair"),
         (b'{"a": "\xff"}\n', ":1: byte 8 of the line is not UTF-8"),
         (LINE.encode("utf-16"), ":1: the file is UTF-16"),
-        (b"\x1f\x8b\x08\x00", ":1: behind this line the gzip data end too early"),
+        (b"\x1f\x8b\x08\x00", ":1: after this line the gzip data end too early"),
         (b"[" * 100_000, ":1: the line is not JSON"),
         (
             b'{"question": "q"}\n',
@@ -187,7 +186,7 @@ def test_files_that_cannot_be_read_name_the_line(tmp_path, content, expected):
         (f'[\n{LINE},\n{{"a": ]', ":3: the row is not JSON"),
         (f"[{LINE}", ":1: expected a comma or the end"),
         (f"[{LINE},\n3]", ":2: the row is the number 3"),
-        (f"[{LINE}]\nmore", ":2: there is more behind"),
+        (f"[{LINE}]\nmore", ":2: there is more after"),
     ],
 )
 def test_json_files_that_hold_no_list_of_rows(tmp_path, content, expected):

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from qwen_tune.chatml.encoder import EncodedSamples
 from qwen_tune.chatml.template import IGNORED
-from qwen_tune.errors import DataError
-from qwen_tune.prepared.near_duplicates import BINS, EMPTY
-from qwen_tune.prepared.token_store import (
+from qwen_tune.data.near_duplicates import BINS, EMPTY
+from qwen_tune.data.token_store import (
     FURTHER_WARNINGS,
     WARNINGS_TOLD_APART,
     StoredBatch,
@@ -21,6 +20,7 @@ from qwen_tune.prepared.token_store import (
     StoreWriter,
     TokenStore,
 )
+from qwen_tune.errors import DataError
 
 samples = st.lists(st.tuples(st.integers(0, 2**32 - 1), st.booleans()), max_size=9)
 rows = st.lists(
@@ -139,10 +139,10 @@ def test_kinds_of_warnings_beyond_what_is_told_apart_are_one(folder):
     assert names == [*(f"warning {n}" for n in range(WARNINGS_TOLD_APART)), *[FURTHER_WARNINGS] * 17]
 
 
-@pytest.mark.parametrize("name", ["ids.bin", "learned.bin", "sketch.bin", "line.bin", "store.json"])
+@pytest.mark.parametrize("name", ["ids.bin", "supervised.bin", "sketch.bin", "line.bin", "store.json"])
 @pytest.mark.parametrize("kept", [0, 0.5, 0.99, 2])
 def test_a_file_of_another_size_is_found_out(folder, name, kept):
-    """A crash cannot leave one behind (see test_prepared_cache); a full or broken disk, or a person, might."""
+    """A crash cannot leave one after (see test_prepared_cache); a full or broken disk, or a person, might."""
     rows = [("a.jsonl", line, line, {"odd"}, [[(line, True)] * 9]) for line in range(1, 40)]
     directory = folder / f"damaged-{name}-{kept}"
     write(directory, [rows])

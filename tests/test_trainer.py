@@ -16,7 +16,7 @@ from qwen_tune.chatml.template import IGNORED
 from qwen_tune.errors import RecipeError, TrainingError
 from qwen_tune.train import train
 from qwen_tune.training.batches import BatchShape, PackCollator
-from qwen_tune.training.loss import add_labelled_loss
+from qwen_tune.training.loss import add_supervised_loss
 
 # TRL 1.16 and PEFT 0.21 use names that Transformers 5.23 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -58,7 +58,7 @@ def test_every_token_of_a_pack_costs_what_it_costs_alone(model_type, attention, 
     }
     batch = PackCollator(shape)([pack])
     model.requires_grad_(False)
-    add_labelled_loss(model)
+    add_supervised_loss(model)
     with torch.no_grad():
         alone = []
         for ids, labels in samples:
@@ -78,8 +78,8 @@ def test_every_token_of_a_pack_costs_what_it_costs_alone(model_type, attention, 
 
 def test_noise_is_for_training_alone():
     model, noisy = random_model("qwen2", "sdpa"), random_model("qwen2", "sdpa")
-    add_labelled_loss(model)
-    add_labelled_loss(noisy, neftune_noise_alpha=5.0)
+    add_supervised_loss(model)
+    add_supervised_loss(noisy, neftune_noise_alpha=5.0)
     ids, labels = random_sample(30, 1)
     batch = PackCollator()([{"input_ids": ids, "labels": labels, "lengths": [30]}])
     plain = model(**batch).item()
@@ -137,9 +137,9 @@ def test_evaluation_loss_is_the_mean_over_tokens(workspace, monkeypatch):
     facts = json.loads((path / "run.json").read_text())
     # With a learning rate of nothing, the loss of base + adapter can be computed from the files alone.
     from qwen_tune.chatml.template import ChatTemplate
+    from qwen_tune.data.preparation import prepare_data
     from qwen_tune.model.base import BaseCheckpoint
     from qwen_tune.model.tokenizer import load_tokenizer
-    from qwen_tune.prepared.preparation import prepare_data
     from qwen_tune.recipe.files import load_recipe
 
     recipe = load_recipe(path / "recipe.yaml")
@@ -164,9 +164,9 @@ def test_a_loss_that_is_no_number_stops_the_run(workspace, monkeypatch):
     tensors = load_file(weights_file)
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, weights_file, metadata={"format": "pt"})
-    with pytest.raises(TrainingError, match=r"\./broken: the loss on the held-out rows is no number before anything"):
+    with pytest.raises(TrainingError, match=r"\./broken: the loss on the held-out rows is not finite before anything"):
         run(workspace, monkeypatch, "run.dir=run", "model.base=./broken")
-    with pytest.raises(TrainingError, match=r"step 1: the loss and the gradient norm are no numbers; its rows are "):
+    with pytest.raises(TrainingError, match=r"step 1: the loss and the gradient norm are not finite; its rows are "):
         run(workspace, monkeypatch, "run.dir=run2", "model.base=./broken", "data.eval=null")
     facts = json.loads((workspace / "run2" / "run.json").read_text())
     assert (facts["state"], facts["exit"]) == ("failed", 2)

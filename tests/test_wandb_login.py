@@ -98,7 +98,7 @@ def test_wandb_gets_the_losses_online_and_nothing_else(tmp_path):
         assert result.stderr == ""
         [address] = json.loads(result.stdout.splitlines()[1])
         assert address.startswith(f"{wandb.address}/team/qwen-tune/runs/")
-    # Step 3 came twice and was sent once: the run went on under its name.
+    # Step 3 came twice and was sent once: the run was resumed under its name.
     losses = [(line["_step"], line["loss"]) for line in wandb.lines["wandb-history.jsonl"]]
     assert losses == list(LOSSES.items())
     assert wandb.finished == [130, 0]

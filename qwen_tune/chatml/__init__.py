@@ -1,1 +1,1 @@
-"""From a conversation to the exact tokens that a server would send, and to those that are learned."""
+"""From a conversation to the exact tokens that a server would send, and to those that are supervised."""

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwen_tune.rows.conversation import Conversation
-from qwen_tune.rows.errors import RowError
-from qwen_tune.rows.messages import Message
+from qwen_tune.chatml.conversation import Conversation, Message
+from qwen_tune.errors import RowError
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class StandIns:
 
         text = re.sub("|".join(char * len(token) for char, token in self.token_of.items()), token, text)
         for char, spelled in self.token_of.items():
-            # What a filter escapes would go unseen, and be learned.
+            # What a filter escapes would go unseen, and be supervised.
             if char in text or json.dumps(char)[1:-1] in text.lower():
                 raise RowError(
                     f"the chat template changes text that spells {spelled}, so it cannot be kept as plain text",

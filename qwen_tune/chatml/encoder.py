@@ -1,4 +1,4 @@
-"""Texts into token ids, and character ranges into the tokens that carry loss.
+"""Texts into token ids, and character ranges into the tokens that are supervised.
 
 A text is encoded whole and ranges are mapped onto it afterwards: segments that are encoded apart and joined differ from
 what a server sees wherever white space meets a boundary. The checkpoint's own tokenizer is the authority. Most texts go
@@ -28,20 +28,20 @@ from qwen_tune.chatml.template import (
     TokenizedExample,
     render_samples,
 )
-from qwen_tune.rows.errors import RowError
+from qwen_tune.errors import RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from qwen_tune.chatml.conversation import Conversation
     from qwen_tune.recipe.schema import DataSpec
-    from qwen_tune.rows.conversation import Conversation
 
 NOT_ENDED = f"the tokenizer does not end the answer with {END_OF_TURN}"
-PROVED_EVERY = 500  # samples
+CHECKED_EVERY = 500  # samples
 WORTH_A_START = 1 << 20  # characters
 
 # Characters on which versions of the Unicode tables differ, found by comparing all code points in several
-# neighbourhoods: behind the basic plane only letters of mathematics, emoji and Han are left to the fast encoder.
+# neighbourhoods: after the basic plane only letters of mathematics, emoji and Han are left to the fast encoder.
 UNSETTLED = frozenset("\u088f\u0c5c\u0cdc\ua7ce\ua7cf\ua7d2\ua7d4\ua7f1")
 UNSETTLED_BEHIND = re.compile("[\U00010000-\U0001d3ff\U0001d800-\U0001efff\U0001fc00-\U0001ffff\U0002a6e0-\U0010ffff]")
 
@@ -54,13 +54,13 @@ Mask = npt.NDArray[np.bool_]
 class EncodedSamples:
     """Samples one after the other.
 
-    `ids` and `learned` have one entry a token of all samples; `lengths`, `straddling` (tokens that hold the end of a
+    `ids` and `loss_mask` have one entry a token of all samples; `lengths`, `straddling` (tokens that hold the end of a
     prompt and the start of an answer: they are context) and `ended` (whether each answer's last token is the end of a
     turn) one entry a sample.
     """
 
     ids: Ids
-    learned: Mask
+    loss_mask: Mask
     lengths: npt.NDArray[np.int64]
     straddling: npt.NDArray[np.int64]
     ended: Mask
@@ -121,7 +121,7 @@ class Encoder:
             self._fast = None
             return None
         self._encoded += 1
-        if self._encoded % PROVED_EVERY == 1 and ids.tolist() != self._encode_exactly(sample)[0]:
+        if self._encoded % CHECKED_EVERY == 1 and ids.tolist() != self._encode_exactly(sample)[0]:
             raise FastEncoderError
         return ids
 
@@ -159,18 +159,18 @@ class Encoder:
             first = np.append(first, [begin for _, begin, _, _ in more])
             last = np.append(last, [end for _, _, end, _ in more])
             straddles = np.append(straddles, [straddling for _, _, _, straddling in more])
-        learned = np.zeros(len(joined), bool)
+        loss_mask = np.zeros(len(joined), bool)
         for begin, end in zip(first.tolist(), last.tolist(), strict=True):
-            learned[begin:end] = True
+            loss_mask[begin:end] = True
         # Nothing precedes a sample's first token, so nothing can predict it.
-        learned[(token_ends - lengths)[lengths > 0]] = False
+        loss_mask[(token_ends - lengths)[lengths > 0]] = False
         owner = np.array(owners, np.int64)
         open_ended = (
             (last == first) | (joined[np.maximum(last - 1, 0)] != self.end_of_turn_id) if len(joined) else first
         )
         return EncodedSamples(
             joined,
-            learned,
+            loss_mask,
             lengths,
             straddling=np.bincount(owner, straddles, len(samples)).astype(np.int64),
             ended=np.bincount(owner, open_ended, len(samples)) == 0,
@@ -228,7 +228,7 @@ def tokenize(conversation: Conversation, template: ChatTemplate, data: DataSpec)
     encoded = _exact_encoder(template).encode(samples)
     if data.loss_on != "all" and not encoded.ended.all():
         raise RowError(NOT_ENDED)
-    labels = np.where(encoded.learned, encoded.ids.astype(np.int64), IGNORED)
+    labels = np.where(encoded.loss_mask, encoded.ids.astype(np.int64), IGNORED)
     ends = np.cumsum(encoded.lengths)
     return [
         TokenizedExample(

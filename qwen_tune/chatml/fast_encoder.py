@@ -105,7 +105,7 @@ def _memory() -> int:
 
 
 class TokenSizes:
-    """How many bytes of UTF-8 each id stands for, found out as ids occur."""
+    """How many bytes of UTF-8 each id stands for, detected as ids occur."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer.backend_tokenizer

@@ -6,9 +6,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qwen_tune.rows.conversation import Conversation, tool_name
-from qwen_tune.rows.errors import RowError
-from qwen_tune.rows.messages import Message
+from qwen_tune.chatml.conversation import Conversation, Message, tool_name
+from qwen_tune.errors import RowError
 
 
 def refuse_lost_answer(message: Message, index: int, answer: str) -> None:
@@ -60,7 +59,7 @@ def refuse_lost_context(conversation: Conversation, end: int, prompt: str, *, re
 
 
 def _behind(texts: Sequence[str | None], rendered: str, position: int = 0) -> int | None:
-    """Where the last of some texts ends, if they stand one behind another from a position on.
+    """Where the last of some texts ends, if they stand one after another from a position on.
 
     Their order tells a text that is left out from the same text elsewhere.
     """

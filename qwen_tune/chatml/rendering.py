@@ -17,12 +17,10 @@ from itertools import accumulate, pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from qwen_tune.chatml.conversation import Conversation, Message
 from qwen_tune.chatml.template import ChatTemplate, RenderedSample, render_samples
-from qwen_tune.chatml.traced_template import TracedTemplate
-from qwen_tune.chatml.traced_text import MARK, Guard, TracedText, UntraceableError
-from qwen_tune.rows.conversation import Conversation
-from qwen_tune.rows.errors import RowError
-from qwen_tune.rows.messages import Message
+from qwen_tune.chatml.tracing import MARK, Guard, TracedTemplate, TracedText, UntraceableError
+from qwen_tune.errors import RowError
 
 if TYPE_CHECKING:
     from qwen_tune.recipe.schema import DataSpec
@@ -34,7 +32,7 @@ SEEN_BEFORE_PLANNED = 2  # a plan costs several renderings
 PLANS_KEPT = 2000
 TURNS_PLANNED = 32  # each turn is rendered for a plan, and with a record: the cost grows with the square
 SHAPES_COUNTED = 20_000  # rows that are all unlike one another shall not fill the memory
-PROVED_EVERY = 500  # conversations of one shape
+CHECKED_EVERY = 500  # conversations of one shape
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Renderer:
             return render_samples(conversation, self.template, self.data)
         filled = [sample.fill(texts) for sample in plan.samples]
         plan.used += 1
-        if plan.used % PROVED_EVERY == 1 and filled != render_samples(conversation, self.template, self.data):
+        if plan.used % CHECKED_EVERY == 1 and filled != render_samples(conversation, self.template, self.data):
             raise RuntimeError(
                 f"{conversation.source}: the plan for conversations of this shape writes another text than the chat "
                 "template does: please report this, with the template"

@@ -1,4 +1,4 @@
-"""From a conversation to the text that a server would send, and to the part of it that is learned.
+"""From a conversation to the text that a server would send, and to the part of it that is supervised.
 
 The checkpoint's own chat template is the only authority: it renders everything here. For each trained assistant turn i
 
@@ -21,12 +21,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen_tune.chatml.control_tokens import ControlTokens, StandIns
+from qwen_tune.chatml.conversation import Conversation
 from qwen_tune.chatml.omissions import refuse_lost_answer, refuse_lost_context
+from qwen_tune.chatml.sandbox import render_with_limits
 from qwen_tune.chatml.thinking import OPEN, ReasoningPlace, as_in_content, reasoning_apart, refuse_unwanted
-from qwen_tune.chatml.trial import try_out
-from qwen_tune.errors import ModelError, Problem
-from qwen_tune.rows.conversation import Conversation
-from qwen_tune.rows.errors import RowError
+from qwen_tune.errors import ModelError, Problem, RowError
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -44,8 +43,8 @@ IGNORED = -100  # the label of a token without loss, PyTorch's and Transformers'
 class RenderedSample(NamedTuple):
     """A text as it will be trained.
 
-    `spans` are the character ranges [start, end) that carry loss, in order. `literals` are the ranges that only look
-    like control tokens: the row spells them, and `data.special_tokens_in_text: neutralize` keeps them as text.
+    `spans` are the character ranges [start, end) that are supervised, in order. `literals` are the ranges that only
+    look like control tokens: the row spells them, and `data.special_tokens_in_text: neutralize` keeps them as text.
     """
 
     text: str
@@ -57,8 +56,9 @@ class RenderedSample(NamedTuple):
 class TokenizedExample:
     """A sample as the model sees it.
 
-    `labels` has one entry a token: the token's own id where it is learned, -100 elsewhere (the shift by one happens at
-    the loss). `straddling` counts tokens that hold the end of a prompt and the start of an answer: they are context.
+    `labels` has one entry a token: the token's own id where it is supervised, -100 elsewhere (the shift by one
+    happens at the loss). `straddling` counts tokens that hold the end of a prompt and the start of an answer: they are
+    context.
     """
 
     source: str
@@ -70,12 +70,12 @@ class TokenizedExample:
 
     @property
     def supervised(self) -> int:
-        """How many tokens carry loss."""
+        """How many tokens are supervised."""
         return len(self.labels) - self.labels.count(IGNORED)
 
 
 class ChatTemplate:
-    """The checkpoint's chat template with what was found out about it by rendering."""
+    """The checkpoint's chat template with what was detected about it by rendering."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Probes the tokenizer's template.
@@ -102,7 +102,7 @@ class ChatTemplate:
             )
 
         # Before anything is compiled here: Jinja works out constants then.
-        try_out(probe)
+        render_with_limits(probe)
         self._owned = _owned_variables(tokenizer, self.source)
         self._variables = (_variables_read(self.source) - self._owned) | SWITCHES
         try:
@@ -228,7 +228,7 @@ def _render_turns(conversation: Conversation, trained: Sequence[int], template: 
 
 
 def _render_whole(conversation: Conversation, template: ChatTemplate) -> RenderedSample:
-    """The conversation in one piece, every token of it learned."""
+    """The conversation in one piece, every token of it supervised."""
     answers = [(index, turn) for index, turn in enumerate(conversation.messages) if turn.role == "assistant"]
     if any(not turn.train for _, turn in answers):
         raise RowError('"train": false contradicts loss_on: all', "remove it, or write loss_on: assistant")
@@ -283,7 +283,7 @@ def _end_of_answer(full: str, start: int, index: int) -> int:
         raise RowError(f"messages[{index}]: the chat template does not close the turn with {END_OF_TURN}", fix)
     end = position + len(END_OF_TURN)
     if full[end:].strip():
-        raise RowError(f"messages[{index}]: the chat template writes text behind the end of the turn", fix)
+        raise RowError(f"messages[{index}]: the chat template writes text after the end of the turn", fix)
     return end
 
 

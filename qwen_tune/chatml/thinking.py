@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from qwen_tune.rows.conversation import Conversation
-from qwen_tune.rows.errors import RowError
-from qwen_tune.rows.messages import Message
+from qwen_tune.chatml.conversation import Conversation, Message
+from qwen_tune.errors import RowError
 
 OPEN, CLOSE = "<think>", "</think>"
 
 ReasoningPlace = Literal["field", "content", "nowhere"]
 """`field`: the template renders `reasoning_content`. `content`: it knows no such key, but its prompt opens a think
-block that the answer goes on with, as QwQ's does. `nowhere`: `<think>` is ordinary text to it."""
+block that the answer resumes with, as QwQ's does. `nowhere`: `<think>` is ordinary text to it."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def _apart(message: Message, index: int, place: ReasoningPlace, parses_blocks: b
     if reasoning is not None:
         raise RowError(f"messages[{index}] has both reasoning_content and a {OPEN} block", "keep one of them")
     if not answer.strip() and not message.tool_calls:
-        raise RowError(f"messages[{index}] has no answer behind its think block", "write the answer or remove the row")
+        raise RowError(f"messages[{index}] has no answer after its think block", "write the answer or remove the row")
     if not inside.strip():
         # As with reasoning_content: a blank one must not switch thinking on.
         return replace(message, content=answer.lstrip("\n"))

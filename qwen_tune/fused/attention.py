@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qwen_tune.fused.elementwise import normalized, rms_norm, rms_norm_backward, rotate, rotate_backward
 from qwen_tune.fused.lora_math import Projection, StackedGradients, project, project_backward, stacks
-from qwen_tune.fused.norm import normalized, rms_norm, rms_norm_backward
-from qwen_tune.fused.rotation import rotate, rotate_backward
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ def attention_inputs(
 def attention_output(
     attended: Tensor, hidden: Tensor, projection: Projection, dtype: torch.dtype, adapters: Sequence[Tensor]
 ) -> Tensor:
-    """The residual stream behind an attention.
+    """The residual stream after an attention.
 
     Args:
         attended: The attention's output, shape (batch, tokens, heads * channels).

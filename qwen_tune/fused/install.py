@@ -22,10 +22,10 @@ from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from qwen_tune.fused.attention import InputWeights, attention_inputs, attention_output
+from qwen_tune.fused.compiled import compiled
 from qwen_tune.fused.lora_math import Projection
 from qwen_tune.fused.mlp import MlpWeights, mlp
 from qwen_tune.fused.reading import NotFused, check_untouched, product_dtype, read_projection
-from qwen_tune.fused.regional import compiled
 
 LAYERS = (qwen2.Qwen2DecoderLayer, qwen3.Qwen3DecoderLayer)
 ATTENTIONS = (qwen2.Qwen2Attention, qwen3.Qwen3Attention)
@@ -101,7 +101,7 @@ def _compile_steps(model: nn.Module, whole: bool) -> str | None:
     weight = next(model.parameters())
     if weight.device.type != "cuda":
         return "on a CPU a step of a layer takes far longer than starting it"
-    from qwen_tune.fused.trial import compile_steps
+    from qwen_tune.fused.self_check import compile_steps
 
     return compile_steps(weight.device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32)
 

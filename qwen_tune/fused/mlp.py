@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qwen_tune.fused.elementwise import normalized, rms_norm, rms_norm_backward, swiglu, swiglu_backward
 from qwen_tune.fused.lora_math import Projection, Stack, StackedGradients, project, project_backward, stacks
-from qwen_tune.fused.norm import normalized, rms_norm, rms_norm_backward
-from qwen_tune.fused.swiglu import swiglu, swiglu_backward
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def _gate_and_up(normed: Tensor, weights: MlpWeights, adapters: Stack) -> tuple[
 
 
 def mlp(hidden: Tensor, weights: MlpWeights, adapters: list[Tensor]) -> Tensor:
-    """The residual stream behind the second half of a layer.
+    """The residual stream after the second half of a layer.
 
     Args:
         hidden: The residual stream before it, shape (..., hidden_size).

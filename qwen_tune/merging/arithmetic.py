@@ -69,7 +69,7 @@ class Source:
             Whether they differ now. After the first rows that do, all are said to.
 
         Raises:
-            MergeError: There are values in them that are no numbers.
+            MergeError: There are values in them that are not finite.
         """
         torch.set_num_threads(self._threads)
         if not data:
@@ -87,7 +87,7 @@ class Source:
         # A finite sum has finite terms only, and takes half the time of a look at each; but it may overflow by itself.
         if not math.isfinite(weight.sum()) and not math.isfinite(weight.abs().max()):
             fix = "the adapter diverged: take an earlier checkpoint"
-            raise MergeError(Problem(self._name, "the merged tensor holds values that are no numbers", fix))
+            raise MergeError(Problem(self._name, "the merged tensor holds values that are not finite", fix))
         if original is not None:
             self._has_changed = not torch.equal(_bits(weight), _bits(original))
         return self._has_changed

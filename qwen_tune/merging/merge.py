@@ -10,21 +10,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_tune.cache import key_of
+from qwen_tune.artifacts.adapter_dir import ADAPTER_FILE, AdapterDir, base_fingerprint, check_start
+from qwen_tune.artifacts.directory import (
+    PROGRESS,
+    check_free,
+    check_place,
+    check_room,
+    choose_target,
+    partial_directory,
+)
+from qwen_tune.artifacts.metadata_files import write_metadata_files
 from qwen_tune.console import make_console
-from qwen_tune.disk import sha256
+from qwen_tune.data.cache import key_of
+from qwen_tune.disk import sha256, write_atomically
 from qwen_tune.errors import MergeError, Problem
 from qwen_tune.machine import usable_cores
-from qwen_tune.merging.base_weights import BaseWeights
-from qwen_tune.merging.companions import write_companions
-from qwen_tune.merging.output_dir import check_free, check_place, check_room, choose_target, partial_directory
 from qwen_tune.merging.planning import plan_merge
-from qwen_tune.merging.shards import PROGRESS, Shard, ShardFacts, ShardWriter, index_of, shards
+from qwen_tune.merging.safetensors_writer import Shard, ShardFacts, ShardWriter, index_of, shards
 from qwen_tune.merging.steps import HEAD, MergePlan, embedding_of
-from qwen_tune.model.adapter_dir import ADAPTER_FILE, AdapterDir, base_fingerprint, check_start
+from qwen_tune.merging.stream import BaseWeights
 from qwen_tune.model.base import INDEX_FILE, BaseCheckpoint
 from qwen_tune.model.tensor_files import TensorSpan, read_spans, same_bytes
-from qwen_tune.runs.directory import RunDir, write_atomically
+from qwen_tune.runs.directory import RunDir
 
 LAYOUT = 1
 """Raised whenever the same adapter and base would give other files: what an older version began is begun anew."""
@@ -47,7 +54,7 @@ def merge(
 ) -> Path:
     """Merges adapters into their base as PEFT does, in the type of the base's weights, a few rows at a time.
 
-    What is written stands under another name until it is whole; a merge that was killed goes on behind its last whole
+    What is written stands under another name until it is whole; a merge that was killed resumes after its last whole
     file when it is called again.
 
     Args:
@@ -65,7 +72,7 @@ def merge(
     Raises:
         MergeError: Adapter and base do not fit, or the output is in use.
         NoRoomError: The disk is too small.
-        ModelError: The base is not to be had, or not whole.
+        ModelError: The base is not available, or not whole.
     """
     adapters = [AdapterDir.open(path, base) for path in paths]
     target = choose_target(paths[0], adapters[0], output)
@@ -111,7 +118,7 @@ class _Job:
 
     @property
     def key(self) -> str:
-        """What identifies the files: of two jobs with one key, one goes on where the other stopped."""
+        """What identifies the files: of two jobs with one key, one resumes where the other stopped."""
         base = self.adapters[0].base
         return key_of(
             {
@@ -132,7 +139,7 @@ class _Job:
             count(done)
             check_room(part, length - done)
             # First what is small: a fault in it shows at once.
-            write_companions(part, self.adapters[0], untied=self.plan.untied)
+            write_metadata_files(part, self.adapters[0], untied=self.plan.untied)
             if len(self.shards) > 1:
                 (part / INDEX_FILE).write_text(index_of(self.shards), encoding="utf-8")
             written = writer.write(self.shards)

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from qwen_tune.artifacts.adapter_dir import AdapterDir
 from qwen_tune.errors import MergeError, Problem
-from qwen_tune.merging.settings import AdapterSettings
+from qwen_tune.merging.adapter_settings import AdapterSettings
 from qwen_tune.merging.steps import (
     HEAD,
     BiasShift,
@@ -19,7 +20,6 @@ from qwen_tune.merging.steps import (
     TokenRows,
     embedding_of,
 )
-from qwen_tune.model.adapter_dir import AdapterDir
 from qwen_tune.model.tensor_files import TensorSpan, is_transposed, same_bytes
 
 PREFIX = "base_model.model."

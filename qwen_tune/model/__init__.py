@@ -1,1 +1,1 @@
-"""Base checkpoints, tokenizers and adapters: as files, in memory, and asked for an answer."""
+"""The base checkpoint: its files, its tokenizer, and the model in memory with its adapter."""

@@ -16,50 +16,29 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qwen_tune.errors import ModelError, Problem
+from qwen_tune import hardware
+from qwen_tune.hardware import VARLEN
 from qwen_tune.machine import repeats_key_heads, uses_gpu
 from qwen_tune.recipe.schema import ModelSpec
 
-VARLEN = "varlen"
-FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-CAPABILITY = (8, 0)  # Ampere: what torch's FlashAttention 2 is compiled for
-LARGEST_HEAD = 256
-
 
 def choose_attention(model: ModelSpec, dtype: torch.dtype, head_dim: int) -> str:
-    """The attention of a recipe, as Transformers calls it; `auto` is the fastest that is here and computes packs.
-
-    Args:
-        model: The recipe's model section.
-        dtype: What the model computes in.
-        head_dim: Channels of a head.
+    """The attention of a recipe on this machine; see `hardware.choose_attention`.
 
     Raises:
-        ModelError: The recipe asks for one that is not here.
+        ModelError: The recipe asks for one that is not available here.
     """
-    asked = model.attention
-    if asked == "auto":
-        usable = [name for name in (VARLEN, *reversed(FLASH_PACKAGES)) if not _missing(name, dtype, head_dim)]
-        return usable[0] if usable else "sdpa"
-    if reason := _missing(asked, dtype, head_dim):
-        raise ModelError(Problem("model.attention", f"got {asked}, which {reason}", "write attention: auto"))
-    return asked
+    has_flash = uses_gpu() and torch.cuda.get_device_capability() >= hardware.FLASH_CAPABILITY
+    name = str(dtype).removeprefix("torch.")
+    return hardware.choose_attention(model.attention, name, head_dim, has_flash=has_flash, missing=_missing)
 
 
-def _missing(name: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why an attention cannot be used here; None where it can."""
-    if name in ("eager", "sdpa"):
-        return None
-    if not uses_gpu() or torch.cuda.get_device_capability() < CAPABILITY:
-        return "needs an NVIDIA GPU of compute capability 8.0 or more"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"computes in bfloat16 or float16, and the model in {str(dtype).removeprefix('torch.')}"
-    if head_dim > LARGEST_HEAD:
-        return f"takes heads of at most {LARGEST_HEAD} channels, and the model's have {head_dim}"
-    package = FLASH_PACKAGES.get(name)
+def _missing(attention: str) -> str | None:
+    """Why the package of an attention is not there, after "which"; None where it is."""
+    package = hardware.FLASH_PACKAGES.get(attention)
     if package and importlib.util.find_spec(package) is None:
         return f"needs the package {package}, which is not installed"
-    if name == VARLEN and importlib.util.find_spec("torch.nn.attention.varlen") is None:
+    if attention == VARLEN and importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"this torch ({torch.__version__}) does not have"
     return None
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_tune.disk import parse_json
 from qwen_tune.errors import ModelError, Problem, first_line
-from qwen_tune.model.shape import Shape, read_shape
+from qwen_tune.families.shape import Shape, read_shape
 from qwen_tune.model.tensor_files import TensorSpan, read_spans
 
 if TYPE_CHECKING:

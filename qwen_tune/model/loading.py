@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from qwen_tune.distributed.world import local_rank
 from qwen_tune.errors import ModelError, Problem, first_line
-from qwen_tune.machine import cpu_bfloat16_units, local_rank, uses_gpu
+from qwen_tune.hardware import automatic_cpu_dtype
+from qwen_tune.machine import cpu_bfloat16_units, uses_gpu
 from qwen_tune.model.base import BaseCheckpoint
-from qwen_tune.model.dtypes import automatic_cpu_dtype
 from qwen_tune.recipe.schema import ModelSpec
 
 if TYPE_CHECKING:

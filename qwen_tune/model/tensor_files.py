@@ -92,7 +92,7 @@ def read_bytes(span: TensorSpan, start: int, size: int) -> bytearray:
 
 
 def read_into(span: TensorSpan, start: int, buffer: memoryview) -> None:
-    """Fills a buffer with a tensor's bytes, and those behind it in the file if it is larger; see `read_bytes`."""
+    """Fills a buffer with a tensor's bytes, and those after it in the file if it is larger; see `read_bytes`."""
     with span.file.open("rb", buffering=0) as file:
         file.seek(span.start + start)
         while buffer and (count := file.readinto(buffer)):

@@ -34,7 +34,7 @@ class Kept:
 
     Attributes:
         layers: Kept by decoder layers until their backward.
-        ends: Kept behind them: the last norm's, the loss's gradient, rotary tables, the mask that layers share.
+        ends: Kept after them: the last norm's, the loss's gradient, rotary tables, the mask that layers share.
         recomputed: What one layer's backward first computes again.
         work: What a layer's backward, or the loss, needs beside all that.
     """
@@ -107,7 +107,7 @@ def _attention_half(
         if shape.head_norms:
             token += (q + k) * w + (shape.heads + shape.kv_heads) * FLOAT
     else:
-        # A fused kernel keeps its output; eager attention leaves that to the layer behind it.
+        # A fused kernel keeps its output; eager attention leaves that to the layer after it.
         keeps_output = job.attention != "eager"
         token = (h * FLOAT + FLOAT) * needs_input + reduced + core - (0 if keeps_output else q * w)
         token += q * w + keys_and_values
@@ -172,7 +172,7 @@ def _adapter_inputs(job: Job, size: int, adapters: int, *, needs_input: bool = T
 
 def _ends(job: Job, tokens: int, masked: bool) -> int:
     shape, w = job.shape, job.width
-    labelled = int(tokens * job.labelled_share)
+    labelled = int(tokens * job.supervised_share)
     norm = tokens * (shape.hidden * FLOAT + FLOAT)  # the last norm's input in float32
     loss = labelled * (shape.hidden * w + 8)  # its gradient, and the positions as whole numbers
     rotary = 2 * tokens * shape.head_size * w
@@ -184,7 +184,7 @@ def _attention_work(job: Job, tokens: int, masked: bool) -> int:
     """The backward of a layer's first half, at its highest.
 
     The kernel: gradients of the output, of q, and of k and v for every query head, and a float32 sum for q
-    (FlashAttention 2 and the memory-efficient kernel alike). Behind it: the gradients of q and k turned, and with norms
+    (FlashAttention 2 and the memory-efficient kernel alike). After it: the gradients of q and k turned, and with norms
     of heads three float32 tensors of that size and two narrow ones, beside the norm's own.
     """
     shape, w = job.shape, job.width
@@ -227,4 +227,4 @@ def _loss_work(job: Job, tokens: int) -> int:
     logits = chunk * shape.vocabulary * (2 * w + FLOAT if narrow else FLOAT)
     if job.adapter.trains_head:
         logits = chunk * shape.vocabulary * (2 * w + 2 * FLOAT) + (2 * w if narrow else FLOAT) * shape.head
-    return logits + int(tokens * (1 + job.labelled_share)) * shape.hidden * w
+    return logits + int(tokens * (1 + job.supervised_share)) * shape.hidden * w

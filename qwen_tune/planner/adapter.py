@@ -8,7 +8,7 @@ from functools import cached_property
 from math import prod
 
 from qwen_tune.errors import ModelError, Problem
-from qwen_tune.model.shape import Shape
+from qwen_tune.families.shape import Shape
 from qwen_tune.model.targets import rank_of, wanted_modules
 from qwen_tune.recipe.schema import LoraSpec
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from qwen_tune.families.shape import Shape
+from qwen_tune.hardware import VARLEN, Dtype, Kernel, kernel_of
 from qwen_tune.machine import repeats_key_heads
-from qwen_tune.model.dtypes import Dtype
-from qwen_tune.model.shape import Shape
 from qwen_tune.planner.adapter import Adapter, read_adapter
 from qwen_tune.recipe.schema import Recipe
 
-Attention = Literal["eager", "sdpa", "varlen"]
-
-LARGEST_HEAD = 256  # model.attention.LARGEST_HEAD
 ATTENTION_PARTS, MLP_PARTS = ("input_layernorm", "self_attn."), ("post_attention_layernorm", "mlp.")
 
-LABELLED_SHARE = 1.0  # of tokens: the most; what rows really label is known once they are prepared
+SUPERVISED_SHARE = 1.0  # of tokens: the most; what rows really label is known once they are prepared
 
 
 @dataclass(frozen=True)
@@ -38,14 +35,14 @@ class Job:
         processes: Processes of the run, each with the whole model.
         on_gpu: Or on a CPU, whose kernels keep other things.
         repeats_key_heads: Whether the kernel of packs gets keys and values once for every query head.
-        labelled_share: Share of tokens with a label.
+        supervised_share: Share of tokens with a label.
     """
 
     shape: Shape
     adapter: Adapter
     dtype: Dtype
     quantization: Literal["none", "int8", "nf4"]
-    attention: Attention
+    attention: Kernel
     packing: bool
     row_tokens: int
     fused: tuple[tuple[bool, bool], ...]
@@ -55,7 +52,7 @@ class Job:
     processes: int = 1
     on_gpu: bool = True
     repeats_key_heads: bool = False
-    labelled_share: float = LABELLED_SHARE
+    supervised_share: float = SUPERVISED_SHARE
 
     @property
     def width(self) -> int:
@@ -78,7 +75,7 @@ class Job:
 
 
 def read_job(
-    recipe: Recipe, shape: Shape, *, dtype: Dtype, attention: Attention, processes: int = 1, on_gpu: bool = True
+    recipe: Recipe, shape: Shape, *, dtype: Dtype, attention: str, processes: int = 1, on_gpu: bool = True
 ) -> Job:
     """What a recipe is to the planner.
 
@@ -86,7 +83,7 @@ def read_job(
         recipe: The recipe.
         shape: Its base.
         dtype: What `model.dtype` comes to on the device.
-        attention: What `model.attention` comes to there; see `attention_on`.
+        attention: What `model.attention` comes to there; see `hardware.choose_attention`.
         processes: Processes of the run.
         on_gpu: Whether the device is one.
 
@@ -99,7 +96,7 @@ def read_job(
         adapter=adapter,
         dtype=dtype,
         quantization=recipe.model.quantization,
-        attention=attention,
+        attention=kernel_of(attention),
         packing=recipe.data.packing,
         row_tokens=recipe.data.max_length_tokens,
         fused=_fused(recipe, shape, adapter),
@@ -108,30 +105,8 @@ def read_job(
         optim=recipe.train.optim,
         processes=processes,
         on_gpu=on_gpu,
-        # FlashAttention's own packages take grouped heads; `auto` takes torch's kernel before them.
-        repeats_key_heads=attention == "varlen"
-        and recipe.model.attention in ("auto", "varlen")
-        and repeats_key_heads(),
+        repeats_key_heads=attention == VARLEN and repeats_key_heads(),  # FlashAttention's own packages group heads
     )
-
-
-def attention_on(asked: str, dtype: Dtype, head_size: int, *, flash: bool) -> Attention | None:
-    """What `model.attention` comes to on a device, as `model.attention.choose_attention` finds it out on a real one.
-
-    Args:
-        asked: The recipe's.
-        dtype: The type of the model.
-        head_size: Channels of a head.
-        flash: Whether the device is a GPU with FlashAttention's instructions: of compute capability 8.0 or more.
-
-    Returns:
-        None where the device does not have what the recipe asks for.
-    """
-    if asked in ("eager", "sdpa"):
-        return "eager" if asked == "eager" else "sdpa"
-    if flash and dtype != "float32" and head_size <= LARGEST_HEAD:
-        return "varlen"
-    return "sdpa" if asked == "auto" else None
 
 
 def _fused(recipe: Recipe, shape: Shape, adapter: Adapter) -> tuple[tuple[bool, bool], ...]:

@@ -123,7 +123,7 @@ def training(about: Description) -> str:
 
 
 def data(about: Description) -> str:
-    """Rows and tokens, and what of them carried loss."""
+    """Rows and tokens, and what of them were supervised."""
     facts = about.facts
     rows, tokens, masking = facts.get("rows", {}), facts.get("tokens", {}), facts.get("masking", {})
     if not rows:
@@ -157,12 +157,12 @@ def results(about: Description) -> str:
     known = [(name, before, after) for name, before, after in lines if before is not None and after is not None]
     if not known:
         return ""
-    table = ["| loss, nats a token | before | after |", "|---|---|---|"]
+    table = ["| loss, nats/token | before | after |", "|---|---|---|"]
     table += [f"| {name} | {before:.4f} | {after:.4f} |" for name, before, after in known]
     if all(name != "held out" for name, *_ in known):
         table += [
             "",
-            "No rows were held out: these numbers say how well the rows were learned, not how well others are.",
+            "No rows were held out: these numbers say how well the rows were supervised, not how well others are.",
         ]
     picture = f"![Loss over steps]({about.curve})" if about.curve else ""
     return _section("Results", "\n".join(table), picture)
@@ -189,7 +189,7 @@ def limits(about: Description) -> str:
     texts = [f"It has the limits and the biases of {about.link(about.base.id)}, and its licence's terms."]
     if about.facts.get("rows"):
         rows = about.facts["rows"]["trained"]
-        texts.append(f"What it learned is in {rows:,} rows; on anything else it may be worse than its base.")
+        texts.append(f"What it supervised is in {rows:,} rows; on anything else it may be worse than its base.")
     if (about.facts.get("losses") or {}).get("eval_after") is not None:
         texts.append("The held-out loss is of rows like the trained ones, and says nothing about other tasks.")
     return "## Limits\n\n" + " ".join(texts)
@@ -246,13 +246,13 @@ def _changes(drift: Iterable[Mapping[str, Any]]) -> str:
     for entry in drift:
         was, now = entry["was"], entry["now"]
         values = f" from {was} to {now}" if isinstance(was, (int, float)) and isinstance(now, (int, float)) else ""
-        texts.append(f"{_code(entry['field'])}{values} behind step {entry['step']:,}")
+        texts.append(f"{_code(entry['field'])}{values} after step {entry['step']:,}")
     return ", ".join(texts)
 
 
 def _left_out(facts: Mapping[str, Any]) -> str:
     bad = [entry["step"] for entry in facts.get("bad_steps") or [] if entry["step"] <= (facts.get("steps") or 0)]
-    return f"{len(bad)}, as their loss was no number or above twice that of guessing" if bad else ""
+    return f"{len(bad)}, as their loss was not finite or above twice that of guessing" if bad else ""
 
 
 def _batch(schedule: Mapping[str, Any]) -> str:

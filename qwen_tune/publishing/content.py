@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from qwen_tune.artifacts.adapter_dir import ADAPTER_FILE
+from qwen_tune.artifacts.metadata_files import TOKENIZER_FILES
 from qwen_tune.disk import parse_json, sha256
 from qwen_tune.errors import ModelError, Problem, first_line
-from qwen_tune.merging.companions import TOKENIZER_FILES
-from qwen_tune.model.adapter_dir import ADAPTER_FILE
 from qwen_tune.model.base import INDEX_FILE, BaseCheckpoint, read_json
 from qwen_tune.model.tensor_files import read_metadata, read_spans
 from qwen_tune.publishing.leaks import VOCABULARY, look_through
@@ -180,7 +180,7 @@ def _faults_of_config(part: Part) -> list[Problem]:
         return list(error.problems)
     rank, pattern = config.get("r"), config.get("rank_pattern") or {}
     if not isinstance(rank, int) or not isinstance(pattern, dict):
-        return [Problem(str(path), "its rank (r, rank_pattern) is no number", _anew(part))]
+        return [Problem(str(path), "its rank (r, rank_pattern) is not finite", _anew(part))]
     return []
 
 

@@ -16,7 +16,7 @@ _LONGEST = 2000
 
 
 def draw_losses(metrics: Path) -> bytes | None:
-    """A PNG of training loss and evaluation loss over steps, in nats a token; None where there is nothing to draw.
+    """A PNG of training loss and evaluation loss over steps, in nats/token; None where there is nothing to draw.
 
     The same metrics give the same bytes, so that a card is not sent again.
     """
@@ -39,7 +39,7 @@ def draw_losses(metrics: Path) -> bytes | None:
             *zip(*held_out, strict=True), color="#d9622b", linewidth=1.6, marker="o", markersize=4, label="held out"
         )
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats/token)")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

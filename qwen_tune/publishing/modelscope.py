@@ -13,20 +13,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from qwen_tune.console import tell
+from qwen_tune.console import report
 from qwen_tune.disk import sha256
 from qwen_tune.errors import Problem, PublishError, first_line
 from qwen_tune.publishing.modelscope_errors import (
     LOG_IN,
     TITLE,
     TOKEN_VARIABLE,
+    capture_client_log,
     cause,
-    listening,
     meaning,
     wait_of,
 )
-from qwen_tune.publishing.remote import Account, Repository
-from qwen_tune.publishing.retry import retrying
+from qwen_tune.publishing.remote import Account, Repository, retrying
 
 T = TypeVar("T")
 
@@ -285,7 +284,7 @@ class ModelScope:
         from modelscope_hub import HubError
         from requests import RequestException
 
-        with listening(self._say) as told:
+        with capture_client_log(self._say) as told:
             try:
                 return call()
             # An answer that is no JSON is a ValueError, and of batches that fail it makes a RuntimeError.
@@ -305,7 +304,7 @@ class ModelScope:
         return PublishError(Problem(TITLE, f"cannot {doing}; {what} ({said})", fix))
 
     def _say(self, line: str) -> None:
-        tell(self._clean(line))
+        report(self._clean(line))
 
     def _clean(self, text: str) -> str:
         return text.replace(self._token, "***")
@@ -318,7 +317,7 @@ def _is_same(file: Path, there: tuple[int, str | None] | None) -> bool:
 
 
 def _files_of(folder: Path) -> dict[str, Path]:
-    """A folder's files by their path in the repository, also those behind links."""
+    """A folder's files by their path in the repository, also those after links."""
     found = {}
     for parent, _, names in os.walk(folder, followlinks=True):
         for name in names:

@@ -68,7 +68,7 @@ def cause(error: BaseException, told: list[BaseException]) -> BaseException:
 
 
 @contextmanager
-def listening(say: Callable[[str], None]) -> Iterator[list[BaseException]]:
+def capture_client_log(say: Callable[[str], None]) -> Iterator[list[BaseException]]:
     """Keeps its client's log off the terminal, but for one line whenever it waits and tries again.
 
     Yields:
@@ -76,7 +76,7 @@ def listening(say: Callable[[str], None]) -> Iterator[list[BaseException]]:
     """
     errors: list[BaseException] = []
 
-    class Ear(logging.Handler):
+    class CaptureHandler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             arguments = record.args if isinstance(record.args, tuple) else ()
             raised = [each for each in arguments if isinstance(each, BaseException)]
@@ -88,9 +88,9 @@ def listening(say: Callable[[str], None]) -> Iterator[list[BaseException]]:
 
     loggers = [logging.getLogger(name) for name in ("modelscope_hub", "urllib3")]
     before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
-    ear = Ear()
+    handler = CaptureHandler()
     for logger in loggers:
-        logger.handlers, logger.propagate = [ear], False
+        logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.DEBUG)
     try:
         yield errors

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_tune.artifacts.adapter_dir import suggest_adapter
 from qwen_tune.errors import Problem, PublishError
-from qwen_tune.model.adapter_dir import what_to_take_instead
 from qwen_tune.model.base import read_json
 from qwen_tune.recipe.schema import REPO_ID_PATTERN
 from qwen_tune.runs.directory import FINISHED, RunDir
@@ -70,7 +70,7 @@ def find_part(path: Path, kind: str | None = None) -> Part:
             what = f"the run has not finished (its state is {run.facts.get('state')})"
             raise PublishError(Problem(str(candidate), what, "finish it first: the same `qwen-tune train` goes on"))
         if not folder.is_dir():
-            fix = f"run `qwen-tune merge {candidate}` first" if kind == MERGED else what_to_take_instead(candidate)
+            fix = f"run `qwen-tune merge {candidate}` first" if kind == MERGED else suggest_adapter(candidate)
             raise PublishError(Problem(str(candidate), f"the run has no {kind}/", fix))
         return Part(kind, folder, run)
     is_adapter = (path / "adapter_config.json").is_file()

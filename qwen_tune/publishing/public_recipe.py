@@ -34,7 +34,7 @@ def public_recipe(recipe: Recipe, base: PublishedBase, data_sets: Collection[str
     Args:
         recipe: The run's.
         base: What the base is called elsewhere.
-        data_sets: The sources that are Hub data sets; every other one is told by its file's name.
+        data_sets: The sources that are Hub data sets; every other one is reported by its file's name.
     """
     mapping = recipe.model_dump(exclude_defaults=True)
     for key in PRIVATE_KEYS:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_tune.console import tell
-from qwen_tune.errors import Problem, PublishError
+from qwen_tune.console import report, say
+from qwen_tune.errors import Problem, PublishError, first_line
+from qwen_tune.publishing.card import licence_of
 from qwen_tune.publishing.remote import Account, Remote
-from qwen_tune.publishing.shipment import Options, Shipment, describe, prepare, settle_beside
+from qwen_tune.publishing.upload_plan import Options, UploadPlan, describe, prepare, resolve_existing_weights
+from qwen_tune.recipe.schema import HubSpec, Recipe
 
 HUB, MODELSCOPE = "hub", "modelscope"
 
@@ -36,32 +39,32 @@ def push(
     """
     remote = _remote(to)
     secrets = [remote.token] if remote.token else []
-    shipment = prepare(path, repo_id, kinds, options, secrets)
-    _refuse(shipment.content.problems)
+    plan = prepare(path, repo_id, kinds, options, secrets)
+    _refuse(plan.content.problems)
     account = remote.account()
-    check_repository(shipment, account, options, remote)
+    check_repository(plan, account, options, remote)
     describe(
-        shipment,
+        plan,
         options,
         secrets,
-        base_card=remote.read_card(shipment.base.id),
-        card=remote.read_card(shipment.repository.id, options.revision) if shipment.repository else None,
+        base_card=remote.read_card(plan.base.id),
+        card=remote.read_card(plan.repository.id, options.revision) if plan.repository else None,
         site=remote.site,
     )
-    _refuse(shipment.content.problems)
-    return _plan(shipment, account, options, remote) if dry_run else _send(shipment, options, remote)
+    _refuse(plan.content.problems)
+    return _plan(plan, account, options, remote) if dry_run else _send(plan, options, remote)
 
 
-def check_repository(shipment: Shipment, account: Account, options: Options, remote: Remote) -> None:
+def check_repository(plan: UploadPlan, account: Account, options: Options, remote: Remote) -> None:
     """Whether the account may write there, it is as visible as was asked for, and what lies there leaves room.
 
     Raises:
         PublishError: It is not so.
     """
-    repo_id = shipment.repo_id
+    repo_id = plan.repo_id
     if not options.create_pr:  # others may propose something, too
         refuse_foreign(repo_id, account)
-    found = shipment.repository = remote.find(repo_id)
+    found = plan.repository = remote.find(repo_id)
     remote.check_target(found, options.revision, create_pr=options.create_pr)
     if found is None:
         if options.create_pr:
@@ -69,7 +72,7 @@ def check_repository(shipment: Shipment, account: Account, options: Options, rem
             raise PublishError(Problem(repo_id, "there is no such repository to open a pull request in", fix))
         return
     refuse_public(found.id, is_private=found.private, options=options)
-    settle_beside(shipment, remote.files(found, options.revision))
+    resolve_existing_weights(plan, remote.files(found, options.revision))
 
 
 def refuse_foreign(repo_id: str, account: Account) -> None:
@@ -104,38 +107,38 @@ def _refuse(problems: Sequence[Problem]) -> None:
         raise PublishError(problems)
 
 
-def _plan(shipment: Shipment, account: Account, options: Options, remote: Remote) -> str:
+def _plan(plan: UploadPlan, account: Account, options: Options, remote: Remote) -> str:
     """What would be sent, in lines."""
-    content, there = shipment.content, shipment.repository
+    content, there = plan.content, plan.repository
     sizes = {name: content.size(name) for name in content.files} | {
-        name: len(data) for name, data in shipment.pictures.items()
+        name: len(data) for name, data in plan.pictures.items()
     }
     is_private = there.private if there else options.private is not False
     state = f"{'private' if is_private else 'public'}, {'exists' if there else 'will be made'}"
     where = " as a pull request" if options.create_pr else f", branch {options.revision}" if options.revision else ""
     lines = [
-        f"{remote.title}: {there.id if there else shipment.repo_id} ({state}){where}, as {account.name}",
+        f"{remote.title}: {there.id if there else plan.repo_id} ({state}){where}, as {account.name}",
         f"would send {len(sizes)} files, {_size(sum(sizes.values()))}:",
         *(f"  {_size(size):>9}  {name}" for name, size in sorted(sizes.items())),
     ]
-    if shipment.recipe and shipment.recipe.data.system:
+    if plan.recipe and plan.recipe.data.system:
         lines.append("recipe and card hold the system message")
-    if shipment.delete:
-        lines += ["would delete, as weights of an earlier push:", *(f"  {name}" for name in shipment.delete)]
+    if plan.delete:
+        lines += ["would delete, as weights of an earlier push:", *(f"  {name}" for name in plan.delete)]
     if content.left_out:
         lines += ["would not send:", *(f"  {name}: {why}" for name, why in sorted(content.left_out.items()))]
     return "\n".join(lines)
 
 
-def _send(shipment: Shipment, options: Options, remote: Remote) -> str:
-    repository = shipment.repository or remote.create(shipment.repo_id, private=options.private is not False)
+def _send(plan: UploadPlan, options: Options, remote: Remote) -> str:
+    repository = plan.repository or remote.create(plan.repo_id, private=options.private is not False)
     if options.private is False and repository.private:
-        tell(f"{repository.id} is private and stays so; {repository.url}/settings makes it public")
-    title = f"{' and '.join(shipment.folders)} of {shipment.name}"
+        report(f"{repository.id} is private and stays so; {repository.url}/settings makes it public")
+    title = f"{' and '.join(plan.folders)} of {plan.name}"
     with tempfile.TemporaryDirectory(prefix="qwen-tune-push-") as temporary:
         folder = Path(temporary)
-        shipment.content.write(folder)
-        for file, data in shipment.pictures.items():
+        plan.content.write(folder)
+        for file, data in plan.pictures.items():
             (folder / file).write_bytes(data)
         address = remote.upload(
             repository,
@@ -143,14 +146,14 @@ def _send(shipment: Shipment, options: Options, remote: Remote) -> str:
             revision=options.revision,
             create_pr=options.create_pr,
             title=f"Upload {title}",
-            delete=shipment.delete,
+            delete=plan.delete,
         )
-    if shipment.tag and not options.create_pr:
+    if plan.tag and not options.create_pr:
         try:
-            remote.tag(repository, shipment.tag, options.revision)
+            remote.tag(repository, plan.tag, options.revision)
         except PublishError as error:  # all is there; only its name is missing
-            tell(f"warning: the tag {shipment.tag} could not be made: {error}")
-    deleted = f", {len(shipment.delete)} old weight files deleted" if shipment.delete else ""
+            report(f"warning: the tag {plan.tag} could not be made: {error}")
+    deleted = f", {len(plan.delete)} old weight files deleted" if plan.delete else ""
     return f"pushed {title}: {address}{' (private)' if repository.private else ''}{deleted}"
 
 
@@ -162,3 +165,75 @@ def _size(count: int) -> str:
             break
         amount /= 1000
     return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+
+
+def push_after_training(run: Path, spec: HubSpec) -> None:
+    """Pushes what the recipe's `hub:` asks for. What fails is reported with the command to resume: the run is done."""
+    options = _options(spec)
+    for repo_id, kinds in _repositories(spec).items():
+        try:
+            say(push(run, repo_id, kinds, options=options))
+        except KeyboardInterrupt:
+            say(f"the push was interrupted; resume with: {_command(run, repo_id, kinds, options)}")
+            raise
+        except Exception as error:  # also a bug of ours: hours of training do not end in it
+            say(f"warning: not pushed to {repo_id}: {first_line(error)}")
+            say(f"         the run is complete; resume with: {_command(run, repo_id, kinds, options)}")
+
+
+def push_commands(run: Path, spec: HubSpec) -> list[str]:
+    """The command lines that push what the recipe asks for."""
+    return [_command(run, repo_id, kinds, _options(spec)) for repo_id, kinds in _repositories(spec).items()]
+
+
+def check_push(recipe: Recipe) -> list[str]:
+    """What would keep the push after training from succeeding, as far as it shows now; nobody waits for it long."""
+    spec = recipe.hub
+    if spec is None:
+        return []
+    from qwen_tune.publishing.hub import HuggingFace
+
+    remote, options = HuggingFace(patient=False), _options(spec)
+    try:
+        account = remote.account()
+        cards = [remote.read_card(spec.base_id or recipe.model.base)]
+        for repo_id in _repositories(spec):
+            refuse_foreign(repo_id, account)
+            if found := remote.find(repo_id):
+                refuse_public(found.id, is_private=found.private, options=options)
+                cards.append(remote.read_card(found.id, spec.revision))
+    except Exception as error:  # whatever it is, training does not need it
+        return [f"the push after training would fail: {first_line(error)}"]
+    finally:
+        remote.close()
+    if spec.license is None and not any(licence_of(card) for card in cards):
+        return ["the push after training would fail: the base's card names no licence. Fix: set hub.license"]
+    return []
+
+
+def _repositories(spec: HubSpec) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for kind in dict.fromkeys(spec.push):
+        found.setdefault(spec.repo_ids.get(kind, spec.repo_id), []).append(kind)
+    return found
+
+
+def _options(spec: HubSpec) -> Options:
+    return Options(
+        private=spec.private,
+        revision=spec.revision,
+        base_id=spec.base_id,
+        license=spec.license,
+        languages=tuple(spec.languages),
+    )
+
+
+def _command(run: Path, repo_id: str, kinds: Sequence[str], options: Options) -> str:
+    """The command line of a push."""
+    words = ["qwen-tune", "push", str(run), repo_id]
+    words += [word for kind in kinds for word in ("--what", kind)]
+    words += ["--public"] if options.private is False else []
+    named = {"--revision": options.revision, "--base-id": options.base_id, "--license": options.license}
+    words += [word for flag, value in named.items() if value for word in (flag, value)]
+    words += [word for language in options.languages for word in ("--language", language)]
+    return shlex.join(words)

@@ -1,24 +1,51 @@
-"""What a recipe may not say although each of its keys is right: rules over several keys, and what has to wait.
-
-`findings` looks at a recipe that the schema has accepted. Each finding names all the keys that it was concluded from,
-so that a conclusion from a broken key can be left out.
-"""
+"""What a run has to be the same in beside its recipe; `train.allow_drift` knows these names."""
 
 from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_tune.paths import path_fault
-from qwen_tune.recipe.errors import load_trainer_args, to_shown
-from qwen_tune.recipe.same_facts import drift_names, is_drift_name
+from qwen_tune.disk import path_fault
+from qwen_tune.recipe.errors import known_sections, load_trainer_args, to_shown
 from qwen_tune.recipe.schema import Recipe, SourceSpec
 from qwen_tune.recipe.tree import KeyPath
+
+FACTS = {
+    "base.weights_fingerprint": "the base's weights",
+    "base.config_sha256": "the base's config.json",
+    "dtype": "the type that the base is held in",
+    "tokenizer_sha256": "the tokenizer",
+    "template_sha256": "the chat template",
+    "data_fingerprint": "the rows (their token ids and labels)",
+    "world_size": "the number of processes",
+    **{
+        f"versions.{name}": f"the version of {name}"
+        for name in ("qwen-tune", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
+    },
+}
+"""Keys of run.json, and what each is."""
+
+
+def drift_names() -> set[str]:
+    """Every name that may stand in `train.allow_drift`: keys of the recipe, facts, and what holds one of them."""
+    keys = {
+        f"{section}.{name}".lstrip(".") for section, known in known_sections().items() for name in known.model_fields
+    }
+    names = {re.sub(r"\[\]", "", key) for key in keys} | set(FACTS)
+    return names | {"versions", "base"}
+
+
+def is_drift_name(name: str) -> bool:
+    """Whether a name may stand there: `data.train[1].path` is as good as `data.train.path`."""
+    plain = re.sub(r"\[\d+\]", "", name)
+    return plain in drift_names() or plain.startswith("train.trainer_args.")
+
 
 _SCHEDULER_NEEDS = {
     "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
@@ -200,7 +227,7 @@ def _adapter(recipe: Recipe) -> Iterator[Finding]:
             if is_set:
                 yield Finding(path, f"got {start} beside {'.'.join(map(str, other))}; it {why}", "keep one", (other,))
     elif start is False:
-        what = "got false, with which the adapter starts at random and changes the base's answers before it has learned"
+        what = "got false, with which the adapter starts at random and changes the base's answers before it has trained"
         yield Finding(path, what, "write true")
     if lora.use_dora and recipe.model.quantization == "int8":
         what = "got true beside model.quantization: int8, whose layers DoRA cannot read"

@@ -4,7 +4,7 @@ Recipe
 ├── name
 ├── run        RunSpec          where the run directory lies
 ├── model      ModelSpec        the base checkpoint and how it is loaded
-├── data       DataSpec         sources, evaluation, length, what is learnt
+├── data       DataSpec         sources, evaluation, length, what is trained
 │   ├── train  [SourceSpec, …]
 │   └── eval   EvalSpec, or [SourceSpec, …], or nothing
 ├── lora       LoraSpec         the adapter, in PEFT's words
@@ -202,7 +202,7 @@ class DataSpec(Section):
     """Put several samples into one sequence of `max_length_tokens`, each attending only to itself."""
 
     loss_on: Literal["assistant", "last_turn", "all"] = "assistant"
-    """Which tokens are learnt: every assistant turn, the last assistant turn, or all of the text."""
+    """Which tokens are trained: every assistant turn, the last assistant turn, or all of the text."""
 
     thinking: Literal["auto", "off", "require"] = "auto"
     """Reasoning in assistant turns: as each row has it, refused where a row has some, or demanded of every turn."""
@@ -217,7 +217,7 @@ class DataSpec(Section):
     """Drop training rows that say what a row before them says; `near` also those that almost do."""
 
     streaming: bool = False
-    """A source's `rows` are its first ones, and nothing behind them is read or downloaded: for data too large to draw
+    """A source's `rows` are its first ones, and nothing after them is read or downloaded: for data too large to draw
     from. Default: `rows` are drawn from all, by the seed."""
 
 
@@ -368,7 +368,7 @@ class TrainSpec(Section):
     """Evaluations without a lower loss after which training ends. Needs `eval_steps`. Default: it goes to its end."""
 
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
-    """How much lower, in nats a token, the evaluation loss must be to count as lower for early stopping."""
+    """How much lower, in nats/token, the evaluation loss must be to count as lower for early stopping."""
 
     save_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps between two checkpoints. Default: none while training."""
@@ -387,7 +387,7 @@ class TrainSpec(Section):
     """Seed of the adapter's start, the order of rows and dropout."""
 
     resume: Literal["auto", "never"] | Text = "auto"
-    """What happens in a used run directory: go on from the newest whole checkpoint, refuse, or a checkpoint's path."""
+    """What happens in a used run directory: resume from the newest whole checkpoint, refuse, or a checkpoint's path."""
 
     allow_drift: list[Text] = Field(default_factory=list)
     """What may differ from what a run was begun with when it goes on: keys of the recipe (or a section of them), and
@@ -395,7 +395,7 @@ class TrainSpec(Section):
     one of them, such as `versions.torch`). Default: nothing that decides the result."""
 
     on_bad_step: Literal["stop", "skip"] = "stop"
-    """What happens at a step whose loss or gradient is no number, or whose loss is above twice that of guessing (the
+    """What happens at a step whose loss or gradient is not finite, or whose loss is above twice that of guessing (the
     logarithm of the vocabulary's size): the run ends, naming the step's rows, or the step changes nothing. Ten such
     steps in a row end it either way."""
 

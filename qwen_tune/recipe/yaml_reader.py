@@ -99,13 +99,13 @@ _SYNTAX: tuple[tuple[str, str, str], ...] = (
     (r"could not find expected ':'", "a line without `: `", "write `key: value`"),
     (r"cannot start any token", "a character that no plain text starts with", "put the text in quotes"),
     (r"block (mapping|sequence|collection|entry)", "a line that does not fit its neighbours", "align the indentation"),
-    (r"escape", "an unknown escape behind a backslash", "double the backslash, or use single quotes"),
+    (r"escape", "an unknown escape after a backslash", "double the backslash, or use single quotes"),
 )
 
 
 def _syntax_fault(error: yaml.YAMLError, text: str, place: Place) -> Fault:
     line: int | None = 1
-    what, fix = "not valid YAML", "mend the line; a YAML checker in the editor shows what is meant"
+    what, fix = "not valid YAML", "fix the line; a YAML checker in the editor shows what is meant"
     if isinstance(error, yaml.MarkedYAMLError):
         said = f"{error.context or ''} {error.problem or ''}".strip()
         # Something left open is found at the end of the file; the user looks for its beginning.

@@ -1,1 +1,1 @@
-"""What a run leaves on the disk: its directory, its checkpoints, and how it goes on from them."""
+"""What a run leaves on the disk: its directory, its checkpoints, and how it resumes from them."""

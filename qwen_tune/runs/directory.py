@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,11 +16,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from qwen_tune.disk import flush, is_full, parse_json
+from qwen_tune.disk import is_full, is_temporary, parse_json, write_atomically
+from qwen_tune.distributed.world import is_main_process
 from qwen_tune.errors import Problem, QwenTuneError, RunError, first_line
-from qwen_tune.machine import is_main_process
 from qwen_tune.runs.checkpoints import list_checkpoints, read_manifest, step_of
-from qwen_tune.runs.drift import allowed_drift, asks_for_more, recipe_drift, refuse
+from qwen_tune.runs.drift import allowed_drift, extends_run, recipe_drift, refuse
 from qwen_tune.runs.resume import Plan, choose_checkpoint
 
 OWN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl", "answers.jsonl", "merge.json", "report.html", ".lock")
@@ -130,7 +129,7 @@ class RunDir:
     def _plan(self, recipe_yaml: str, *, overwrite: bool, resume: str) -> Plan:
         unused = self._is_unused()
         if (unused or overwrite) and resume not in ("auto", "never"):
-            what = "there is no run here to go on with" if unused else "--overwrite would delete the run it belongs to"
+            what = "there is no run here to resume with" if unused else "--overwrite would delete the run it belongs to"
             raise RunError(Problem("train.resume", f"got {resume}, and {what}", "write train.resume=auto"))
         if unused or overwrite:
             return Plan()
@@ -139,7 +138,7 @@ class RunDir:
             raise self._refusal(state, "train.resume is never")
         begun_with = self.recipe.read_text(encoding="utf-8") if self.recipe.exists() else None
         is_done = state == FINISHED and resume == "auto" and begun_with is not None
-        if is_done and not asks_for_more(begun_with or "", recipe_yaml):
+        if is_done and not extends_run(begun_with or "", recipe_yaml):
             if drift := recipe_drift(begun_with or "", recipe_yaml):
                 raise self._refusal(state, f"of another recipe ({'; '.join(map(str, drift))})")
             return Plan(nothing_to_do=True)
@@ -148,7 +147,7 @@ class RunDir:
             # Before its first checkpoint: nothing is lost, and whatever starts jobs again need not know.
             return Plan(begins_anew=True)
         if checkpoint is None:
-            raise self._refusal(state, "; ".join(["it has no checkpoint to go on from", *notes]))
+            raise self._refusal(state, "; ".join(["it has no checkpoint to resume from", *notes]))
         # Compared with what the checkpoint was written under: recipe.yaml may be that of a start that came to nothing.
         written_under = read_manifest(checkpoint).get("recipe") or begun_with or ""
         drift, allowed = recipe_drift(written_under, recipe_yaml), allowed_drift(recipe_yaml)
@@ -162,7 +161,7 @@ class RunDir:
             RunError: There are files that are no run's.
         """
         entries = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
-        entries = {name for name in entries if name != ".lock" and not _is_temporary(name)}
+        entries = {name for name in entries if name != ".lock" and not is_temporary(name)}
         is_run = self.run_json.exists() or self.recipe.exists()
         if foreign := sorted(entries - {*OWN_FILES, *OWN_FOLDERS} if is_run else entries):
             raise RunError(
@@ -215,7 +214,7 @@ class RunDir:
                 self._clear()
             else:
                 self.facts = self._read_facts()
-                self._go_back_to(plan.checkpoint)
+                self._rewind_to(plan.checkpoint)
             write_atomically(self.recipe, recipe_yaml, private=True)
             self.record({"state": RUNNING, "exit": None})
         except OSError as error:
@@ -227,13 +226,13 @@ class RunDir:
 
     def _clear(self) -> None:
         for entry in list(self.path.iterdir()):
-            if entry.name in OWN_FOLDERS or (_is_temporary(entry.name) and entry.is_dir()):
+            if entry.name in OWN_FOLDERS or (is_temporary(entry.name) and entry.is_dir()):
                 shutil.rmtree(entry)
             elif entry.name != ".lock":
                 entry.unlink()
 
-    def _go_back_to(self, checkpoint: Path) -> None:
-        """Takes away what was done behind a checkpoint: later checkpoints, and the lines of later steps."""
+    def _rewind_to(self, checkpoint: Path) -> None:
+        """Takes away what was done after a checkpoint: later checkpoints, and the lines of later steps."""
         step = step_of(checkpoint)
         for later in list_checkpoints(self.checkpoints):
             if step_of(later) > step:
@@ -273,7 +272,7 @@ class RunDir:
     def end(self, state: str, exit_code: int) -> None:
         """Records how the run ended and lets the directory go.
 
-        On a full disk the record stays as it was, as after a kill: what the run ended of is told before that.
+        On a full disk the record stays as it was, as after a kill: what the run ended of is reported before that.
         """
         try:
             self.record({"state": state, "exit": exit_code})
@@ -313,39 +312,8 @@ class RunDir:
 
 
 def _step_of_line(line: str) -> float:
-    """The step of a line of metrics; that of one which a crash has cut off or zeroed is behind every other."""
+    """The step of a line of metrics; that of one which a crash has cut off or zeroed is after every other."""
     try:
         return float(parse_json(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _open_privately(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
-def temporary_beside(path: Path) -> Path:
-    """A name in the same directory under which something is made before it is renamed into place."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _is_temporary(name: str) -> bool:
-    return name.startswith(".") and name.endswith(".tmp")
-
-
-def write_atomically(path: Path, text: str, *, private: bool = False) -> None:
-    """Replaces a file so that a reader, or a crash, finds either the old text or the new one.
-
-    Args:
-        path: The file.
-        text: All of it.
-        private: Whether nobody else may read it.
-    """
-    temporary = temporary_beside(path)
-    temporary.unlink(missing_ok=True)  # a killed process of the same number may have left one of another mode
-    with open(temporary, "w", encoding="utf-8", opener=_open_privately if private else None) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    flush(path.parent)

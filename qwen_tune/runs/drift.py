@@ -18,7 +18,7 @@ import yaml
 
 from qwen_tune.errors import Problem, RunError
 from qwen_tune.recipe.errors import known_sections
-from qwen_tune.recipe.same_facts import FACTS
+from qwen_tune.recipe.rules import FACTS
 
 LENGTH = ("train.num_train_epochs", "train.max_steps")
 """How long a run goes on; a run may be made longer, also when it has finished."""
@@ -51,7 +51,7 @@ HARMLESS = (
     "train.save_steps",
     "train.save_total_limit",
     "train.max_hours",
-    "train.on_bad_step",  # a run that met one has stopped there, and goes on from before it
+    "train.on_bad_step",  # a run that met one has stopped there, and resumes from before it
     "train.resume",
     *(f"train.trainer_args.dataloader_{name}" for name in ("num_workers", "prefetch_factor", "pin_memory")),
     "train.trainer_args.dataloader_persistent_workers",
@@ -149,7 +149,7 @@ def refuse(drift: Sequence[Drift], allowed: Iterable[str]) -> None:
         raise RunError(problems)
 
 
-def asks_for_more(begun_with: str, recipe_yaml: str) -> bool:
+def extends_run(begun_with: str, recipe_yaml: str) -> bool:
     """Whether a recipe differs in where the run ends, or with which adapter."""
     old, new = _flat(begun_with), _flat(recipe_yaml)
     return any(old.get(key) != new.get(key) for key in ENDS)

@@ -1,4 +1,4 @@
-"""Going on with a run: whether, and from which checkpoint."""
+"""Resuming a run: whether, and from which checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RecordedRun(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe does in a run directory: begin, go on from a checkpoint, or nothing."""
+    """What a recipe does in a run directory: begin, resume from a checkpoint, or nothing."""
 
     nothing_to_do: bool = False
     checkpoint: Path | None = None
@@ -39,7 +39,7 @@ class Plan:
 
 
 def choose_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and those that were passed over.
+    """The checkpoint to resume from, and those that were passed over.
 
     Args:
         folder: The run's checkpoints.
@@ -67,7 +67,7 @@ def choose_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]
 
 
 def check_resume(plan: Plan, run: RecordedRun, facts: Mapping[str, Any], max_steps: int) -> dict[str, Any]:
-    """Compares what a run's checkpoint was written under and what it would go on with.
+    """Compares what a run's checkpoint was written under and what it would resume with.
 
     Args:
         plan: Where it would go on.
@@ -76,7 +76,7 @@ def check_resume(plan: Plan, run: RecordedRun, facts: Mapping[str, Any], max_ste
         max_steps: The optimizer steps that the recipe asks for.
 
     Returns:
-        For run.json: `drift`, what was allowed to change: behind which step, from what and to what.
+        For run.json: `drift`, what was allowed to change: after which step, from what and to what.
 
     Raises:
         RunError: They differ in what is not allowed, or the checkpoint is past the last step.
@@ -92,6 +92,6 @@ def check_resume(plan: Plan, run: RecordedRun, facts: Mapping[str, Any], max_ste
     changes = [
         {"step": step, "field": found.field, "was": found.was, "now": found.now} for found in [*plan.drift, *drift]
     ]
-    # What changed behind this checkpoint was compared with it just now, or has not happened any more.
+    # What changed after this checkpoint was compared with it just now, or has not happened any more.
     earlier = [entry for entry in run.recorded_facts().get("drift") or [] if entry["step"] < step]
     return {"drift": [*earlier, *changes]}

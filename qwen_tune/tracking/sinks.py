@@ -1,7 +1,7 @@
 """The sinks that trackers are: W&B, TensorBoard, trackio and MLflow. Each imports its package when it starts.
 
 The integrations in Transformers are not used: they send whole argument objects, with paths and the host's name. Here
-a tracker gets a `Start`, and is told not to look around by itself.
+a tracker gets a `Start`, and is reported not to look around by itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
-from qwen_tune.console import tell
+from qwen_tune.console import report
 from qwen_tune.tracking.wandb_login import wandb_mode
 
 WANDB_START_SECONDS = 30
@@ -39,7 +39,7 @@ class Start:
     config: Mapping[str, Any]
     """Public facts."""
     resumed_step: int | None = None
-    """The step that a resumed run goes on from."""
+    """The step that a resumed run resumes from."""
     run_id: str | None = None
     """The tracker's own name of the run that goes on."""
 
@@ -70,9 +70,9 @@ class WandbTracker:
             if mode != "online":
                 raise
             mode = "offline"
-            tell(f"W&B cannot be reached ({in_one_line(error)}); this run is tracked offline")
+            report(f"W&B cannot be reached ({in_one_line(error)}); this run is tracked offline")
             self._run = self._init(start, mode)
-        # Offline there is no run to go on with: a resumed one is a run of its own.
+        # Offline there is no run to resume with: a resumed one is a run of its own.
         self.run_id = str(self._run.id) if mode == "online" else None
         self.view = str(self._run.url) if mode == "online" else f"wandb sync {Path(self._run.dir).parent}"
 
@@ -153,7 +153,7 @@ class TensorBoardTracker:
         self._file = RecordWriter((folder / f"events.out.tfevents.{int(time.time())}.qwen-tune").open("ab"))
         self._write(file_version="brain.Event:2")
         if start.resumed_step is not None:
-            # Takes back what the interrupted run had logged behind its checkpoint.
+            # Takes back what the interrupted run had logged after its checkpoint.
             self._write(step=start.resumed_step + 1, session_log=SessionLog(status=SessionLog.START))
         self._write(summary=hparams_pb(dict(start.config), trial_id=start.name))
 
@@ -261,10 +261,10 @@ class MlflowTracker(Gathering):
 
             logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it makes
             self._client = MlflowClient(tracking_uri=server or database, registry_uri=server or database)
-            self.run_id = self._go_on(start.run_id) or self._create(start)
+            self.run_id = self._resume(start.run_id) or self._create(start)
         self.view = f"run {self.run_id}" if server else f"mlflow ui --backend-store-uri {database}"
 
-    def _go_on(self, run_id: str | None) -> str | None:
+    def _resume(self, run_id: str | None) -> str | None:
         from mlflow.exceptions import MlflowException
 
         if run_id is None:

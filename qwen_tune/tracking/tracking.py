@@ -2,7 +2,7 @@
 
 Facts leave the machine only if `CONFIG_FACTS` lists them.
 
-A tracker never fails a run. What is missing is told before anything heavy loads (`check_trackers`); a tracker that
+A tracker never fails a run. What is missing is reported before anything heavy loads (`check_trackers`); a tracker that
 cannot start, or fails later, is left out with one warning.
 """
 
@@ -18,12 +18,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qwen_tune.console import tell
-from qwen_tune.disk import make_private_folder, parse_json
+from qwen_tune.console import report
+from qwen_tune.disk import make_private_folder, parse_json, write_atomically
+from qwen_tune.distributed.world import is_main_process
 from qwen_tune.errors import Problem, RunError
-from qwen_tune.machine import is_main_process
 from qwen_tune.runs.checkpoints import step_of
-from qwen_tune.runs.directory import write_atomically
 from qwen_tune.tracking.sinks import LABELS, TRACKERS, Sink, Start, in_one_line
 from qwen_tune.tracking.wandb_login import has_wandb_login, wandb_host, wandb_mode
 
@@ -161,7 +160,7 @@ def start_trackers(
         try:
             sink = TRACKERS[key](start)
         except Exception as error:
-            tell(f"{LABELS[key]} could not be started ({in_one_line(error)}); this run is not tracked there")
+            report(f"{LABELS[key]} could not be started ({in_one_line(error)}); this run is not tracked there")
             continue
         if sink.run_id is not None:
             run_ids[key] = sink.run_id
@@ -178,7 +177,7 @@ def tracked(recipe: Recipe, directory: Path, facts: Mapping[str, Any], plan: Pla
         recipe: The recipe.
         directory: The run directory.
         facts: The record of the run.
-        plan: Where it goes on from, if it does.
+        plan: Where it resumes from, if it does.
 
     Yields:
         The trackers; none in the processes beside the first.
@@ -240,7 +239,7 @@ def _like_path(key: str, value: object) -> bool:
 
 
 class Guarded:
-    """A tracker that cannot fail the run: its first error is told, and it is left alone from then on."""
+    """A tracker that cannot fail the run: its first error is reported, and it is left alone from then on."""
 
     def __init__(self, name: str, sink: Sink) -> None:
         self.name = name
@@ -267,7 +266,7 @@ class Guarded:
 
     def _drop(self, error: Exception) -> None:
         self._sink = None
-        tell(f"{self.name} failed ({in_one_line(error)}); what it did not get is in the run's metrics.jsonl")
+        report(f"{self.name} failed ({in_one_line(error)}); what it did not get is in the run's metrics.jsonl")
 
 
 def _packages(name: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from qwen_tune.paths import path_fault
+from qwen_tune.disk import path_fault
 
 WANDB_BASE_URL = "https://api.forge.coreweave.com"
 

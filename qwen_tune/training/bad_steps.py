@@ -1,4 +1,4 @@
-"""Steps that ruin a model: their loss or gradient is no number, or the loss is far above that of guessing.
+"""Steps that ruin a model: their loss or gradient is not finite, or the loss is far above that of guessing.
 
 A model that gives every token of its vocabulary the same probability has a loss of ln(vocabulary) nats; twice that is
 no bad batch any more. Losses stay on the device until somebody asks: in a run that stops at a bad step, when it logs;
@@ -27,7 +27,7 @@ ROWS_SHOWN = 5
 
 @dataclass(frozen=True)
 class BadStep:
-    """A step that would have ruined the model; losses in nats a token, None for what is no number."""
+    """A step that would have ruined the model; losses in nats/token, None for what is not finite."""
 
     step: int
     loss: float | None
@@ -38,7 +38,7 @@ class BadStep:
     def __str__(self) -> str:
         measures = {"loss": self.loss, "gradient norm": self.grad_norm}
         wrong = [name for name, value in measures.items() if value is None]
-        what = f"the {' and the '.join(wrong)} {'are no numbers' if len(wrong) > 1 else 'is no number'}"
+        what = f"the {' and the '.join(wrong)} {'are not finite' if len(wrong) > 1 else 'is not finite'}"
         if not wrong:
             what = f"the loss is {self.loss:.4g}, more than twice that of guessing"
         shown = ", ".join(self.rows[:ROWS_SHOWN])
@@ -52,7 +52,7 @@ class StepWatch:
     Args:
         vocabulary: The size of the model's vocabulary.
         skips: Whether bad steps are left out, instead of ending the run.
-        judges_gradients: Whether a gradient that is no number is bad; under float16 the loss scale deals with it.
+        judges_gradients: Whether a gradient that is not finite is bad; under float16 the loss scale deals with it.
         gather: Puts the numbers of all processes together, process by process.
         rows_of: Tells the rows of a step.
     """
@@ -76,7 +76,7 @@ class StepWatch:
         self._batches: list[Tensor] = []
         self._steps: list[tuple[list[Tensor], Tensor]] = []
 
-    def go_on(self, recorded: Sequence[dict[str, Any]], step: int) -> None:
+    def restore(self, recorded: Sequence[dict[str, Any]], step: int) -> None:
         """Takes up what a run has met up to a step."""
         self.found = [BadStep(**entry) for entry in recorded if entry["step"] <= step]
 
@@ -85,7 +85,7 @@ class StepWatch:
         self._batches.append(loss.detach())
 
     def end_step(self, grad_norm: Tensor | float) -> None:
-        """Takes the norm of the gradient behind the last micro-batch of a step."""
+        """Takes the norm of the gradient after the last micro-batch of a step."""
         self._steps.append((self._batches, torch.as_tensor(grad_norm)))
         self._batches = []
 
@@ -121,7 +121,7 @@ class StepWatch:
         return bad
 
     def mean_loss(self) -> float:
-        """The mean loss of the good steps since the last time, in nats a token; NaN where there was none."""
+        """The mean loss of the good steps since the last time, in nats/token; NaN where there was none."""
         good, self._good = self._good, []
         return sum(good) / len(good) if good else math.nan
 
@@ -137,14 +137,14 @@ class StepWatch:
         """
         if bad and not self.skips:
             fix = (
-                "mend these rows (and allow that with train.allow_drift=[data_fingerprint]); or lower "
+                "fix these rows (and allow that with train.allow_drift=[data_fingerprint]); or lower "
                 "train.learning_rate (train.allow_drift=[train.learning_rate]); or leave such steps out with "
-                "train.on_bad_step=skip. The run goes on from its last checkpoint"
+                "train.on_bad_step=skip. The run resumes from its last checkpoint"
             )
             raise TrainingError(Problem(f"step {bad[0].step}", str(bad[0]), fix), met_by_all=True)
         numbers = [entry.step for entry in self.found[-MOST_IN_A_ROW:]]
         if bad and len(numbers) == MOST_IN_A_ROW and numbers[-1] - numbers[0] == MOST_IN_A_ROW - 1:
-            fix = "lower train.learning_rate, and go on from an earlier checkpoint with train.resume="
+            fix = "lower train.learning_rate, and resume from an earlier checkpoint with train.resume="
             what = f"{MOST_IN_A_ROW} bad steps in a row; {bad[-1]}"
             raise TrainingError(Problem(f"step {numbers[-1]}", what, fix), met_by_all=True)
 

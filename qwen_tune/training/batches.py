@@ -12,8 +12,8 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 
 from qwen_tune.chatml.template import IGNORED
-from qwen_tune.prepared.packing import Packs
-from qwen_tune.training.schedule import Schedule
+from qwen_tune.data.packing import Packs
+from qwen_tune.training.batch_plan import Schedule
 
 FILLER = -1
 
@@ -130,7 +130,7 @@ class StepRows:
     Args:
         packs: The rows of an epoch.
         schedule: Batch and steps.
-        fillers: Rows without loss behind them.
+        fillers: Rows without loss after them.
         seed: The recipe's.
         shape: What micro-batches are filled up to; None for as long as their rows are.
     """
@@ -215,13 +215,13 @@ class PackCollator:
             torch.from_numpy(np.concatenate([np.asarray(pack[name], np.int64) for pack in packs]))
             for name in ("input_ids", "labels")
         )
-        learned = (labels != IGNORED).nonzero().squeeze(1)
+        supervised = (labels != IGNORED).nonzero().squeeze(1)
         boundaries = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return {
             "input_ids": input_ids[None],
             "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-            "labelled": learned - 1,
-            "targets": labels[learned],
+            "labelled": supervised - 1,
+            "targets": labels[supervised],
             "cu_seq_lens_q": boundaries,
             "cu_seq_lens_k": boundaries,
             "max_length_q": longest,

@@ -11,9 +11,9 @@ import torch
 from transformers import TrainerControl
 from trl import SFTTrainer
 
+from qwen_tune.distributed.world import is_main_process
 from qwen_tune.errors import Problem, TrainingError
-from qwen_tune.machine import is_main_process
-from qwen_tune.model.answers import greedy_answer
+from qwen_tune.evaluation.chat import greedy_answer
 from qwen_tune.recipe.schema import Recipe
 from qwen_tune.training.batches import PackCollator
 from qwen_tune.training.progress import MetricsLog
@@ -23,7 +23,7 @@ PROMPT_ANSWER_TOKENS = 128
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The loss on the held-out rows behind a step, in nats a token."""
+    """The loss on the held-out rows after a step, in nats/token."""
 
     step: int
     loss: float
@@ -49,7 +49,7 @@ class EvaluatingTrainer(SFTTrainer):
     data_collator: Any
 
     def evaluation_loss(self) -> float | None:
-        """The loss on the held-out rows in nats a token; None without such rows."""
+        """The loss on the held-out rows in nats/token; None without such rows."""
         if not self.eval_dataset:
             return None
         if not self.evaluations or self.evaluations[-1].step != self.state.global_step:
@@ -71,10 +71,10 @@ class EvaluatingTrainer(SFTTrainer):
         """Evaluation loss as the sum over all labelled tokens divided by their number, in all and for each source.
 
         The stock loss averages the means of batches, so that a batch of few tokens counts like one of many. Logits are
-        never gathered. Random numbers are as they were behind it, so that how often it happens changes no training.
+        never gathered. Random numbers are as they were after it, so that how often it happens changes no training.
 
         Raises:
-            TrainingError: It is no number.
+            TrainingError: It is not finite.
         """
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with self.metrics.paused(), torch.random.fork_rng(devices):
@@ -105,10 +105,10 @@ class EvaluatingTrainer(SFTTrainer):
         if math.isfinite(loss):
             return
         step, where = self.state.global_step, f"step {self.state.global_step}"
-        fix = "lower train.learning_rate, and go on from an earlier checkpoint with train.resume="
+        fix = "lower train.learning_rate, and resume from an earlier checkpoint with train.resume="
         if not step:
             where, fix = self.recipe.model.base, "download the base again, or take a wider model.dtype"
-        what = f"the loss on the held-out rows is no number {'behind it' if step else 'before anything was trained'}"
+        what = f"the loss on the held-out rows is not finite {'after it' if step else 'before anything was trained'}"
         raise TrainingError(Problem(where, what, fix), met_by_all=True)
 
     def _stop_early(self) -> None:

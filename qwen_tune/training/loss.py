@@ -127,10 +127,10 @@ def summed_nll_through(layer: nn.Module, hidden: Tensor, targets: Tensor) -> Ten
     return total
 
 
-def add_labelled_loss(model: PreTrainedModel, *, neftune_noise_alpha: float | None = None) -> None:
+def add_supervised_loss(model: PreTrainedModel, *, neftune_noise_alpha: float | None = None) -> None:
     """Lets `model(..., labelled=positions, targets=ids)` return the summed loss instead of logits.
 
-    `labelled` holds the positions, in the flattened batch, whose next token carries loss; `targets` those tokens' ids,
+    `labelled` holds the positions, in the flattened batch, whose next token supervised; `targets` those tokens' ids,
     both of shape (tokens,). The forward is patched on the instance so that wrappers (PEFT, DDP) still go through it;
     without `labelled` it is the model's own.
 

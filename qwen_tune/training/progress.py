@@ -50,7 +50,7 @@ class MetricsLog(TrainerCallback):
         """Tokens over the whole run's training time; evaluation, saving and loading are not counted."""
         return self._last_tokens / self.seconds if self.seconds else 0.0
 
-    def go_on(self, seconds: float, tokens: int) -> None:
+    def restore(self, seconds: float, tokens: int) -> None:
         """Takes up the clock of a run that was interrupted."""
         self.seconds, self._last_tokens = seconds, tokens
 
@@ -75,7 +75,7 @@ class MetricsLog(TrainerCallback):
         if self.trainer.must_stop():
             control.should_training_stop = control.should_save = True
         if state.global_step >= state.max_steps or control.should_save or control.should_evaluate:
-            # Behind a save, which an evaluation may lead to, the losses of steps that were not logged yet would be lost
+            # After a save, which an evaluation may lead to, the losses of steps that were not logged yet would be lost
             # to a run that goes on.
             control.should_log = True
 

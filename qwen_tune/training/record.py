@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwen_tune.machine import device_name, library_versions, peak_memory_bytes, world_size
-from qwen_tune.model.adapter_config import trained_modules
+from qwen_tune.data.files import names_hub_data_set
+from qwen_tune.data.preparation import PreparedData
+from qwen_tune.distributed.world import world_size
+from qwen_tune.machine import device_name, library_versions, peak_memory_bytes
+from qwen_tune.model.adapter import trained_modules
 from qwen_tune.model.base import BaseCheckpoint
 from qwen_tune.model.quantization import quantization_facts
 from qwen_tune.planner.choice import Choice
-from qwen_tune.prepared.preparation import PreparedData
 from qwen_tune.recipe.files import to_yaml
 from qwen_tune.recipe.schema import Recipe
-from qwen_tune.rows.files import names_hub_data_set
 from qwen_tune.runs.directory import RunDir
 from qwen_tune.runs.drift import run_fingerprint
-from qwen_tune.training.schedule import Schedule
+from qwen_tune.training.batch_plan import Schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,7 +113,7 @@ def end_facts(run: RunDir, trainer: LoraTrainer, before: float | None, after: fl
     Args:
         run: The run, with its metrics.
         trainer: The trainer that has trained.
-        before: Evaluation loss before the first step, nats a token.
+        before: Evaluation loss before the first step, nats/token.
         after: The same after the last.
     """
     lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]

@@ -10,18 +10,19 @@ from rich.markup import escape
 from rich.padding import Padding
 
 from qwen_tune.console import make_console, print_pairs, shown_path
-from qwen_tune.machine import device_name, is_main_process, world_size
+from qwen_tune.data.preparation import PreparedData
+from qwen_tune.distributed.world import is_main_process, world_size
+from qwen_tune.machine import device_name
 from qwen_tune.model.base import BaseCheckpoint
 from qwen_tune.planner.choice import Choice
-from qwen_tune.prepared.audit import Audit, audit
-from qwen_tune.prepared.preparation import PreparedData
-from qwen_tune.prepared.preview import Spelling, coloured, findings
+from qwen_tune.preview.audit import Audit, audit
+from qwen_tune.preview.terminal import Spelling, coloured, findings
 from qwen_tune.recipe.schema import Recipe
 from qwen_tune.runs.checkpoints import step_of
 from qwen_tune.runs.directory import RunDir
 from qwen_tune.runs.drift import Drift
 from qwen_tune.runs.resume import Plan
-from qwen_tune.training.schedule import Schedule
+from qwen_tune.training.batch_plan import Schedule
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,7 @@ def show_start(
         + (f", {rows['not_sampled']:,} not drawn" if rows["not_sampled"] else "")
         + (f", {sum(rows['dropped'].values()):,} dropped" if rows["dropped"] else ""),
         "tokens": f"{tokens['prepared']:,} in {samples['train'] + samples['evaluation']:,} samples, "
-        f"{tokens['supervised'] / tokens['prepared']:.0%} carry loss",
+        f"{tokens['supervised'] / tokens['prepared']:.0%} supervised",
         "sources": _in_sources(found),
         "adapter": f"{_kind(recipe)} r={recipe.lora.r}, alpha={recipe.lora.lora_alpha} on {_targets(recipe)}",
         "batch": f"{recipe.train.global_batch_size} {unit if recipe.train.global_batch_size > 1 else one} a step"
@@ -74,7 +75,7 @@ def show_start(
         "memory": _predicted(choice),
         "machine": device_name() + (f", DDP over {world_size()} processes" if world_size() > 1 else ", one process"),
         "run": shown_path(run.path)
-        + (f", going on from {plan.checkpoint.name}" if plan.checkpoint else "")
+        + (f", resuming from {plan.checkpoint.name}" if plan.checkpoint else "")
         + (", begun anew: it ended before its first checkpoint" if plan.begins_anew else ""),
     }
     console = _console()
@@ -106,7 +107,7 @@ def show_drift(run: RunDir, plan: Plan, facts: Mapping[str, Any]) -> None:
 
 def show_adapter(model: PeftModel, fused: Fused | None) -> None:
     """What is trained, module by module, what of it goes the fused way, and where it cannot be served."""
-    from qwen_tune.model.adapter_config import serving_notes, trained_modules
+    from qwen_tune.model.adapter import serving_notes, trained_modules
 
     console = _console()
     modules = trained_modules(model)
@@ -153,10 +154,10 @@ def _precision(recipe: Recipe, dtype: torch.dtype) -> str:
 
 
 def _in_sources(found: Audit) -> str:
-    """What each source was taken for, and how much of it is learned."""
+    """What each source was taken for, and how much of it is supervised."""
     lines = [
         f"{source.name}: {source.rows:,} x {source.format}, {source.supervised / max(source.tokens, 1):.0%} of "
-        f"{source.tokens:,} tokens carry loss"
+        f"{source.tokens:,} tokens are supervised"
         for source in found.sources[:SOURCES_SHOWN]
     ]
     more = len(found.sources) - SOURCES_SHOWN

@@ -19,24 +19,29 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerState, set_seed
 
+from qwen_tune.artifacts.adapter_writer import AdapterWriter
+from qwen_tune.data.packing import Packs
+from qwen_tune.distributed.world import is_main_process
 from qwen_tune.errors import Interrupted, Problem, RunError, TrainingError
-from qwen_tune.fused.regional import naming_the_key
-from qwen_tune.machine import is_main_process
-from qwen_tune.model.adapter_writer import AdapterWriter
-from qwen_tune.prepared.packing import Packs
+from qwen_tune.fused.compiled import explain_compile_error
 from qwen_tune.recipe.schema import Recipe
 from qwen_tune.runs.checkpoints import fault_of, step_of
 from qwen_tune.runs.directory import RunDir
 from qwen_tune.runs.resume import Plan
 from qwen_tune.training.bad_steps import BadStep, StepWatch
+from qwen_tune.training.batch_plan import Schedule
 from qwen_tune.training.batches import BatchShape, PackCollator, SeededOrder, StepRows, count_fillers, pack_dataset
+from qwen_tune.training.checkpointing import (
+    SavedCheckpoints,
+    load_optimizer,
+    random_state,
+    save_optimizer,
+    set_random_state,
+)
 from qwen_tune.training.evaluation import EvaluatingTrainer, Evaluation
-from qwen_tune.training.loss import add_labelled_loss
+from qwen_tune.training.loss import add_supervised_loss
 from qwen_tune.training.progress import Display, MetricsLog
-from qwen_tune.training.saving import SavedCheckpoints
-from qwen_tune.training.schedule import Schedule
-from qwen_tune.training.state import load_optimizer, random_state, save_optimizer, set_random_state
-from qwen_tune.training.stopping import StopRequest
+from qwen_tune.training.recording import StopRequest
 from qwen_tune.training.trainer_config import fuse_layers, sft_config, try_trainer_args
 
 if TYPE_CHECKING:
@@ -89,7 +94,7 @@ class LoraTrainer(EvaluatingTrainer):
         self.saved = SavedCheckpoints(run, recipe.train.save_total_limit, lambda text: self.metrics.display.note(text))
         self.evaluations = []
         self.best: Evaluation | None = None  # of those that have a checkpoint
-        add_labelled_loss(model, neftune_noise_alpha=recipe.train.neftune_noise_alpha)
+        add_supervised_loss(model, neftune_noise_alpha=recipe.train.neftune_noise_alpha)
         super().__init__(model=model, **kwargs)
         # TRL casts the trained tensors of a quantized model to bfloat16, in which small updates are lost.
         for parameter in self.model.parameters():
@@ -109,7 +114,7 @@ class LoraTrainer(EvaluatingTrainer):
         self.control_group = torch.distributed.new_group(backend="gloo") if several else None
 
     def train(self, checkpoint: Path | None = None) -> None:
-        """Trains, from a checkpoint on where one is given; a signal ends it behind a step and a checkpoint.
+        """Trains, from a checkpoint on where one is given; a signal ends it after a step and a checkpoint.
 
         Raises:
             Interrupted: It was asked to stop.
@@ -122,7 +127,7 @@ class LoraTrainer(EvaluatingTrainer):
                 self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
                 return
         try:
-            with self.stop.listening(quiet=not is_main_process()), naming_the_key():
+            with self.stop.listening(quiet=not is_main_process()), explain_compile_error():
                 super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             self.metrics.display.stop()
@@ -152,7 +157,7 @@ class LoraTrainer(EvaluatingTrainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> int:
         """The labelled tokens of a step; the stock method counts labels that our batches do not carry.
 
-        Tokens are counted here as well, and processes agree here on whether to stop behind this step.
+        Tokens are counted here as well, and processes agree here on whether to stop after this step.
         """
         step = self.state.global_step + 1
         mine = self.rows.count(step, self.args.process_index)
@@ -189,7 +194,7 @@ class LoraTrainer(EvaluatingTrainer):
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The stock one, behind the last micro-batch of a step: here a step that is to be left out loses its gradient.
+        """The stock one, after the last micro-batch of a step: here a step that is to be left out loses its gradient.
 
         An optimizer passes over parameters without one, with their states and their decay.
         """
@@ -208,7 +213,7 @@ class LoraTrainer(EvaluatingTrainer):
         return bad
 
     def _require_good_steps(self) -> None:
-        """Looks at the steps that nobody has looked at yet: what is saved or evaluated behind a bad one is ruined."""
+        """Looks at the steps that nobody has looked at yet: what is saved or evaluated after a bad one is ruined."""
         self.watch.require_good(self._judge_steps(self.state.global_step))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -262,7 +267,7 @@ class LoraTrainer(EvaluatingTrainer):
         """See `EvaluatingTrainer`.
 
         Raises:
-            TrainingError: The loss is no number, or a step before it would ruin the model.
+            TrainingError: The loss is not finite, or a step before it would ruin the model.
         """
         self._require_good_steps()
         return super().evaluate(*args, **kwargs)
@@ -315,16 +320,16 @@ class LoraTrainer(EvaluatingTrainer):
         progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
         if progress["start_sha256"] != self.writer.start_sha256():
             what = "the adapter's start cannot be made again here as it was (another machine or library version)"
-            raise RunError(Problem(str(checkpoint), what, "go on where the run was begun"))
-        self.watch.go_on(self.run.recorded_facts().get("bad_steps", []), step_of(checkpoint))
+            raise RunError(Problem(str(checkpoint), what, "resume where the run was begun"))
+        self.watch.restore(self.run.recorded_facts().get("bad_steps", []), step_of(checkpoint))
         if is_main_process():
             self.run.record({"bad_steps": self.watch.facts()})
         self.counts = TokenCounts(**progress["counts"])
         self.evaluations = [Evaluation(**evaluation) for evaluation in progress["evaluations"]]
         best = Evaluation(**progress["best"]) if progress["best"] else None
-        # It may have been rotated away since, for a better one that this run has gone back behind.
+        # It may have been rotated away since, for a better one that this run has gone back after.
         self.best = best if best and (best.step == step_of(checkpoint) or not self._fault_of_best(best)) else None
-        self.metrics.go_on(progress["seconds"], self.counts.real)
+        self.metrics.restore(progress["seconds"], self.counts.real)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """From safetensors and JSON."""

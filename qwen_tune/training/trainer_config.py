@@ -13,7 +13,7 @@ from qwen_tune.errors import Problem, RecipeError, first_line
 from qwen_tune.fused.install import Fused, fuse
 from qwen_tune.machine import uses_gpu
 from qwen_tune.recipe.schema import Recipe
-from qwen_tune.training.schedule import Schedule
+from qwen_tune.training.batch_plan import Schedule
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -2,7 +2,7 @@
 
     python scripts/evidence/kill_training.py [KILLS]
 
-On the tiny model, with a checkpoint behind every step. Kills inside a save are those that left a checkpoint
+On the tiny model, with a checkpoint after every step. Kills inside a save are those that left a checkpoint
 half-written.
 """
 

@@ -52,10 +52,10 @@ def main(folder: Path) -> None:
             sha256(path)
 
     reader = ThreadPoolExecutor(1)
-    behind = []
+    after = []
 
     def ours(step: int) -> None:
-        behind.append(reader.submit(fault_of, save_checkpoint(folder, step, {}, write)))
+        after.append(reader.submit(fault_of, save_checkpoint(folder, step, {}, write)))
 
     ways: dict[str, Callable[[int], object]] = {
         "written and flushed": write_and_flush,
@@ -69,8 +69,8 @@ def main(folder: Path) -> None:
             began = time.perf_counter()
             way(step)
             seconds[name].append(time.perf_counter() - began)
-            assert [each.result() for each in behind] == [None] * len(behind)
-            behind.clear()
+            assert [each.result() for each in after] == [None] * len(after)
+            after.clear()
             shutil.rmtree(folder)
     print(json.dumps({name: round(statistics.median(values), 2) for name, values in seconds.items()}))
 

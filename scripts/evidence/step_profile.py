@@ -2,7 +2,7 @@
 
     python scripts/evidence/step_profile.py "0.5b bfloat16 4096" [--compiled] [--steps 3] [--top 25]
 
-Trains qwen-tune on a case of `scripts/bench_train.py`, as that does, with torch's profiler on a few steps behind the
+Trains qwen-tune on a case of `scripts/bench_train.py`, as that does, with torch's profiler on a few steps after the
 warm-up. Profiling itself takes time, so speeds are `bench_train.py`'s. Prints a table and one JSON line.
 """
 
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def profiling(first: int, steps: int) -> Any:
-    """A callback with the profiler on some steps behind the first ones."""
+    """A callback with the profiler on some steps after the first ones."""
     import torch
     from torch.profiler import ProfilerActivity, profile
     from transformers import TrainerCallback

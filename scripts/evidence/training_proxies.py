@@ -23,7 +23,7 @@ from live_bytes import extra_bytes_of_loss, our_loss, plain_loss, trl_loss, trl_
 from step_flops import step_flops  # noqa: E402
 from training_bench.rows import ROWS_A_BATCH, draw_lengths  # noqa: E402
 
-from qwen_tune.prepared.packing import best_fit_decreasing  # noqa: E402
+from qwen_tune.data.packing import best_fit_decreasing  # noqa: E402
 
 LOSSES = {"plain": plain_loss, "trl": trl_loss, "trl, labelled only": trl_loss_of_labelled, "qwen-tune": our_loss}
 LENGTHS = (512, 2048, 4096, 8192)

@@ -9,7 +9,7 @@ from typing import Any
 # Relative differences that sides may have over the same rows with the same adapters: loss a token, gradient norm.
 # A pack whose samples see each other moved them by 0.2 % and 8.2 % (0.5b-small, 512 tokens): the gradient tells more.
 TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (5e-3, 3e-2), "nf4": (5e-3, 3e-2)}
-LABELLED_SHARE = 0.05  # sides draw their batches in orders of their own, so that the share in some steps differs
+SUPERVISED_SHARE = 0.05  # sides draw their batches in orders of their own, so that the share in some steps differs
 OWN_CHECKPOINTING = ("trl", "unsloth")  # one as it comes, the other with its own kind
 
 
@@ -46,8 +46,8 @@ def unlike(
         values = {str(found.get(key)) for found in [*ours, *other]}
         if len(values) > 1:
             reasons.append(f"{key} are {' and '.join(sorted(values))}")
-    shares = [sum(found["labelled_share"] for found in rounds) / len(rounds) for rounds in (ours, other)]
-    if not abs(shares[0] - shares[1]) <= LABELLED_SHARE:
+    shares = [sum(found["supervised_share"] for found in rounds) / len(rounds) for rounds in (ours, other)]
+    if not abs(shares[0] - shares[1]) <= SUPERVISED_SHARE:
         reasons.append(f"{shares[1]:.2f} of the tokens have loss, and {shares[0]:.2f} of ours")
     checkpointed = {found["checkpoints"] for found in [*ours, *other]}
     if side not in OWN_CHECKPOINTING and len(checkpointed) > 1:

@@ -27,7 +27,7 @@ Examples = Callable[[Any, Sequence[Row]], list[Mapping[str, Any]]]
 
 
 class Gauges(TrainerCallback):
-    """Measures the steps behind the warm-up, and before the first one probes loss and gradient on given rows."""
+    """Measures the steps after the warm-up, and before the first one probes loss and gradient on given rows."""
 
     def __init__(self, trainer: Any, case: Case, probe: Sequence[Row], examples: Examples) -> None:
         self.trainer = trainer
@@ -103,7 +103,7 @@ class Gauges(TrainerCallback):
             "real_tokens_per_step": real / len(steps),
             "processed_tokens_per_step": every / len(steps),
             "padding_share": 1 - real / every,
-            "labelled_share": with_loss / real,
+            "supervised_share": with_loss / real,
             "train_loss": loss,
             "train_grad_norm": norm,
             "attention": self.trainer.model.config._attn_implementation,

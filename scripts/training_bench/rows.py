@@ -13,12 +13,12 @@ SIGMA = 0.47  # of the logarithm of the lengths: batches of 8 are padded to 1.8 
 ROWS_A_BATCH = 8  # the mean length is such that so many rows, TRL's batch, have the tokens of one pack
 SHORTEST = 16
 IDS = 1200  # the tiny tokenizer's without its control tokens; the output layer still has the whole vocabulary
-SHARES = (0.3, 0.8)  # of a row that carries loss: 55 % in the mean
+SHARES = (0.3, 0.8)  # of a row that are supervised: 55 % in the mean
 IGNORED = -100
 
 
 class Row(TypedDict):
-    """Token ids, and for each its own id where it is learned or -100 where it is context."""
+    """Token ids, and for each its own id where it is supervised or -100 where it is context."""
 
     input_ids: list[int]
     labels: list[int]
@@ -71,5 +71,5 @@ def probe_rows(rows: list[Row], length: int) -> list[Row]:
 
 
 def labelled(rows: list[Row]) -> int:
-    """Tokens that carry loss."""
+    """Supervised tokens."""
     return sum(label != IGNORED for row in rows for label in row["labels"])

@@ -63,7 +63,7 @@ SHAPES = {
 
 
 def flops(
-    shape: Shape, lengths: Sequence[int], labelled_tokens: int, rank: int = RANK, *, causal: bool = True
+    shape: Shape, lengths: Sequence[int], supervised_tokens: int, rank: int = RANK, *, causal: bool = True
 ) -> dict[str, int]:
     """The fewest floating-point operations of forward and backward over samples, by what they are spent on.
 
@@ -76,7 +76,7 @@ def flops(
     Args:
         shape: The model.
         lengths: Tokens of each sample; each attends to itself alone.
-        labelled_tokens: Tokens of all samples that carry loss.
+        supervised_tokens: Tokens of all samples that are supervised.
         rank: Of the adapters, on all seven linear layers.
         causal: Whether attention leaves out what is masked; else it counts whole squares, as torch's counter does.
     """
@@ -91,12 +91,12 @@ def flops(
     attention = 4 * squares * shape.hidden_size * shape.num_hidden_layers // (2 if causal else 1)
     return {
         "body": tokens * (4 * layer * shape.num_hidden_layers - 2 * unneeded),
-        "head": 4 * labelled_tokens * shape.hidden_size * shape.vocab_size,
+        "head": 4 * supervised_tokens * shape.hidden_size * shape.vocab_size,
         "adapters": tokens * (6 * adapter * shape.num_hidden_layers - 2 * unneeded_adapter),
         "attention": attention * 7 // 2,
     }
 
 
-def flops_per_token(shape: Shape, lengths: Sequence[int], labelled_tokens: int) -> float:
+def flops_per_token(shape: Shape, lengths: Sequence[int], supervised_tokens: int) -> float:
     """The fewest operations a token; see `flops`."""
-    return sum(flops(shape, lengths, labelled_tokens).values()) / sum(lengths)
+    return sum(flops(shape, lengths, supervised_tokens).values()) / sum(lengths)

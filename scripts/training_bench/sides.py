@@ -119,7 +119,7 @@ def train_ours(
     case: Case, base: Path, rows: Path, probe: Sequence[Row], folder: Path, *, compiled: bool, watcher: Any = None
 ) -> dict[str, Any]:
     """The package's own entry, with gauges on the trainer that it builds, and a callback where one is given."""
-    from qwen_tune.machine import prepare_process
+    from qwen_tune.distributed.process import prepare_process
 
     prepare_process()
     import qwen_tune.training.trainer as trainers
@@ -262,7 +262,7 @@ def trl_examples(trainer: Any, rows: Sequence[Row]) -> list[Mapping[str, Any]]:
 
 
 def as_one_pack(rows: Sequence[Row], lengths: str) -> dict[str, Any]:
-    """Rows one behind the other, with their lengths under a name."""
+    """Rows one after the other, with their lengths under a name."""
     return {
         "input_ids": [token for row in rows for token in row["input_ids"]],
         "labels": [label for row in rows for label in row["labels"]],

@@ -1,0 +1,1 @@
+"""Directories that others will load: written whole or not at all, with everything that belongs beside weights."""

@@ -1,0 +1,189 @@
+"""The adapter directory: everything that anyone needs to load it, beside the base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen_tune.artifacts.adapter_dir import ADAPTER_FILE
+from qwen_tune.artifacts.metadata_files import write_generation_settings
+from qwen_tune.chatml.template import END_OF_TURN
+from qwen_tune.disk import flush, temporary_beside
+from qwen_tune.errors import Problem, RunError
+from qwen_tune.model.adapter import is_converted
+from qwen_tune.model.base import BaseCheckpoint
+from qwen_tune.model.tensor_files import FINGERPRINT_KEY, set_metadata
+from qwen_tune.model.tokenizer import END_OF_TEXT
+from qwen_tune.recipe.schema import LoraSpec, Recipe
+from qwen_tune.runs.directory import RunDir
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class AdapterWriter:
+    """Writes an adapter as a directory that is complete beside its base, and reads it back."""
+
+    tokenizer: PreTrainedTokenizerBase
+    base: BaseCheckpoint
+    recipe: Recipe
+    start: dict[str, Tensor] | None = None
+    """The adapter's tensors before the first step, where the adapter took a part of the base (PiSSA, OLoRA)."""
+
+    def remember_start(self, model: PeftModel) -> None:
+        """Keeps the start of an adapter that is saved as the difference to it."""
+        if is_converted(self.recipe.lora):
+            self.start = {name: tensor.cpu().clone() for name, tensor in _tensors(model).items()}
+
+    def start_sha256(self) -> str | None:
+        """What identifies the start; None where there is none to remember."""
+        if self.start is None:
+            return None
+        digest = hashlib.sha256()
+        for name in sorted(self.start):
+            digest.update(self.start[name].numpy().tobytes())
+        return digest.hexdigest()
+
+    def write(self, directory: Path, model: PeftModel) -> None:
+        """Writes weights and configuration as they are, tokenizer, chat template and generation configuration."""
+        model.save_pretrained(directory, save_embedding_layers=False)
+        self._complete(directory)
+
+    def write_plain(self, directory: Path, model: PeftModel) -> None:
+        """The same as plain LoRA, whatever the start of the adapter was."""
+        model.save_pretrained(directory, save_embedding_layers=False)
+        self._complete(directory)
+        if self.start is not None:
+            save_file(_without_start(_tensors(model), self.start), directory / ADAPTER_FILE)
+            self._say_what_it_belongs_to(directory)
+            _change_json(directory / "adapter_config.json", _twice_the_rank(self.recipe.lora))
+        # Loading it does not begin with another start, such as a decomposition of the base, only to overwrite it.
+        _change_json(directory / "adapter_config.json", {"init_lora_weights": True})
+        self._write_card(directory)
+
+    def read(self, directory: Path, model: PeftModel) -> None:
+        """Puts the tensors of an adapter directory into a model.
+
+        Raises:
+            RunError: They are not this adapter's.
+        """
+        from peft import set_peft_model_state_dict
+
+        tensors = load_file(directory / ADAPTER_FILE)
+        if tensors.keys() != _tensors(model).keys():
+            what = "its tensors are not those of the recipe's adapter"
+            raise RunError(Problem(str(directory), what, "begin another run with run.dir="))
+        set_peft_model_state_dict(model, tensors)
+
+    def _complete(self, directory: Path) -> None:
+        _change_json(
+            directory / "adapter_config.json",
+            # As PEFT will look for it: the Hub id and its commit, or the directory.
+            {
+                "base_model_name_or_path": str(self.base.path) if self.base.is_local else self.base.id,
+                "revision": self.base.revision,
+            },
+        )
+        self._say_what_it_belongs_to(directory)
+        self.tokenizer.save_pretrained(directory)
+        ends = self.tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])
+        write_generation_settings(directory, self.base.path, ends, self.tokenizer.pad_token_id)
+        self._write_card(directory)
+
+    def _say_what_it_belongs_to(self, directory: Path) -> None:
+        """Puts the base's fingerprint into the file itself: an adapter is copied and published without its run."""
+        set_metadata(directory / ADAPTER_FILE, {"format": "pt", FINGERPRINT_KEY: self._fingerprint})
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self.base.weights_fingerprint()
+
+    def _write_card(self, directory: Path) -> None:
+        shape = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+        (directory / "README.md").write_text(_card(self.base, self.recipe, shape), encoding="utf-8")
+
+
+def save_adapter(model: PeftModel, writer: AdapterWriter, run: RunDir) -> None:
+    """Writes the run's adapter. The directory appears whole: it is written beside its place and renamed."""
+    target = run.adapter
+    temporary = temporary_beside(target)
+    try:
+        writer.write_plain(temporary, model)
+        for path in (*temporary.iterdir(), temporary):
+            flush(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.replace(target)
+    flush(target.parent)
+    # A model that was merged from an earlier adapter of this run is none of this one.
+    shutil.rmtree(run.merged, ignore_errors=True)
+
+
+def _tensors(model: PeftModel) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
+
+    # Embeddings are no part of it; "auto" would ask the Hub whether the vocabulary has grown.
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return tensors
+
+
+def _without_start(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter as the difference to its start: B·A - B₀·A₀ = [B, -B₀] · [A; A₀], of twice the rank.
+
+    All that is no LoRA matrix (token rows, biases, modules that are saved whole) stays as it is.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    for name, first in start.items():
+        if ".lora_A." in name:
+            plain[name] = torch.cat([plain[name], first])
+        elif ".lora_B." in name:
+            plain[name] = torch.cat([plain[name], -first], dim=1)
+    return plain
+
+
+def _twice_the_rank(lora: LoraSpec) -> dict[str, Any]:
+    """PEFT's settings under which matrices of twice the rank are scaled as before: by alpha / r, or alpha / sqrt(r)."""
+    times = math.sqrt(2) if lora.use_rslora else 2
+    return {
+        "r": 2 * lora.r,
+        "lora_alpha": times * lora.lora_alpha,
+        "rank_pattern": {name: 2 * rank for name, rank in lora.rank_pattern.items()},
+        "alpha_pattern": {name: times * alpha for name, alpha in lora.alpha_pattern.items()},
+    }
+
+
+def _change_json(path: Path, changes: Mapping[str, Any]) -> None:
+    settings = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _card(base: BaseCheckpoint, recipe: Recipe, shape: Mapping[str, Any]) -> str:
+    """A README that says what this is and how to use it, with nothing of this machine in it."""
+    front_matter = "" if base.is_local else f"base_model: {base.id}\nbase_model_relation: adapter\n"
+    text = files("qwen_tune.artifacts").joinpath("adapter_card.md").read_text(encoding="utf-8")
+    return Template(text).substitute(
+        front_matter=front_matter,
+        name=recipe.name,
+        base=base.path.name if base.is_local else base.id,
+        rank=shape["r"],
+        alpha=shape["lora_alpha"],
+        loss_on=recipe.data.loss_on,
+        thinking=recipe.data.thinking,
+    )

@@ -1,0 +1,118 @@
+"""Rows that are no conversations: plain text, and token ids that somebody else has made."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from qwen_tune.chatml.conversation import Conversation
+from qwen_tune.data.values import kind, parse_json_text
+from qwen_tune.errors import RowError
+
+IGNORED_LABEL = -100
+LARGEST_ID = (1 << 31) - 1  # far above every vocabulary; four bytes hold it
+
+
+@dataclass(frozen=True, slots=True)
+class TextRow:
+    """A text without turns, all of which is supervised. `source` is `file:line`, `source_name` the recipe's name."""
+
+    source: str
+    source_name: str
+    text: str
+    warnings: tuple[str, ...] = ()
+
+    def content_hash(self, content: bytes | None = None) -> str:
+        """sha256 over the text: equal texts have equal hashes, and none has that of a conversation."""
+        return hashlib.sha256(b"text\n" + (content or self.content_bytes())).hexdigest()
+
+    def content_bytes(self) -> bytes:
+        """The text in UTF-8."""
+        return self.text.encode()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedRow:
+    """Token ids, and for each its own id where it is supervised or -100 where it is context."""
+
+    source: str
+    source_name: str
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    warnings: tuple[str, ...] = ()
+
+    def content_hash(self, content: bytes | None = None) -> str:
+        """sha256 over the ids, whichever of them are supervised: equal ids have equal hashes."""
+        return hashlib.sha256(b"ids\n" + (content or self.content_bytes())).hexdigest()
+
+    def content_bytes(self) -> bytes:
+        """The ids, four bytes each, little-endian."""
+        return struct.pack(f"<{len(self.input_ids)}I", *self.input_ids)
+
+
+TrainingRow: TypeAlias = Conversation | TextRow | TokenizedRow
+
+
+def to_text_row(row: Mapping[str, Any], *, source: str, source_name: str, warnings: tuple[str, ...] = ()) -> TextRow:
+    """A row with the column `text`.
+
+    Raises:
+        RowError: It holds no text.
+    """
+    text = row["text"]
+    if not isinstance(text, str) or not text.strip():
+        raise RowError(f"text is {kind(text)}; expected a text", "write the text or remove the row")
+    return TextRow(source, source_name, text, warnings)
+
+
+def to_tokenized_row(
+    row: Mapping[str, Any], *, source: str, source_name: str, warnings: tuple[str, ...] = ()
+) -> TokenizedRow:
+    """A row with the columns `input_ids` and, where only some are supervised, `labels`.
+
+    Raises:
+        RowError: They are no token ids, or do not fit each other.
+    """
+    ids = _integers(row["input_ids"], "input_ids")
+    if not ids:
+        raise RowError("input_ids is empty; expected at least one token id", "remove the row")
+    if min(ids) < 0 or max(ids) > LARGEST_ID:
+        wrong = next(index for index, token in enumerate(ids) if not 0 <= token <= LARGEST_ID)
+        raise RowError(f"input_ids[{wrong}] is {ids[wrong]}; expected a token id", "tokenize the text again")
+    labels = ids
+    if row.get("labels") is not None:
+        labels = _integers(row["labels"], "labels")
+        _require_length(labels, ids, "labels")
+        for index, (label, token) in enumerate(zip(labels, ids)):  # noqa: B905
+            if label not in (token, IGNORED_LABEL):
+                what = f"labels[{index}] is {label}; expected {token}, the token's own id, or {IGNORED_LABEL}"
+                raise RowError(what, "labels are not shifted: each stands at the token that is supervised")
+    if row.get("attention_mask") is not None:
+        mask = _integers(row["attention_mask"], "attention_mask")
+        _require_length(mask, ids, "attention_mask")
+        if set(mask) != {1}:
+            what = (
+                f"attention_mask[{next(i for i, seen in enumerate(mask) if seen != 1)}] is not 1; expected no padding"
+            )
+            raise RowError(what, "remove the padding from input_ids, labels and attention_mask")
+    return TokenizedRow(source, source_name, ids, labels, warnings)
+
+
+def _integers(values: Any, name: str) -> tuple[int, ...]:
+    if isinstance(values, str):
+        values = parse_json_text(values, name)
+    if not isinstance(values, list):
+        raise RowError(f"{name} is {kind(values)}; expected a list of whole numbers", "write [1, 2, …]")
+    if set(map(type, values)) - {int}:
+        index = next(index for index, value in enumerate(values) if type(value) is not int)
+        what = f"{name}[{index}] is {kind(values[index])}; expected a whole number"
+        raise RowError(what, "write the tokenizer's ids")
+    return tuple(values)
+
+
+def _require_length(values: tuple[int, ...], ids: tuple[int, ...], name: str) -> None:
+    if len(values) != len(ids):
+        raise RowError(f"{name} has {len(values)} values; input_ids has {len(ids)}", "write one for each token")

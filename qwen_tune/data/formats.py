@@ -1,0 +1,286 @@
+"""The shapes in which people keep what they train on, and how each becomes a conversation, a text, or token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwen_tune.chatml.conversation import Conversation, Message, PlainTurns
+from qwen_tune.data.documents import TrainingRow, to_text_row, to_tokenized_row
+from qwen_tune.data.messages import parse_messages, parse_tools
+from qwen_tune.data.turns import TURN_COLUMNS, history_pairs, list_column, spelling, text_column, to_messages
+from qwen_tune.data.values import check_json, kind, parse_json_text, shown_row
+from qwen_tune.errors import RowError
+
+MEDIA_COLUMNS = frozenset({"images", "audios", "videos", "image", "audio", "video"})
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """The format of a source's rows, and what it was concluded from, in words."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Format:
+    """One form of rows."""
+
+    name: str
+
+    required: tuple[tuple[str, ...], ...]
+    """Columns that a row must have; of several names in one place, any one."""
+
+    optional: tuple[str, ...]
+    """Columns that are read where they are there."""
+
+    example: str
+    """A row, for messages."""
+
+    def missing(self, row: Mapping[str, Any]) -> list[str]:
+        """The required columns that a row lacks."""
+        lacking: list[str] = []
+        for names in self.required:
+            for name in names:
+                if name in row:
+                    break
+            else:
+                lacking.append(names[0])
+        return lacking
+
+
+_CHAT_COLUMNS = ("system", "tools", "chat_template_kwargs")
+_FORMATS = (
+    Format(
+        "messages",
+        (TURN_COLUMNS,),
+        _CHAT_COLUMNS,
+        '{"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}',
+    ),
+    Format(
+        "sharegpt",
+        (("conversations", "conversation", "messages"),),
+        _CHAT_COLUMNS,
+        '{"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}',
+    ),
+    Format(
+        "alpaca",
+        (("instruction",), ("output",)),
+        ("input", "history", *_CHAT_COLUMNS),
+        '{"instruction": …, "output": …}',
+    ),
+    Format(
+        "prompt_completion",
+        (("prompt",), ("completion",)),
+        _CHAT_COLUMNS,
+        '{"prompt": …, "completion": …}',
+    ),
+    Format(
+        "query_response",
+        (("query",), ("response",)),
+        ("history", *_CHAT_COLUMNS),
+        '{"query": …, "response": …}',
+    ),
+    Format("tokenized", (("input_ids",),), ("labels", "attention_mask"), '{"input_ids": [1, 2, …]}'),
+    Format("text", (("text",),), (), '{"text": …}'),
+)
+FORMATS = {entry.name: entry for entry in _FORMATS}
+COLUMNS = tuple(
+    dict.fromkeys(
+        column
+        for entry in _FORMATS
+        for column in (*(name for names in entry.required for name in names), *entry.optional)
+    )
+)
+"""Every column that some format has, which is what a recipe may rename."""
+
+REQUIRED_COLUMNS = frozenset(name for entry in _FORMATS for names in entry.required for name in names)
+ACCEPTED = "; ".join(f"{entry.name} {entry.example}" for entry in _FORMATS)
+
+
+def recognise(row: Mapping[str, Any]) -> Recognised:
+    """The format that a row's columns show.
+
+    Raises:
+        RowError: No format has these columns; the message shows the row and the accepted forms.
+    """
+    # Tables of mixed rows hold every column in each: those without a value say nothing.
+    filled = {name: value for name, value in row.items() if value is not None}
+    for columns in (filled, row):
+        for entry in _FORMATS:
+            if not entry.missing(columns):
+                return _recognised(entry, columns)
+    raise RowError(
+        f"the format is not recognised; the row is {shown_row(row)}; accepted are {ACCEPTED}",
+        "name the columns in the recipe, as in data.train[].columns: {messages: your_column}",
+    )
+
+
+def _recognised(entry: Format, columns: Mapping[str, Any]) -> Recognised:
+    if entry.name != "messages":
+        named = [next(name for name in names if name in columns) for names in entry.required]
+        plural = "columns" if len(named) > 1 else "column"
+        return Recognised(entry.name, f"{plural} {' and '.join(chr(34) + name + chr(34) for name in named)}")
+    column = next(name for name in TURN_COLUMNS if name in columns)
+    turns, as_text = columns[column], ""
+    if isinstance(turns, str):
+        turns, as_text = list_column(columns, column), ", as JSON text"
+    spelled = spelling(turns[0]) if isinstance(turns, list) and turns else None
+    if spelled is None:
+        return Recognised("messages" if column == "messages" else "sharegpt", f'column "{column}"')
+    name = "messages" if spelled == "role and content" else "sharegpt"
+    return Recognised(name, f'column "{column}" holds a list of turns with {spelled}{as_text}')
+
+
+def to_training_row(
+    row: Mapping[str, Any], format_name: str, *, source: str, source_name: str, system: str | None = None
+) -> TrainingRow:
+    """Turns one row into what is trained.
+
+    Args:
+        row: Column names and values.
+        format_name: A key of `FORMATS`.
+        source: `file:line` of the row.
+        source_name: The recipe's name for the data.
+        system: A system text for conversations that have none.
+
+    Raises:
+        RowError: The row is not of that format, or is not something to train on.
+    """
+    if format_name in TO_MESSAGES:
+        return to_conversation(row, format_name, source=source, source_name=source_name, system=system)
+    _refuse_media(row)
+    # Nothing but a conversation has a place for these.
+    warnings = tuple(f'column "{name}" is not used by format {format_name}' for name in _CHAT_COLUMNS if row.get(name))
+    convert = to_text_row if format_name == "text" else to_tokenized_row
+    return convert(row, source=source, source_name=source_name, warnings=warnings)
+
+
+def to_conversation(
+    row: Mapping[str, Any], format_name: str, *, source: str, source_name: str, system: str | None = None
+) -> Conversation:
+    """Turns one row of a conversation's format into a conversation; see `to_training_row`.
+
+    Raises:
+        RowError: The row is not of that format, or is not something to train on.
+    """
+    _refuse_media(row)
+    column, raw = TO_MESSAGES[format_name](row)
+    messages, warnings = parse_messages(raw, column)
+    template_kwargs = row.get("chat_template_kwargs")
+    return Conversation(
+        source,
+        source_name,
+        _with_system(messages, row.get("system"), system),
+        parse_tools(row.get("tools")),
+        _parse_template_kwargs(template_kwargs) if template_kwargs else {},
+        warnings,
+    )
+
+
+def _refuse_media(row: Mapping[str, Any]) -> None:
+    for column in MEDIA_COLUMNS.intersection(row):
+        if row[column]:
+            raise RowError(f'not yet: the row carries "{column}"; only text is trained so far', "remove these rows")
+
+
+def _parse_template_kwargs(given: Any) -> Mapping[str, Any]:
+    if isinstance(given, str):
+        given = parse_json_text(given, "chat_template_kwargs")
+    if not isinstance(given, dict):
+        raise RowError(f"chat_template_kwargs is {kind(given)}; expected an object", 'write {"enable_thinking": false}')
+    check_json(given, "chat_template_kwargs")
+    # A null means the same as in tables, which hold one wherever another row has a value. What a template has no place
+    # for is refused by whoever knows the template, `chatml.ChatTemplate.render`.
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _with_system(messages: Sequence[Message], own: Any, default: str | None) -> Sequence[Message]:
+    """Puts the row's `system` column, or else the recipe's system text, before turns that begin without one."""
+    if own is not None and not isinstance(own, str):
+        raise RowError(f"system is {kind(own)}; expected text", "write the text or leave it out")
+    own = own if own and not own.isspace() else None
+    if not own and not default:
+        return messages
+    begins = messages[0].role == "system"
+    if own and begins and messages[0].content != own:
+        raise RowError('the row has a "system" column and another system turn', "keep one of them")
+    text = own or default
+    if begins or not text:
+        return messages
+    if isinstance(messages, PlainTurns):
+        return PlainTurns(("system", *messages.roles), [text, *messages.texts])
+    return (Message("system", text), *messages)
+
+
+def _from_turns(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    return _turns_of(row, TURN_COLUMNS)
+
+
+def _from_sharegpt(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    return _turns_of(row, ("conversations", "conversation", "messages"))
+
+
+def _turns_of(row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[str, list[Any]]:
+    column = columns[0]
+    if row.get(column) is None:
+        column = next((name for name in columns if row.get(name) is not None), column)
+    return column, to_messages(list_column(row, column), column)
+
+
+def _from_alpaca(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    question, given = text_column(row, "instruction"), row.get("input")
+    if given is not None and not isinstance(given, str):
+        raise RowError(f"input is {kind(given)}; expected a string", "write the text, or leave it out")
+    if given and not given.isspace():
+        question = f"{question}\n{given}"
+    return _answered(row, question, "output", history_pairs(row))
+
+
+def _from_query_response(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    return _answered(row, text_column(row, "query"), "response", history_pairs(row))
+
+
+def _from_prompt_completion(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    prompt, completion = _turns_or_text(row["prompt"]), _turns_or_text(row["completion"])
+    if isinstance(prompt, list) and isinstance(completion, list):
+        if not completion:
+            raise RowError("completion is empty; expected the assistant's turns", "add the answer or remove the row")
+        # Only the completion is supervised: answers inside the prompt are context.
+        context = [
+            {**turn, "train": False} if isinstance(turn, dict) and turn.get("role") == "assistant" else turn
+            for turn in to_messages(prompt, "prompt")
+        ]
+        return "messages", [*context, *to_messages(completion, "completion")]
+    if isinstance(prompt, list) or isinstance(completion, list):
+        what = "prompt and completion are of different kinds; expected two strings or two lists of turns"
+        raise RowError(what, "write both as lists of turns")
+    return _answered(row, text_column(row, "prompt"), "completion", [])
+
+
+def _answered(row: Mapping[str, Any], question: str, answer: str, before: list[Any]) -> tuple[str, list[Any]]:
+    pair = [{"role": "user", "content": question}, {"role": "assistant", "content": text_column(row, answer)}]
+    return "messages", [*before, *pair]
+
+
+def _turns_or_text(value: Any) -> Any:
+    """A list of turns, also where it is JSON text of one; a text that only looks like JSON stays what it is."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            turns = parse_json_text(value, "prompt")
+        except RowError:
+            return value
+        if isinstance(turns, list) and all(spelling(turn) in ("role and content", "from and value") for turn in turns):
+            return turns
+    return value
+
+
+TO_MESSAGES: dict[str, Callable[[Mapping[str, Any]], tuple[str, list[Any]]]] = {
+    "messages": _from_turns,
+    "sharegpt": _from_sharegpt,
+    "alpaca": _from_alpaca,
+    "prompt_completion": _from_prompt_completion,
+    "query_response": _from_query_response,
+}

@@ -1,0 +1,287 @@
+"""The recipe's data sources, read into what is trained: one pass, a row at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from qwen_tune.data.documents import TrainingRow
+from qwen_tune.data.files import fetch, find_files, is_url, names_hub_data_set, read_rows
+from qwen_tune.data.formats import COLUMNS, FORMATS, REQUIRED_COLUMNS, Recognised, recognise, to_training_row
+from qwen_tune.data.messages import parse_tools
+from qwen_tune.data.source_file import Row, SourceFile
+from qwen_tune.data.tables import without_nulls
+from qwen_tune.disk import UnreadableError, read_text_file
+from qwen_tune.errors import DataError, Problem, RowError, first_line
+from qwen_tune.recipe.schema import DataSpec, SourceSpec
+
+PROBLEMS_KEPT = 1000  # enough to say how bad it is, few enough to say it soon
+
+
+class SourceReader:
+    """The rows of one source, read anew by each iteration and never held.
+
+    `recognised` is None until the first row is read; then it says what form the rows have, and why. `columns_missed`
+    are those that the recipe renames and no row has had so far; None before there was a row.
+    """
+
+    def __init__(
+        self,
+        source: SourceSpec,
+        *,
+        system: str | None,
+        files: list[SourceFile] | None = None,
+        recognised: Recognised | None = None,
+    ) -> None:
+        """Takes the source; nothing is read yet.
+
+        Args:
+            source: The recipe's source.
+            system: A system text for conversations that have none.
+            files: What `source_files` said, from whoever has asked; without them each iteration asks anew.
+            recognised: What form the rows have, if these files are a part of the source. Then it is not said which
+                columns no row has.
+        """
+        self.recognised = recognised
+        self.columns_missed: set[str] | None = None
+        self._source = source
+        self._files = files
+        self._system = system
+        self._given = recognised
+
+    def __iter__(self) -> Iterator[TrainingRow | Problem]:
+        """Yields each row, or the problem with it.
+
+        Raises:
+            DataError: The source is not there, or the recipe says of it what cannot be.
+        """
+        source = self._source
+        tools = read_tools(source.tools)
+        renamed = _renamed_columns(source)
+        self.columns_missed = None
+        self.recognised = self._given
+        if source.format != "auto":
+            self.recognised = Recognised(source.format, f"the recipe says format: {source.format}")
+        for item in _rows(source, self._files):
+            if isinstance(item, Problem):
+                yield item
+                continue
+            columns = item.columns
+            if self.columns_missed is None:
+                self.columns_missed = set(renamed) - REQUIRED_COLUMNS
+            try:
+                if renamed:
+                    self.columns_missed = {ours for ours in self.columns_missed if renamed[ours] not in columns}
+                    columns = _rename(columns, renamed)
+                if tools and not columns.get("tools"):
+                    columns = {**columns, "tools": tools}
+                if self.recognised is None:
+                    self.recognised = recognise(columns)
+                name = self.recognised.name
+                if missing := FORMATS[name].missing(columns):
+                    raise _lacking(missing, columns, self.recognised)
+                yield to_training_row(columns, name, source=item.source, source_name=source.name, system=self._system)
+            except RowError as problem:
+                yield problem.at(item.source)
+                if self.recognised is None:
+                    return  # without a format every further row would say the same
+        if self._given is None:
+            yield from missed_columns(source, self.columns_missed)
+
+
+def missed_columns(source: SourceSpec, names: set[str] | None) -> list[Problem]:
+    """A problem for each column that a recipe renames and no row of the source has."""
+    return [
+        Problem(
+            source.path,
+            f'no row has a column "{source.columns[ours]}", which the recipe maps to {ours}',
+            "see data.train[].columns",
+        )
+        for ours in sorted(names or ())
+    ]
+
+
+def iter_source(source: SourceSpec, *, system: str | None) -> Iterator[TrainingRow | Problem]:
+    """The rows of one source, and a problem for each that cannot be trained on; see `SourceReader`.
+
+    Args:
+        source: The recipe's source.
+        system: A system text for conversations that have none.
+
+    Raises:
+        DataError: The source is not there, or the recipe says of it what cannot be.
+    """
+    return iter(SourceReader(source, system=system))
+
+
+def source_files(source: SourceSpec) -> list[SourceFile] | None:
+    """The local files of a source, fetched where it is a URL; None for a Hub data set.
+
+    Raises:
+        DataError: There are none, or they cannot be had.
+    """
+    is_remote = is_url(source.path)
+    files = None if is_remote else find_files(source.path)
+    if files is None and not is_remote:
+        return None
+    for name, value in (("subset", source.subset), ("split", source.split), ("revision", source.revision)):
+        if value is not None:
+            what = f"{name} is for Hub data sets; this is a {'URL' if is_remote else 'local path'}"
+            raise DataError(Problem(source.path, what, f"remove {name}"))
+    if files is None:
+        return fetch(source.path)
+    return [SourceFile(file, str(file)) for file in files]
+
+
+def load_conversations(data: DataSpec, *, rows_per_source: int | None = None) -> list[TrainingRow]:
+    """Every row of `data.train`, in the recipe's order.
+
+    Args:
+        data: The recipe's data section.
+        rows_per_source: Read no more rows of a source than this (a sample for `validate`).
+
+    Raises:
+        DataError: All problems of all sources, in order of file and line.
+    """
+    return load_sources(data.train, system=data.system, rows_per_source=rows_per_source)
+
+
+def load_sources(
+    sources: Sequence[SourceSpec],
+    *,
+    system: str | None,
+    rows_per_source: int | None = None,
+) -> list[TrainingRow]:
+    """Every row of some sources; see `load_conversations`."""
+    rows: list[TrainingRow] = []
+    problems: list[Problem] = []
+    for source in sources:
+        try:
+            for item in itertools.islice(iter_source(source, system=system), rows_per_source):
+                if isinstance(item, Problem):
+                    problems.append(item)
+                    if len(problems) >= PROBLEMS_KEPT:
+                        raise DataError(problems)
+                else:
+                    rows.append(item)
+        except DataError as error:
+            if len(problems) >= PROBLEMS_KEPT:
+                raise
+            problems.extend(error.problems)
+    if problems:
+        raise DataError(problems)
+    return rows
+
+
+def _renamed_columns(source: SourceSpec) -> dict[str, str]:
+    if unknown := [ours for ours in source.columns if ours not in COLUMNS]:
+        raise DataError(
+            Problem(
+                f"data.train[].columns ({source.name})",
+                f"{', '.join(unknown)} is no column that a format has; they have {', '.join(COLUMNS)}",
+                "write our name first, then the name in the data: messages: chat",
+            )
+        )
+    return dict(source.columns)
+
+
+def _rename(columns: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    theirs = set(renamed.values())
+    result = {name: value for name, value in columns.items() if name not in theirs}
+    for ours, name in renamed.items():
+        if name in columns:
+            result[ours] = columns[name]
+        elif ours in REQUIRED_COLUMNS:
+            what = f'there is no column "{name}", which the recipe maps to {ours}'
+            raise RowError(what, f"the row has {', '.join(map(str, list(columns)[:8])) or 'no columns'}")
+    return result
+
+
+def _lacking(missing: list[str], columns: Mapping[str, Any], recognised: Recognised) -> RowError:
+    what = (
+        f"the row lacks {' and '.join(missing)}; this source is read as {recognised.name} ({recognised.reason}); "
+        f"the row has {', '.join(name[:40] for name in list(columns)[:8]) or 'no columns'}"
+    )
+    return RowError(what, "keep rows of one form in a file")
+
+
+def _rows(source: SourceSpec, files: list[SourceFile] | None) -> Iterator[Row | Problem]:
+    files = source_files(source) if files is None else files
+    if files is None:
+        yield from _hub_rows(source)
+        return
+    for file in files:
+        yield from read_rows(file)
+
+
+def _hub_rows(source: SourceSpec) -> Iterator[Row | Problem]:
+    import datasets
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    datasets.disable_progress_bars()
+    split = source.split or "train"
+    try:
+        table = datasets.load_dataset(
+            source.path,
+            name=source.subset,
+            split=split,
+            revision=source.revision,
+            streaming=not constants.HF_HUB_OFFLINE,  # without a network there is only what an earlier run has kept
+        )
+    except ValueError as error:  # an unknown split or subset: the message names the ones there are
+        raise DataError(Problem(source.path, first_line(error), "set data.train[].split and .subset")) from error
+    except (DatasetsError, HfHubHTTPError, OfflineModeIsEnabled, OSError, RuntimeError) as error:
+        raise DataError(
+            Problem(
+                source.path,
+                f"neither a local file or folder nor a data set that the Hub gives us ({first_line(error)})",
+                "check the name; for a private data set run `hf auth login`",
+            )
+        ) from error
+    number = 0
+    try:
+        for number, columns in enumerate(table, start=1):
+            yield Row(f"{source.path}[{split}]:{number}", without_nulls(columns))
+    except Exception as error:  # files of every kind, read as they arrive, each with exceptions of its own
+        what = f"the data set cannot be read from here on: {first_line(error)}"
+        fix = "try again; if it is always this row, download the file and give its path"
+        raise DataError(Problem(f"{source.path}[{split}]:{number + 1}", what, fix)) from error
+
+
+def read_tools(path: str | None) -> list[Any] | None:
+    """The tools of a recipe's JSON file of them; None without one.
+
+    Raises:
+        DataError: It cannot be read, or holds no tools.
+    """
+    if path is None:
+        return None
+    try:
+        return list(parse_tools(read_text_file(path)))
+    except UnreadableError as error:
+        raise DataError(Problem(path, f"the tools file cannot be read: {error}", "check data.train[].tools")) from None
+    except RowError as problem:
+        raise DataError(problem.at(path)) from None
+
+
+SAMPLE_ROWS = 1000  # a source; reading more would make a check that is meant to be instant wait for the disk
+
+
+def check_data(data: DataSpec) -> str:
+    """Reads the first rows of every local source.
+
+    Returns:
+        What was read, in words.
+
+    Raises:
+        DataError: Every file that is missing and every row that is wrong.
+    """
+    sources = [*data.train, *(data.eval if isinstance(data.eval, list) else ())]
+    local = [source for source in sources if not is_url(source.path) and not names_hub_data_set(source.path)]
+    count = len(load_sources(local, system=data.system, rows_per_source=SAMPLE_ROWS))
+    read = f"{count:,} rows read (at most {SAMPLE_ROWS:,} of a source)"
+    remote = len(sources) - len(local)
+    return f"{read}, {remote} sources elsewhere not looked at" if remote else read

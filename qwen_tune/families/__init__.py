@@ -1,0 +1,1 @@
+"""What is known of each architecture, as data: one light module each."""

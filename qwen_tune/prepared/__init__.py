@@ -1,1 +1,0 @@
-"""Rows made ready for training: tokenized, cached, mixed, split, packed, audited and shown."""

@@ -1,0 +1,129 @@
+"""The preview as one page of HTML that needs nothing else: the audit, and samples to look through token by token.
+
+The page's parts lie beside this module. What comes from rows goes in as JSON and is shown as text, never as HTML.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_tune import __version__
+from qwen_tune.errors import Problem, QwenTuneError, first_line
+from qwen_tune.preview.terminal import Spelling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qwen_tune.data.preparation import PreparedData
+    from qwen_tune.model.base import BaseCheckpoint
+    from qwen_tune.preview.audit import Audit
+    from qwen_tune.recipe.schema import Recipe
+
+SAMPLES = 200  # unless the command says otherwise
+TOKENS_OF_A_SAMPLE = 2_000
+TOKENS_OF_A_PAGE = 1_000_000  # some 30 MB
+
+# Inside a script element these could end it, or begin what hides its end.
+ESCAPES = str.maketrans({char: f"\\u{ord(char):04x}" for char in "<>&"})
+
+SUPERVISED, CONTROL = 1, 2
+
+
+def check_target(file: Path) -> None:
+    """Raises QwenTuneError where no page can be written, before any work is done for it."""
+    if file.is_dir():
+        raise QwenTuneError(Problem(str(file), "this is a folder; expected the name of a file", "add preview.html"))
+    if not file.parent.is_dir():
+        what = f"there is no folder {file.parent} to write the page to"
+        raise QwenTuneError(Problem(str(file), what, f"mkdir -p {file.parent}, or choose another place"))
+
+
+def write(file: Path, text: str) -> None:
+    """Writes a page; a reader sees the old one or the new one, never a part.
+
+    Raises:
+        QwenTuneError: It cannot be written there.
+    """
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        # A file's name may hold bytes that are no text.
+        part.write_text(text, encoding="utf-8", errors="replace")
+        part.replace(file)
+    except OSError as error:
+        raise QwenTuneError(Problem(str(file), f"the page cannot be written: {first_line(error)}")) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def page(
+    recipe: Recipe,
+    base: BaseCheckpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    audit: Audit,
+    places: Sequence[int],
+) -> str:
+    """The whole page.
+
+    Args:
+        recipe: Gives its name and the settings that decide what is supervised.
+        base: The checkpoint whose template and tokenizer were used.
+        tokenizer: Spells the tokens.
+        data: Everything that trains and evaluates.
+        audit: What became of the rows.
+        places: The training samples to hold; as many of them as a page of sensible size has room for.
+    """
+    facts = {
+        "recipe": recipe.name,
+        "base": base.id,
+        "revision": base.revision,
+        "template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+        "version": __version__,
+        "settings": {
+            "loss_on": recipe.data.loss_on,
+            "thinking": recipe.data.thinking,
+            "overlong": recipe.data.overlong,
+        },
+        "audit": audit.as_dict(),
+        "samples": _samples(data, tokenizer, places),
+        "of": len(data.train.examples),
+        "tokens_of_a_sample": TOKENS_OF_A_SAMPLE,
+    }
+    text = json.dumps(facts, ensure_ascii=False, separators=(",", ":")).translate(ESCAPES)
+    parts = {"style": _part("css"), "script": _part("js"), "data": text}
+    before, *rest = _part("html").split("{{")
+    return before + "".join(parts[name] + after for name, _, after in (piece.partition("}}") for piece in rest))
+
+
+def _part(kind: str) -> str:
+    return Path(__file__).with_suffix(f".{kind}").read_text(encoding="utf-8")
+
+
+def _samples(data: PreparedData, tokenizer: PreTrainedTokenizerBase, places: Sequence[int]) -> list[dict[str, Any]]:
+    """Samples for the page: a piece is its text, its flags (1 supervised, 2 control) and its ids, in one flat list."""
+    spelling = Spelling(tokenizer)
+    samples: list[dict[str, Any]] = []
+    room = TOKENS_OF_A_PAGE
+    for place in places:
+        example = data.train.examples[place]
+        shown = min(len(example.input_ids), TOKENS_OF_A_SAMPLE)
+        room -= shown
+        if room < 0 and samples:
+            break
+        pieces = spelling.pieces(example.input_ids[:shown], example.labels[:shown])
+        samples.append(
+            {
+                "at": example.source,
+                "source": example.source_name,
+                "tokens": len(example.input_ids),
+                "supervised": example.supervised,
+                "cut": bool(example.truncated),
+                "pieces": [[p.text, SUPERVISED * p.supervised + CONTROL * p.control, *p.ids] for p in pieces],
+            }
+        )
+    return samples

@@ -1,1 +1,0 @@
-"""From files to rows that can be trained on. Nothing here knows a model."""

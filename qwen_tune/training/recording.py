@@ -1,0 +1,167 @@
+"""A run's processes: one writes and prints, the others keep a log each; all stop together when asked to."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from qwen_tune.console import report
+from qwen_tune.disk import make_private_folder
+from qwen_tune.distributed.world import is_main_process, rank
+from qwen_tune.errors import Interrupted, Problem, QwenTuneError, RunError
+from qwen_tune.machine import on_stop_signals, started_at
+from qwen_tune.runs.directory import RunDir
+from qwen_tune.runs.resume import Plan
+
+
+@contextmanager
+def recording(
+    run: RunDir,
+    recipe_yaml: str,
+    plan: Plan,
+    facts: Mapping[str, Any],
+    accelerator: Accelerator,
+    *,
+    overwrite: bool,
+    resume: str,
+) -> Iterator[None]:
+    """Holds the run directory for the length of a run; see `RunDir.recording`.
+
+    The first process takes the directory and records the facts, then all go on. What the others say goes to
+    `logs/rank-N.log`.
+
+    Raises:
+        RunError: Another run took the directory in the meantime.
+    """
+    _require_one_plan(plan)
+    with _leaving_together():
+        if is_main_process():
+            with run.recording(recipe_yaml, plan, overwrite=overwrite, resume=resume):
+                run.record(facts)
+                accelerator.wait_for_everyone()
+                yield
+            return
+        accelerator.wait_for_everyone()
+        try:
+            with _output_to(run.logs / f"rank-{rank()}.log"):
+                try:
+                    yield
+                except BaseException:
+                    traceback.print_exc()
+                    raise
+        except QwenTuneError as error:
+            if not getattr(error, "met_by_all", False):
+                report(f"process {rank()}: {error}")  # the others have not met it
+            raise
+
+
+@contextmanager
+def _leaving_together() -> Iterator[None]:
+    """Takes the process group down when a run ends as all processes know it does.
+
+    A process that ends with its group still up is aborted now and then by the group's own threads. After a failure the
+    others may be waiting in it, and it is left to the system.
+    """
+    all_know = False
+    try:
+        yield
+        all_know = True
+    except Interrupted:
+        all_know = True
+        raise
+    finally:
+        if all_know and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _require_one_plan(plan: Plan) -> None:
+    """Makes sure that all processes resume from the same checkpoint.
+
+    Raises:
+        RunError: They see different run directories.
+    """
+    plans = gather_object([str(plan.checkpoint)])
+    if len(set(plans)) > 1:
+        what = "the processes see different checkpoints there; expected one disk that all machines share"
+        raise RunError(Problem("run.dir", what, "put the run directory on such a disk"))
+
+
+@contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Sends standard output and standard error to a file, those of native libraries too."""
+    make_private_folder(path.parent)
+    before = [os.dup(1), os.dup(2)]
+    with path.open("ab") as file:
+        try:
+            _point_at(file.fileno(), file.fileno())
+            yield
+        finally:
+            _point_at(*before)
+            for descriptor in before:
+                os.close(descriptor)
+
+
+def _point_at(output: int, errors: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(output, 1)
+    os.dup2(errors, 2)
+
+
+# A launcher passes one Ctrl-C on several times within a moment; a person presses it again after reading.
+SECONDS_OF_ONE_REQUEST = 1.0
+
+
+class StopRequest:
+    """Whether SIGINT or SIGTERM has asked this process to stop, or its time is up.
+
+    Args:
+        max_hours: Hours after the start of this process, or None for no limit.
+    """
+
+    def __init__(self, max_hours: float | None = None) -> None:
+        self._signalled = False
+        self._first = 0.0
+        self._end = math.inf if max_hours is None else started_at() + max_hours * 3600
+
+    @property
+    def requested(self) -> bool:
+        """Whether the step that runs is the last."""
+        return self._signalled or time.time() >= self._end
+
+    @contextmanager
+    def listening(self, *, quiet: bool = False) -> Iterator[None]:
+        """Turns signals into a request for as long as this lasts; a second Ctrl-C ends the process at once.
+
+        Args:
+            quiet: Whether to say nothing when one comes (processes beside the first).
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python delivers signals to the main thread alone
+            return
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            now = time.monotonic()
+            if not self._signalled:
+                self._signalled, self._first = True, now
+                if not quiet:
+                    report("\nstopping after this step; Ctrl-C again stops without saving")
+            elif number == signal.SIGINT and now - self._first > SECONDS_OF_ONE_REQUEST:
+                raise KeyboardInterrupt
+
+        with on_stop_signals(on_signal):
+            yield
