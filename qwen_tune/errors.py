@@ -8,7 +8,8 @@ QwenTuneError                  the message is all that the user sees; the proces
 ├── TrainingError              the run itself: a loss that is not a number
 ├── MergeError                 an adapter and a base that do not make a model
 │   └── NoRoomError            a disk that is full; what was written stays
-└── PublishError               what cannot be pushed, or a hub that does not take it
+├── PublishError               what cannot be pushed, or a hub that does not take it
+└── LibraryError               an installed library lacks what this version is built on
 
 RowError is what is wrong with a record whose place is not known yet; it becomes a `Problem`.
 
@@ -110,6 +111,10 @@ class NoRoomError(MergeError):
 
 class PublishError(QwenTuneError):
     """Something may not leave this machine, or the other side does not take it."""
+
+
+class LibraryError(QwenTuneError):
+    """An installed library lacks something that this version is built on."""
 
 
 def visible(text: str) -> str:

@@ -1,14 +1,14 @@
-"""GPUs and CPUs by their makers' public figures, and the type and attention that each computes. Light: no torch."""
+"""GPUs and CPUs by their makers' public figures, and the types that they compute in. Light: torch is not imported."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qwen_tune.errors import ModelError, Problem, QwenTuneError
+from qwen_tune.errors import Problem, QwenTuneError
 from qwen_tune.machine import cpu_bfloat16_units
 
 GIB = 1 << 30
@@ -16,20 +16,6 @@ GIB = 1 << 30
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 SIXTEEN_BITS = ("bfloat16", "float16")
-
-Kernel = Literal["eager", "sdpa", "varlen"]
-"""How attention is computed, as far as memory and time depend on it."""
-
-VARLEN = "varlen"
-FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-AUTOMATIC_ATTENTIONS = (VARLEN, "flash_attention_3", "flash_attention_2")
-"""What `attention: auto` tries, the fastest first; SDPA is everywhere."""
-
-FLASH_CAPABILITY = (8, 0)
-"""NVIDIA's compute capability from which FlashAttention 2 is compiled: Ampere."""
-
-LARGEST_FLASH_HEAD = 256
-"""Channels of a head, at most, that FlashAttention 2 takes."""
 
 
 def automatic_cpu_dtype(config: Mapping[str, Any]) -> Dtype:
@@ -45,62 +31,6 @@ def automatic_cpu_dtype(config: Mapping[str, Any]) -> Dtype:
     return "bfloat16" if stored in SIXTEEN_BITS and cpu_bfloat16_units() else "float32"
 
 
-def attention_fault(name: str, dtype: str, head_dim: int, *, has_flash: bool) -> str | None:
-    """Why a device cannot compute an attention, after "which"; None where it can, given the packages.
-
-    Args:
-        name: As Transformers calls it.
-        dtype: What the model computes in.
-        head_dim: Channels of a head.
-        has_flash: Whether the device is an NVIDIA GPU of `FLASH_CAPABILITY` or more.
-    """
-    if name in ("eager", "sdpa"):
-        return None
-    if not has_flash:
-        return "needs an NVIDIA GPU of compute capability 8.0 or more"
-    if dtype not in SIXTEEN_BITS:
-        return f"computes in bfloat16 or float16, and the model in {dtype}"
-    if head_dim > LARGEST_FLASH_HEAD:
-        return f"takes heads of at most {LARGEST_FLASH_HEAD} channels, and the model's have {head_dim}"
-    return None
-
-
-def choose_attention(
-    asked: str,
-    dtype: str,
-    head_dim: int,
-    *,
-    has_flash: bool,
-    missing: Callable[[str], str | None] = lambda name: None,
-) -> str:
-    """The attention of a recipe on a device, as Transformers calls it: planner and training choose here.
-
-    Args:
-        asked: The recipe's `model.attention`; `auto` is the fastest that the device computes packs with.
-        dtype: What the model computes in.
-        head_dim: Channels of a head.
-        has_flash: See `attention_fault`.
-        missing: Why the packages of an attention are not there, after "which"; None where they are.
-
-    Raises:
-        ModelError: The recipe asks for one that is not available.
-    """
-
-    def fault(name: str) -> str | None:
-        return attention_fault(name, dtype, head_dim, has_flash=has_flash) or missing(name)
-
-    if asked == "auto":
-        return next((name for name in AUTOMATIC_ATTENTIONS if fault(name) is None), "sdpa")
-    if reason := fault(asked):
-        raise ModelError(Problem("model.attention", f"got {asked}, which {reason}", "write attention: auto"))
-    return asked
-
-
-def kernel_of(attention: str) -> Kernel:
-    """The kind of an attention; every FlashAttention takes the samples' boundaries, as `varlen` does."""
-    return "eager" if attention == "eager" else "sdpa" if attention == "sdpa" else "varlen"
-
-
 @dataclass(frozen=True)
 class Gpu:
     """A GPU.
@@ -113,7 +43,7 @@ class Gpu:
         float32_tflops: The same in float32, without TF32.
         bandwidth: Of its memory, 10⁹ bytes a second.
         watts: Rated power of its boards by the names that the driver reports, the longer names first.
-        has_bfloat16: Whether it multiplies bfloat16. Ampere brought that and FlashAttention's instructions.
+        has_bfloat16: Whether it multiplies bfloat16; Ampere brought that and FlashAttention's instructions.
         is_listed: Whether `estimate` shows it where no GPU is named.
     """
 
@@ -142,18 +72,6 @@ class Gpu:
         if asked == "auto":
             return "bfloat16" if self.has_bfloat16 else "float32"
         return "float16" if asked == "float16" else "bfloat16" if asked == "bfloat16" else "float32"
-
-    def attention(self, asked: str, dtype: Dtype, head_dim: int) -> str:
-        """What `model.attention` comes to on it.
-
-        Raises:
-            QwenTuneError: The recipe asks for one that it does not have.
-        """
-        try:
-            return choose_attention(asked, dtype, head_dim, has_flash=self.has_bfloat16)
-        except ModelError:
-            what = f"{self.name} does not compute {asked} with heads of {head_dim} channels in {dtype}"
-            raise QwenTuneError(Problem("model.attention", what, "write attention: auto")) from None
 
 
 # In the order of their memory. NVIDIA's data sheets; products without sparsity.

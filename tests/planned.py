@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from qwen_tune.errors import ModelError
+from qwen_tune.families.attention import choose_attention
 from qwen_tune.families.shape import read_shape
-from qwen_tune.hardware import choose_attention
 from qwen_tune.planner.job import Job, read_job
 from qwen_tune.recipe.schema import Recipe
 
@@ -52,7 +52,7 @@ def job(recipe: Recipe, *, processes: int = 1, on_gpu: bool = True, dtype: str |
     shape = read_shape(CONFIGS[recipe.model.base], recipe.model.base)
     own: Any = dtype or ("bfloat16" if on_gpu else "float32")
     try:
-        attention = choose_attention(recipe.model.attention, own, shape.head_size, has_flash=on_gpu)
+        attention = choose_attention(recipe.model.attention, own, shape, has_flash=on_gpu)
     except ModelError:
         attention = "sdpa"
     return read_job(recipe, shape, dtype=own, attention=attention, processes=processes, on_gpu=on_gpu)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qwen_tune.errors import ModelError
+from qwen_tune.families.qwen2 import QWEN2
 from qwen_tune.merging.merge import merge
 from qwen_tune.model.adapter import target_modules
 from qwen_tune.recipe.schema import LoraSpec
@@ -170,12 +171,12 @@ def vision_language_model():
 
 def test_the_vision_tower_is_trained_only_where_it_is_named():
     model = vision_language_model()
-    unasked = target_modules(model, LoraSpec())
+    unasked = target_modules(model, LoraSpec(), QWEN2)
     assert len(unasked) == 7
     assert all("language_model" in name for name in unasked)
-    bare = target_modules(model, LoraSpec(target_modules=["gate_proj"]))
+    bare = target_modules(model, LoraSpec(target_modules=["gate_proj"]), QWEN2)
     assert bare == ["model.language_model.layers.0.mlp.gate_proj"]
-    named = target_modules(model, LoraSpec(target_modules=["visual.blocks.0.mlp.gate_proj"]))
+    named = target_modules(model, LoraSpec(target_modules=["visual.blocks.0.mlp.gate_proj"]), QWEN2)
     assert named == ["visual.blocks.0.mlp.gate_proj"]
 
 
@@ -194,8 +195,8 @@ def test_a_router_is_trained_only_where_it_is_named():
         num_experts=4,
     )
     model = Qwen2MoeForCausalLM(config)
-    assert not any("shared_expert_gate" in name for name in target_modules(model, LoraSpec()))
-    assert target_modules(model, LoraSpec(target_modules=["shared_expert_gate"])) == ["shared_expert_gate"]
+    assert not any("shared_expert_gate" in name for name in target_modules(model, LoraSpec(), QWEN2))
+    assert target_modules(model, LoraSpec(target_modules=["shared_expert_gate"]), QWEN2) == ["shared_expert_gate"]
 
 
 def test_what_is_trained_is_told_with_its_size_and_who_can_serve_it(workspace, monkeypatch, capsys):

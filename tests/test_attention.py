@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, Qwen2Config, Qwen3Conf
 
 from qwen_tune.chatml.template import IGNORED
 from qwen_tune.errors import ModelError
+from qwen_tune.families.shape import read_shape
 from qwen_tune.fused.install import fuse
 from qwen_tune.machine import repeats_key_heads
 from qwen_tune.model.attention import VARLEN, choose_attention, needs_no_mask
@@ -34,19 +35,22 @@ SHAPE = {
 }
 
 
+HEADS_OF_64 = read_shape({"model_type": "qwen2", **SHAPE, "head_dim": 64}, "base")
+
+
 def test_auto_takes_what_is_here():
     on_gpu = torch.cuda.is_available()
-    assert choose_attention(ModelSpec(base="x"), torch.float32, 64) == "sdpa"
+    assert choose_attention(ModelSpec(base="x"), torch.float32, HEADS_OF_64) == "sdpa"
     if not on_gpu:
-        assert choose_attention(ModelSpec(base="x"), torch.bfloat16, 64) == "sdpa"
-    assert choose_attention(ModelSpec(base="x", attention="eager"), torch.bfloat16, 64) == "eager"
+        assert choose_attention(ModelSpec(base="x"), torch.bfloat16, HEADS_OF_64) == "sdpa"
+    assert choose_attention(ModelSpec(base="x", attention="eager"), torch.bfloat16, HEADS_OF_64) == "eager"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
 @pytest.mark.parametrize("name", [VARLEN, "flash_attention_2", "flash_attention_3"])
 def test_what_is_not_here_is_refused(name):
     with pytest.raises(ModelError, match=rf"got {name}, which needs an NVIDIA GPU .* Fix: write attention: auto"):
-        choose_attention(ModelSpec(base="x", attention=name), torch.bfloat16, 64)
+        choose_attention(ModelSpec(base="x", attention=name), torch.bfloat16, HEADS_OF_64)
 
 
 @pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config], ids=["qwen2", "qwen3"])

@@ -22,9 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from qwen_tune.errors import ModelError, QwenTuneError
+from qwen_tune.families.attention import choose_attention, kernel_of
 from qwen_tune.families.shape import Shape, read_shape
 from qwen_tune.fused.install import fuse
-from qwen_tune.hardware import GIB, GPUS, choose_attention, find_gpu, kernel_of
+from qwen_tune.hardware import GIB, GPUS, find_gpu
 from qwen_tune.model.adapter import lora_config
 from qwen_tune.model.attention import VARLEN
 from qwen_tune.planner.activations import LEVELS, LOSS_CHUNK, kept
@@ -143,7 +144,7 @@ def test_what_a_forward_keeps_is_what_is_counted(kind, dtype, attention, checkpo
     held = TOKENS * TOKENS * (counted_job.width if attention == "eager" else 1)
     if attention == VARLEN:
         held = -(3 * 4 + 2 * 16)  # instead of a mask the boundaries, and the state of no dropout in each layer
-    held += 2 * TOKENS * counted_job.shape.head_size * counted_job.width if checkpointing == "full" else 0
+    held += 2 * TOKENS * counted_job.shape.head_dim * counted_job.width if checkpointing == "full" else 0
     assert counted.layers + counted.ends - held == pytest.approx(kept_bytes(model, dtype), rel=0.05)
     if fused and not lora:
         assert counted.layers + counted.ends - held == kept_bytes(model, dtype)  # to the byte
@@ -439,11 +440,12 @@ def test_estimate_leaves_out_what_cannot_compute_it(qwen_tune):
     ],
 )
 def test_attention_is_planned_as_it_is_chosen(asked, dtype, head, flash, found):
+    shape = replace(read_shape(CONFIGS["Qwen/Qwen3-8B"], "base"), head_dim=head)
     if found is None:
         with pytest.raises(ModelError, match=f"got {asked}, which needs an NVIDIA GPU"):
-            choose_attention(asked, dtype, head, has_flash=flash)
+            choose_attention(asked, dtype, shape, has_flash=flash)
     else:
-        assert kernel_of(choose_attention(asked, dtype, head, has_flash=flash)) == found
+        assert kernel_of(choose_attention(asked, dtype, shape, has_flash=flash)) == found
 
 
 def test_estimate_refuses_what_it_does_not_know(qwen_tune, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tuned_models import SIZES, error, packed, results, tuned
 
 from qwen_tune.chatml.template import IGNORED
-from qwen_tune.fused.compiled import compiled
+from qwen_tune.compat import compiler_settings
+from qwen_tune.fused.compiled import compiled, compiling_layers
 from qwen_tune.fused.install import _halves, fuse, unfuse
 from qwen_tune.training.batches import BatchShape, PackCollator
 
@@ -24,9 +26,19 @@ NEAR = 1e-4  # norms are computed in float32 in models of every type
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled_yet():
+def compiling():
     torch._dynamo.reset()
     counters.clear()
+    with compiling_layers():
+        yield
+
+
+def test_the_compilers_settings_are_restored():
+    before = (torch._functorch.config.cse, torch._dynamo.config.recompile_limit)
+    with suppress(ZeroDivisionError), compiler_settings(before[1] + 5):
+        assert (torch._functorch.config.cse, torch._dynamo.config.recompile_limit) == (False, before[1] + 5)
+        raise ZeroDivisionError
+    assert (torch._functorch.config.cse, torch._dynamo.config.recompile_limit) == before
 
 
 def compile_quickly(model, **how):

@@ -1,4 +1,4 @@
-"""A dense Qwen model as sizes, read from config.json: which matrices it has, and how many parameters."""
+"""A model as sizes, read from config.json: which matrices it has, and how many parameters."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from qwen_tune.errors import ModelError, Problem
+from qwen_tune.families.family import EMBEDDING, HEAD, Family
+from qwen_tune.families.known import family_of
 
 
 @dataclass(frozen=True)
@@ -25,35 +27,48 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The sizes of a model. `head_size` are the channels of one head; `head_norms` is whether Qwen3's are there."""
+class ExpertShape:
+    """The experts of a layer: how many, how many of them a token goes through, their intermediate size, and the
+    numbers of the layers that have them.
+    """
 
+    count: int
+    chosen: int
+    intermediate: int
+    layers: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model. `head_dim` are the channels of one head, `intermediate` is of dense MLPs."""
+
+    family: Family
     hidden: int
     intermediate: int
     layers: int
     heads: int
     kv_heads: int
-    head_size: int
+    head_dim: int
     vocabulary: int
     tied: bool
     qkv_bias: bool
     output_bias: bool
-    head_norms: bool
     activation: str
+    experts: ExpertShape | None = None
 
     @property
     def query(self) -> int:
         """Width of all query heads together."""
-        return self.heads * self.head_size
+        return self.heads * self.head_dim
 
     @property
     def key(self) -> int:
         """Width of all key heads together, and of all value heads."""
-        return self.kv_heads * self.head_size
+        return self.kv_heads * self.head_dim
 
     @cached_property
-    def layer(self) -> Mapping[str, Linear]:
-        """The linear layers of one decoder layer by their names in it."""
+    def matrices(self) -> Mapping[str, Linear]:
+        """The linear layers that a decoder layer may have, by their names in it."""
         h, f, q, k = self.hidden, self.intermediate, self.query, self.key
         return {
             "self_attn.q_proj": Linear(h, q, self.qkv_bias),
@@ -65,24 +80,45 @@ class Shape:
             "mlp.down_proj": Linear(f, h, False),
         }
 
+    def layer(self, number: int) -> Mapping[str, Linear]:
+        """The linear layers of one decoder layer; of one with experts the attention's alone."""
+        return self._attention if self.has_experts(number) else self.matrices
+
+    def has_experts(self, number: int) -> bool:
+        """Whether a layer has experts in the place of an MLP."""
+        return self.experts is not None and number in self.experts.layers
+
+    @cached_property
+    def _attention(self) -> Mapping[str, Linear]:
+        return {name: linear for name, linear in self.matrices.items() if name.startswith("self_attn.")}
+
     @cached_property
     def linears(self) -> Mapping[str, Linear]:
         """Every linear layer by its whole name, without the output layer."""
         return {
             f"model.layers.{number}.{name}": linear
             for number in range(self.layers)
-            for name, linear in self.layer.items()
+            for name, linear in self.layer(number).items()
         }
 
-    @property
+    @cached_property
     def body(self) -> int:
-        """Parameters of all matrices of the decoder layers."""
-        return self.layers * sum(linear.parameters for linear in self.layer.values())
+        """Parameters of all matrices of the decoder layers, experts not among them."""
+        return sum(linear.parameters for linear in self.linears.values())
 
     @property
     def gate_and_up(self) -> int:
-        """Those of them that the MLPs begin with."""
-        return self.layers * 2 * self.hidden * self.intermediate
+        """Those of them that dense MLPs begin with."""
+        dense = self.layers - (len(self.experts.layers) if self.experts else 0)
+        return dense * 2 * self.hidden * self.intermediate
+
+    @property
+    def active_experts(self) -> int:
+        """Parameters of experts and routers that a token goes through."""
+        if self.experts is None:
+            return 0
+        of_layer = 3 * self.hidden * self.experts.intermediate * self.experts.chosen + self.hidden * self.experts.count
+        return len(self.experts.layers) * of_layer
 
     @property
     def head(self) -> int:
@@ -92,12 +128,15 @@ class Shape:
     @cached_property
     def modules(self) -> Mapping[str, int]:
         """Parameters of every module that has some of its own, by its whole name."""
-        sizes = {"model.embed_tokens": self.head, "model.norm": self.hidden, "lm_head": self.head}
+        sizes = {f"model.{EMBEDDING}": self.head, "model.norm": self.hidden, HEAD: self.head}
         for number in range(self.layers):
             layer = f"model.layers.{number}"
             sizes |= {f"{layer}.input_layernorm": self.hidden, f"{layer}.post_attention_layernorm": self.hidden}
-            if self.head_norms:
-                sizes |= {f"{layer}.self_attn.{name}": self.head_size for name in ("q_norm", "k_norm")}
+            if self.family.head_norms:
+                sizes |= {f"{layer}.self_attn.{name}": self.head_dim for name in ("q_norm", "k_norm")}
+            if self.experts and self.has_experts(number):
+                sizes[f"{layer}.mlp.experts"] = self.experts.count * 3 * self.hidden * self.experts.intermediate
+                sizes[f"{layer}.mlp.gate"] = self.experts.count * self.hidden
         linears = {name: x.parameters + x.outputs * x.bias for name, x in self.linears.items()}
         return {**sizes, **linears}
 
@@ -108,14 +147,14 @@ class Shape:
 
 
 def read_shape(config: Mapping[str, Any], where: str) -> Shape:
-    """The sizes that a config.json states, with Transformers' defaults for qwen2 and qwen3.
+    """The sizes that a config.json states, with Transformers' defaults for its architecture.
 
     Args:
-        config: config.json of a dense text model.
+        config: config.json.
         where: What to call it in a message.
 
     Raises:
-        ModelError: A size is missing or no positive whole number.
+        ModelError: The architecture is not known, or a size is missing or not a positive whole number.
     """
 
     def size(key: str, default: int | None = None) -> int:
@@ -125,21 +164,33 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
             raise ModelError(Problem(f"{where}/config.json", what, "download the checkpoint again"))
         return value
 
-    qwen3 = config.get("model_type") == "qwen3"
-    hidden, heads = size("hidden_size"), size("num_attention_heads")
-    attention_bias = bool(config.get("attention_bias", False))
+    def bias(known: bool | None) -> bool:
+        return bool(config.get("attention_bias", False)) if known is None else known
+
+    family = family_of(config, where)
+    hidden, heads, layers = size("hidden_size"), size("num_attention_heads"), size("num_hidden_layers")
+    experts = None
+    if keys := family.experts:
+        dense, step = config.get("mlp_only_layers") or [], size("decoder_sparse_step", 1)
+        experts = ExpertShape(
+            count=size(keys.count_key, keys.default_count),
+            chosen=size(keys.chosen_key, keys.default_chosen),
+            intermediate=size(keys.width_key, keys.default_width),
+            layers=frozenset(n for n in range(layers) if n not in dense and (n + 1) % step == 0),
+        )
     return Shape(
+        family=family,
         hidden=hidden,
         intermediate=size("intermediate_size"),
-        layers=size("num_hidden_layers"),
+        layers=layers,
         heads=heads,
-        # Where the key is missing it is 32, where it is null as many as heads.
-        kv_heads=size("num_key_value_heads", heads if "num_key_value_heads" in config else 32),
-        head_size=size("head_dim", 128 if qwen3 else hidden // heads),
+        # Where the key is null there are as many as heads.
+        kv_heads=size("num_key_value_heads", heads if "num_key_value_heads" in config else family.kv_heads),
+        head_dim=size("head_dim", family.head_dim or hidden // heads),
         vocabulary=size("vocab_size"),
         tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=attention_bias if qwen3 else True,
-        output_bias=attention_bias if qwen3 else False,
-        head_norms=qwen3,
+        qkv_bias=bias(family.qkv_bias),
+        output_bias=bias(family.output_bias),
         activation=str(config.get("hidden_act", "silu")),
+        experts=experts,
     )

@@ -13,6 +13,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
+from qwen_tune.compat import compile_errors, compiler_settings
 from qwen_tune.errors import Problem, TrainingError, first_line
 
 Arguments = ParamSpec("Arguments")
@@ -48,34 +49,26 @@ GRAPHS = 64  # of layers that differ in rank, scale, window or mask; beyond them
 def compiled(body: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
     """The body of a layer, compiled at its first call.
 
-    It cannot fall apart into several graphs unseen; what then happens is for `explain_compile_error`.
+    It cannot fall apart into several graphs unseen. Call it inside of `compiling_layers`.
 
     Args:
         body: The function.
         backend: What torch.compile makes of the graph: machine code, or (`aot_eager`) the same steps one by one.
     """
-    import torch._dynamo
-    import torch._functorch.config
-
-    # The compiler would see that the backward computes SwiGLU and norms again, and keep them from the forward instead:
-    # 40,864 bytes a token and layer of 0.5B instead of 27,552.
-    torch._functorch.config.cse = False
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     made: Callable[..., Any] = torch.compile(body, backend=backend, fullgraph=True, dynamic=False)
     return made
 
 
 @contextmanager
-def explain_compile_error() -> Iterator[None]:
-    """Names the recipe's key where a layer cannot be compiled.
+def compiling_layers() -> Iterator[None]:
+    """The compiler's settings for layers, for the length of a block; names the recipe's key where one fails.
 
     Raises:
-        TrainingError: It cannot.
+        TrainingError: A layer cannot be compiled.
     """
-    from torch._dynamo.exc import TorchDynamoException
-
     try:
-        yield
-    except TorchDynamoException as error:
+        with compiler_settings(GRAPHS):
+            yield
+    except compile_errors() as error:
         what = f"got true, but the layers cannot be compiled here ({first_line(error)[:200]})"
         raise TrainingError(Problem("train.torch_compile", what, "write false")) from error

@@ -12,28 +12,32 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2 import modeling_qwen2 as qwen2
-from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 
+from qwen_tune.compat import CHECKPOINTED_BY_CALL, attention_of, checkpointed
+from qwen_tune.families.family import Family
+from qwen_tune.families.known import FAMILIES
 from qwen_tune.fused.attention import InputWeights, attention_inputs, attention_output
 from qwen_tune.fused.compiled import compiled
 from qwen_tune.fused.lora_math import Projection
 from qwen_tune.fused.mlp import MlpWeights, mlp
-from qwen_tune.fused.reading import NotFused, check_untouched, product_dtype, read_projection
+from qwen_tune.fused.reading import NotFused, check_untouched, product_dtype, read_projection, require
+from qwen_tune.fused.rules import activation_fault, norm_fault, unknown_layer
 
-LAYERS = (qwen2.Qwen2DecoderLayer, qwen3.Qwen3DecoderLayer)
-ATTENTIONS = (qwen2.Qwen2Attention, qwen3.Qwen3Attention)
-MLPS = (qwen2.Qwen2MLP, qwen3.Qwen3MLP)
-NORMS = (qwen2.Qwen2RMSNorm, qwen3.Qwen3RMSNorm)
 
-# Whether a layer is checkpointed by its `__call__`, as before Transformers 5.23, or by its `forward`, replaced here.
-CHECKPOINTED_BY_CALL = "__call__" in vars(GradientCheckpointingLayer)
+def _classes(name: str) -> dict[type, Family]:
+    """The classes of one name in all architectures, as Transformers calls them."""
+    return {getattr(import_module(family.modeling), f"{family.prefix}{name}"): family for family in FAMILIES.values()}
+
+
+LAYERS, ATTENTIONS, MLPS, NORMS = map(_classes, ("DecoderLayer", "Attention", "MLP", "RMSNorm"))
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def fuse(model: nn.Module, *, recompute_mlp: bool = False, compile_layers: bool 
     counts: Counter[str] = Counter()
     for layer in layers:
         if type(layer) not in LAYERS:
-            reasons[f"{type(layer).__name__} is not a layer that is known here"] += 2
+            reasons[unknown_layer(type(layer).__name__)] += 2
             continue
         layer.recomputes_mlp, layer.body = recompute_mlp, body
         fused = 0
@@ -122,7 +126,7 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any
         return type(self).forward(self, hidden_states, *args, **kwargs)
     if self.gradient_checkpointing and not CHECKPOINTED_BY_CALL:
         # As the class's own forward does it, which this one stands in front of.
-        return self._gradient_checkpointing_func(partial(self.body, self, **kwargs), hidden_states)
+        return checkpointed(self, partial(self.body, self, **kwargs), hidden_states)
     return self.body(self, hidden_states, **kwargs)
 
 
@@ -162,9 +166,7 @@ def _attend(
     """The first half of a layer; the attention itself is called as Transformers' modules call it."""
     cos, sin = position_embeddings
     query, key, value = attention_inputs(hidden, cos, sin, parts.inputs, parts.input_adapters)
-    interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-        attention.config._attn_implementation, qwen2.eager_attention_forward
-    )
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention_of(attention.config), eager_attention_forward)
     attended, _ = interface(
         attention,
         query,
@@ -184,11 +186,11 @@ def _read_attention(layer: Any, dtype: torch.dtype | None) -> _Attention:
     """The first half of a layer; without a type only what does not depend on it is looked at."""
     attention = layer.self_attn
     if type(attention) not in ATTENTIONS:
-        raise NotFused(f"{type(attention).__name__} is not a layer that is known here")
+        raise NotFused(unknown_layer(type(attention).__name__))
     check_untouched((attention,))
     eps = [_read_norm(layer.input_layernorm)]
     head_norms = None
-    if type(attention) is qwen3.Qwen3Attention:
+    if ATTENTIONS[type(attention)].head_norms:
         eps += [_read_norm(attention.q_norm), _read_norm(attention.k_norm)]
         head_norms = (attention.q_norm.weight, attention.k_norm.weight)
     if len(set(eps)) != 1:
@@ -209,9 +211,8 @@ def _read_mlp(layer: Any, dtype: torch.dtype | None) -> tuple[MlpWeights, list[T
     """The second half of a layer; without a type only what does not depend on it is looked at."""
     module = layer.mlp
     if type(module) not in MLPS:
-        raise NotFused(f"{type(module).__name__} is not a layer that is known here")
-    if module.config.hidden_act != "silu":
-        raise NotFused(f"the activation is {module.config.hidden_act}")
+        raise NotFused(unknown_layer(type(module).__name__))
+    require(activation_fault(module.config.hidden_act))
     check_untouched((module, module.act_fn))
     eps = _read_norm(layer.post_attention_layernorm)
     gate, up, down = (read_projection(part, dtype) for part in (module.gate_proj, module.up_proj, module.down_proj))
@@ -223,10 +224,9 @@ def _read_mlp(layer: Any, dtype: torch.dtype | None) -> tuple[MlpWeights, list[T
 def _read_norm(module: Any) -> float:
     """The eps of a norm."""
     if type(module) not in NORMS:
-        raise NotFused(f"{type(module).__name__} is not a layer that is known here")
+        raise NotFused(unknown_layer(type(module).__name__))
     check_untouched((module,))
-    if module.weight.requires_grad:
-        raise NotFused("a norm is trained")
+    require(norm_fault(is_trained=module.weight.requires_grad))
     return float(module.variance_epsilon)
 
 

@@ -1,6 +1,6 @@
 """What a linear layer under PEFT consists of at this moment, and why some are not computed here.
 
-This is the one place that decides; it is asked at every forward, because an adapter can be switched off, merged or
+By the rules of `fused.rules`. It is asked at every forward, because an adapter can be switched off, merged or
 joined by another, a hook can be put on a module, and autocast can begin or end.
 """
 
@@ -12,15 +12,19 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from qwen_tune.compat import children_of, has_hooks, parameters_of
 from qwen_tune.fused.lora_math import Projection
-
-# PEFT's layers, with the layers below them; those of bitsandbytes are named, not imported: it is not everywhere.
-PLAIN = "Linear"
-FOUR_BITS = "Linear4bit"
+from qwen_tune.fused.rules import FOUR_BITS, PLAIN, adapter_fault, linear_fault, unknown_layer
 
 
 class NotFused(Exception):  # noqa: N818 - an answer, not a fault
     """A part of a layer goes its usual way; the message says why."""
+
+
+def require(fault: str | None) -> None:
+    """Raises NotFused where a rule names a fault."""
+    if fault is not None:
+        raise NotFused(fault)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -43,28 +47,25 @@ def read_projection(module: nn.Module, dtype: torch.dtype | None) -> tuple[Proje
     """
     if not isinstance(module, LoraLayer):
         return _frozen(module, dtype), []
-    # Straight from the dictionaries: a module's attributes take a way that would cost as much as the layer's kernels.
-    parts = module._modules
+    parts = children_of(module)
     base = parts["base_layer"]
     assert base is not None
+    # PEFT's layers are called like those below them; bitsandbytes' are named, not imported: it is not everywhere.
     kinds = (type(module).__name__, type(base).__name__)
     if kinds not in ((PLAIN, PLAIN), (FOUR_BITS, FOUR_BITS)):
-        raise NotFused(f"{kinds[0]} on {kinds[1]} is not a layer that is known here")
+        raise NotFused(unknown_layer(f"{kinds[0]} on {kinds[1]}"))
     if module.disable_adapters or module.merged:
         raise NotFused("the adapter is switched off or merged")
     active = module.active_adapters
     if len(active) != 1 or active[0] not in module.scaling:
         raise NotFused("not just one adapter is active")
     (name,) = active
-    if name in module.lora_variant:
-        raise NotFused("the adapter is DoRA or another variant of LoRA")
-    if module.lora_bias[name]:
-        raise NotFused("the adapter has a bias")
     layer_a, dropout, layer_b = (_child(parts[part], name) for part in ("lora_A", "lora_dropout", "lora_B"))
-    if not isinstance(dropout, nn.Identity) and not (isinstance(dropout, nn.Dropout) and dropout.p == 0):
-        raise NotFused("the adapter has dropout")
+    has_dropout = not isinstance(dropout, nn.Identity) and not (isinstance(dropout, nn.Dropout) and dropout.p == 0)
+    is_variant, has_bias = name in module.lora_variant, module.lora_bias[name]
+    require(adapter_fault(is_variant=is_variant, has_bias=has_bias, has_dropout=has_dropout))
     check_untouched((module, layer_a, dropout, layer_b))
-    a, b = layer_a._parameters["weight"], layer_b._parameters["weight"]
+    a, b = parameters_of(layer_a)["weight"], parameters_of(layer_b)["weight"]
     if a is None or b is None or not (a.requires_grad and b.requires_grad):
         raise NotFused("the adapter is frozen")
     if a.dtype != b.dtype:
@@ -82,31 +83,31 @@ def check_untouched(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if "forward" in vars(module):
             raise NotFused("a module has a forward of its own")
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        if has_hooks(module):
             raise NotFused("a module carries hooks")
 
 
 def _child(module: nn.Module | None, name: str) -> nn.Module:
-    child = module._modules[name] if module is not None else None
+    child = children_of(module)[name] if module is not None else None
     assert child is not None
     return child
 
 
 def _frozen(module: nn.Module, dtype: torch.dtype | None) -> Projection:
     """The weight and the bias of a linear layer without an adapter, or below one."""
-    if type(module).__name__ not in (PLAIN, FOUR_BITS):
-        raise NotFused(f"{type(module).__name__} is not a layer that is known here")
+    kind = type(module).__name__
+    require(linear_fault(kind, is_trained=False))
     check_untouched((module,))
-    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    parameters = parameters_of(module)
+    weight, bias = parameters["weight"], parameters["bias"]
     assert weight is not None
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        raise NotFused("the base is trained")
+    require(linear_fault(kind, is_trained=weight.requires_grad or (bias is not None and bias.requires_grad)))
     if type(module) is nn.Linear:
         if dtype not in (None, weight.dtype) and not torch.is_autocast_enabled(weight.device.type):
             raise NotFused(f"the input is in {dtype} and the weight in {weight.dtype}")
         return Projection(weight, bias)
-    if type(module).__name__ == PLAIN:
-        raise NotFused(f"{type(module).__module__}.{PLAIN} is not a layer that is known here")
+    if kind == PLAIN:
+        raise NotFused(unknown_layer(f"{type(module).__module__}.{PLAIN}"))
     state = getattr(weight, "quant_state", None)
     if state is None or getattr(state, "packing_format_for_cpu", False):
         raise NotFused("the weight is packed for something else than training")

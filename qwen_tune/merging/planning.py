@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from qwen_tune.artifacts.adapter_dir import AdapterDir
 from qwen_tune.errors import MergeError, Problem
+from qwen_tune.families.family import EXPERT_PARTS
 from qwen_tune.merging.adapter_settings import AdapterSettings
 from qwen_tune.merging.steps import (
     HEAD,
@@ -23,9 +24,6 @@ from qwen_tune.merging.steps import (
 from qwen_tune.model.tensor_files import TensorSpan, is_transposed, same_bytes
 
 PREFIX = "base_model.model."
-# The parameters of a module of experts, in the order in which PEFT wraps them: the first is the innermost.
-EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
-EXPERT_FILES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 _LORA_PART = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
@@ -187,7 +185,7 @@ class _Planner:
     def _experts(self, module: str, a: TensorSpan, b: TensorSpan) -> None:
         depth = module.count(".base_layer")
         module = module.replace(".base_layer", "")
-        named = [part for part in EXPERT_PARAMETERS if self.settings.targets_parameter(f"{module}.{part}")]
+        named = [part for part in EXPERT_PARTS if self.settings.targets_parameter(f"{module}.{part}")]
         if depth >= len(named):
             raise self._misfit(f"{module}.lora_A", "which belongs to none of target_parameters")
         parameter = named[-1 - depth]
@@ -214,7 +212,7 @@ class _Planner:
         expert = 0
         while True:
             first = 0
-            for part in EXPERT_FILES[parameter]:
+            for part in EXPERT_PARTS[parameter]:
                 name = f"{module}.{expert}.{part}.weight"
                 if name not in self.tensors:
                     return

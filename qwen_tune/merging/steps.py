@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from qwen_tune.families import family
 from qwen_tune.model.tensor_files import TensorSpan
 
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+HEAD, EMBEDDING = f"{family.HEAD}.weight", f"{family.EMBEDDING}.weight"
 
 BLOCK_BYTES = 2 << 20
 """Of float32 in a block: what is worked on stays in the processor's caches."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from qwen_tune.families.family import QUANTIZED
 from qwen_tune.machine import import_without_gc
 from qwen_tune.merging.output_file import PART_BYTES, OutputFile, Part
 from qwen_tune.merging.steps import Step
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qwen_tune.merging.arithmetic import Source
-
-# What bitsandbytes quantizes of a dense model: the matrices of its layers, and not the output matrix.
-QUANTIZED = re.compile(r"(?:(?!\.layers\.\d).)*\.layers\.\d+\..*_proj\.weight")
 
 
 class BaseWeights:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from qwen_tune.errors import ModelError, Problem
+from qwen_tune.families.family import EMBEDDING, HEAD, Family
+from qwen_tune.families.known import family_of
 from qwen_tune.model.targets import ends_with_any, listed_targets, wanted_modules
 from qwen_tune.recipe.schema import LoraSpec
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
-EMBEDDINGS = ("embed_tokens", "lm_head")
+EMBEDDINGS = (EMBEDDING, HEAD)
 
 # Starts that take a part of the base into the adapter; what is saved is the difference to that start, as plain LoRA.
 CONVERTED_STARTS = ("pissa", "olora")
@@ -31,7 +33,7 @@ class TrainedModules:
     parameters: int
 
 
-def target_modules(model: PreTrainedModel, lora: LoraSpec) -> list[str]:
+def target_modules(model: PreTrainedModel, lora: LoraSpec, family: Family) -> list[str]:
     """The names of the linear layers that get an adapter, as PEFT takes them.
 
     Routers and the towers of multimodal models are left out unless the recipe names them.
@@ -44,7 +46,7 @@ def target_modules(model: PreTrainedModel, lora: LoraSpec) -> list[str]:
     """
     output = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not output]
-    listed, wanted = listed_targets(lora), wanted_modules(linear, lora)
+    listed, wanted = listed_targets(lora, family), wanted_modules(linear, lora, family)
     mean_just_these = {full for full in linear if ends_with_any(full, listed)} == wanted
     return sorted(listed) if mean_just_these else sorted(wanted)
 
@@ -64,7 +66,7 @@ def lora_config(
     """
     from peft import LoraConfig
 
-    targets = target_modules(model, lora)
+    targets = target_modules(model, lora, family_of(model.config.to_dict(), "model.base"))
     whole = lora.modules_to_save
     if whole:
         _check_whole_modules(model, whole, targets)

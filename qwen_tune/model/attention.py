@@ -16,29 +16,30 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qwen_tune import hardware
-from qwen_tune.hardware import VARLEN
+from qwen_tune.families import attention
+from qwen_tune.families.attention import VARLEN
+from qwen_tune.families.shape import Shape
 from qwen_tune.machine import repeats_key_heads, uses_gpu
 from qwen_tune.recipe.schema import ModelSpec
 
 
-def choose_attention(model: ModelSpec, dtype: torch.dtype, head_dim: int) -> str:
-    """The attention of a recipe on this machine; see `hardware.choose_attention`.
+def choose_attention(model: ModelSpec, dtype: torch.dtype, shape: Shape) -> str:
+    """The attention of a recipe on this machine; see `families.attention.choose_attention`.
 
     Raises:
         ModelError: The recipe asks for one that is not available here.
     """
-    has_flash = uses_gpu() and torch.cuda.get_device_capability() >= hardware.FLASH_CAPABILITY
+    has_flash = uses_gpu() and torch.cuda.get_device_capability() >= attention.FLASH_CAPABILITY
     name = str(dtype).removeprefix("torch.")
-    return hardware.choose_attention(model.attention, name, head_dim, has_flash=has_flash, missing=_missing)
+    return attention.choose_attention(model.attention, name, shape, has_flash=has_flash, missing=_missing)
 
 
-def _missing(attention: str) -> str | None:
+def _missing(name: str) -> str | None:
     """Why the package of an attention is not there, after "which"; None where it is."""
-    package = hardware.FLASH_PACKAGES.get(attention)
+    package = attention.FLASH_PACKAGES.get(name)
     if package and importlib.util.find_spec(package) is None:
         return f"needs the package {package}, which is not installed"
-    if attention == VARLEN and importlib.util.find_spec("torch.nn.attention.varlen") is None:
+    if name == VARLEN and importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"this torch ({torch.__version__}) does not have"
     return None
 

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_tune.disk import parse_json
 from qwen_tune.errors import ModelError, Problem, first_line
+from qwen_tune.families.known import family_of
 from qwen_tune.families.shape import Shape, read_shape
 from qwen_tune.model.tensor_files import TensorSpan, read_spans
 
 if TYPE_CHECKING:
     from qwen_tune.recipe.schema import ModelSpec
 
-# Dense text models whose packed batches were shown to train like single rows under eager and sdpa attention.
-SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3")
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt")
 WEIGHT_FILES = ("*.safetensors",)
 INDEX_FILE = "model.safetensors.index.json"
@@ -139,15 +138,7 @@ def resolve_base(model: ModelSpec, *, weights: bool = True, max_length_tokens: i
         ModelError: It is not there, not complete, or of a kind that is not trained yet.
     """
     base = find_base(model.base, model.revision, weights=weights)
-    if base.model_type not in SUPPORTED_MODEL_TYPES:
-        raise ModelError(
-            Problem(
-                f"{base.id}/config.json",
-                f'not yet: the model type is "{base.model_type}"; trained so far are '
-                f"{', '.join(SUPPORTED_MODEL_TYPES)} (dense text models of Qwen2.5 and Qwen3)",
-                "choose such a base",
-            )
-        )
+    family_of(base.config, base.id)
     if max_length_tokens is not None and max_length_tokens > base.max_position_embeddings:
         raise ModelError(
             Problem(

@@ -99,7 +99,7 @@ def load_base_model(
 
     from qwen_tune.model.attention import choose_attention
 
-    attention = choose_attention(model, dtype, base.shape.head_size)
+    attention = choose_attention(model, dtype, base.shape)
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             base.path,

@@ -6,40 +6,44 @@ import re
 from collections.abc import Iterable, Sequence
 
 from qwen_tune.errors import ModelError, Problem
+from qwen_tune.families.family import ONLY_IF_NAMED, Family
 from qwen_tune.recipe.schema import LoraSpec
 
-ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
-GROUPS = {"all-linear": ATTENTION_MODULES + MLP_MODULES, "attention": ATTENTION_MODULES, "mlp": MLP_MODULES}
 
-# Routers of mixtures of experts, and the towers of models that see and hear: trained only where they are named.
-ONLY_IF_NAMED = re.compile(r"(^|\.)(gate|router|shared_expert_gate|visual|vision_tower|audio_tower)(\.|$)")
+def listed_targets(lora: LoraSpec, family: Family) -> Sequence[str]:
+    """The names that a recipe lists, or those of the group that it names.
+
+    Raises:
+        ModelError: The architecture has no such group.
+    """
+    if isinstance(lora.target_modules, list):
+        return lora.target_modules
+    if lora.target_modules not in family.groups:
+        what = f"got {lora.target_modules}; {family.title} has {', '.join(family.groups)}, and its experts stay frozen"
+        raise ModelError(Problem("lora.target_modules", what, f"write {next(iter(family.groups))}"))
+    return family.groups[lora.target_modules]
 
 
-def listed_targets(lora: LoraSpec) -> Sequence[str]:
-    """The names that a recipe lists, or those of the group that it names."""
-    return lora.target_modules if isinstance(lora.target_modules, list) else GROUPS[lora.target_modules]
-
-
-def wanted_modules(linear: Sequence[str], lora: LoraSpec) -> set[str]:
+def wanted_modules(linear: Sequence[str], lora: LoraSpec, family: Family) -> set[str]:
     """The linear layers that get an adapter.
 
     Args:
         linear: The whole names of a model's linear layers, without its output layer.
         lora: The recipe's lora section.
+        family: The model's architecture.
 
     Raises:
         ModelError: A name that the recipe lists is none of them, or `exclude_modules` leaves none, or a pattern for
             ranks or alphas matches none.
     """
-    found = {name: [full for full in linear if _is_meant(name, full)] for name in listed_targets(lora)}
+    found = {name: [full for full in linear if _is_meant(name, full)] for name in listed_targets(lora, family)}
     if missing := [name for name, modules in found.items() if not modules]:
         has = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
         raise ModelError(
             Problem(
                 "lora.target_modules",
                 f"{', '.join(missing)} matches no linear layer of the model; it has {has}",
-                "use these names, or one of all-linear, attention, mlp",
+                f"use these names, or one of {', '.join(family.groups)}",
             )
         )
     excluded = tuple(lora.exclude_modules or ())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_tune.chatml.template import END_OF_TURN
 from qwen_tune.disk import UnreadableError, read_text_file
 from qwen_tune.errors import ModelError, Problem, first_line
+from qwen_tune.families.family import EMBEDDING, HEAD
 from qwen_tune.model.base import BaseCheckpoint, read_json
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def trained_tokens(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
     propose the end of a turn.
     """
     ids = sorted(int(tokenizer.convert_tokens_to_ids(token)) for token in CONTROL_TOKENS)
-    modules = ["embed_tokens"] if config.get("tie_word_embeddings") else ["embed_tokens", "lm_head"]
+    modules = [EMBEDDING] if config.get("tie_word_embeddings") else [EMBEDDING, HEAD]
     return dict.fromkeys(modules, ids)
 
 

@@ -80,7 +80,7 @@ def kept(job: Job, rows: int, checkpointing: Checkpointing) -> Kept:
 def _halves(job: Job, tokens: int, masked: bool, layer: int, *, needs_input: bool) -> tuple[int, int]:
     """Bytes that the attention of a layer keeps, and its MLP."""
     # What is trained as a whole keeps its input as an adapter does, and nothing else.
-    whole = {name: 0 for name in job.shape.layer if f"model.layers.{layer}.{name}" in job.adapter.whole}
+    whole = {name: 0 for name in job.shape.layer(layer) if f"model.layers.{layer}.{name}" in job.adapter.whole}
     ranks = {**whole, **job.adapter.ranks[layer]}
     attention, mlp = job.fused[layer]
     return (
@@ -104,7 +104,7 @@ def _attention_half(
         token = h * w + FLOAT + reduced + core  # the input, its norm's factor, x Aᵀ
         # Queries and keys are turned in one piece, which is kept whole for the queries alone.
         token += (q + k) * w + (keys_and_values if expanded and q != k else k * w)
-        if shape.head_norms:
+        if shape.family.head_norms:
             token += (q + k) * w + (shape.heads + shape.kv_heads) * FLOAT
     else:
         # A fused kernel keeps its output; eager attention leaves that to the layer after it.
@@ -113,7 +113,7 @@ def _attention_half(
         token += q * w + keys_and_values
         token += _adapter_inputs(job, h, adapters, needs_input=needs_input)
         token += _adapter_inputs(job, q, sum(name in ranks for name in _OUTPUT), kept_anyway=keeps_output)
-        if shape.head_norms:
+        if shape.family.head_norms:
             token += (q + k) * FLOAT + (shape.heads + shape.kv_heads) * FLOAT
         token += _dora_results(job, ranks, _QKV + _OUTPUT)
     return tokens * token + _scores(job, tokens, masked) + _dora_identities(job, ranks, _QKV + _OUTPUT)
@@ -144,12 +144,12 @@ def _mlp_half(job: Job, tokens: int, ranks: Mapping[str, int], *, fused: bool) -
 
 def _dora_results(job: Job, ranks: Mapping[str, int], names: tuple[str, ...]) -> int:
     """Bytes a token that DoRA keeps besides: the base's result and the adapter's, which it weighs anew."""
-    return 2 * job.width * job.dora * sum(job.shape.layer[name].outputs for name in names if ranks.get(name))
+    return 2 * job.width * job.dora * sum(job.shape.matrices[name].outputs for name in names if ranks.get(name))
 
 
 def _dora_identities(job: Job, ranks: Mapping[str, int], names: tuple[str, ...]) -> int:
     """Bytes that PEFT's DoRA keeps whatever the tokens: it sends an identity matrix through A to get B A."""
-    return job.width * job.dora * sum(job.shape.layer[name].inputs ** 2 for name in names if ranks.get(name))
+    return job.width * job.dora * sum(job.shape.matrices[name].inputs ** 2 for name in names if ranks.get(name))
 
 
 def _adapter_inputs(job: Job, size: int, adapters: int, *, needs_input: bool = True, kept_anyway: bool = False) -> int:
@@ -175,7 +175,7 @@ def _ends(job: Job, tokens: int, masked: bool) -> int:
     labelled = int(tokens * job.supervised_share)
     norm = tokens * (shape.hidden * FLOAT + FLOAT)  # the last norm's input in float32
     loss = labelled * (shape.hidden * w + 8)  # its gradient, and the positions as whole numbers
-    rotary = 2 * tokens * shape.head_size * w
+    rotary = 2 * tokens * shape.head_dim * w
     mask = tokens * tokens * (w if job.attention == "eager" else 1) if masked else 0
     return norm + loss + rotary + mask
 
@@ -190,7 +190,7 @@ def _attention_work(job: Job, tokens: int, masked: bool) -> int:
     shape, w = job.shape, job.width
     h, q, k = shape.hidden, shape.query, shape.key
     kernel = q * (4 * w + FLOAT) + h * w
-    heads = (q + k) * (3 * w + (3 * FLOAT if shape.head_norms else 0)) + 2 * h * w + h * FLOAT
+    heads = (q + k) * (3 * w + (3 * FLOAT if shape.family.head_norms else 0)) + 2 * h * w + h * FLOAT
     scores = 0
     if job.attention == "eager":
         scores = shape.heads * tokens * tokens * (2 * FLOAT + w)

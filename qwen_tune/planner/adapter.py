@@ -8,6 +8,7 @@ from functools import cached_property
 from math import prod
 
 from qwen_tune.errors import ModelError, Problem
+from qwen_tune.families.family import EMBEDDING, HEAD
 from qwen_tune.families.shape import Shape
 from qwen_tune.model.targets import rank_of, wanted_modules
 from qwen_tune.recipe.schema import LoraSpec
@@ -58,19 +59,19 @@ def read_adapter(shape: Shape, lora: LoraSpec) -> Adapter:
     Raises:
         ModelError: A name in the recipe means no module of the model.
     """
-    wanted = wanted_modules(list(shape.linears), lora)
+    wanted = wanted_modules(list(shape.linears), lora, shape.family)
     ranks = [
         {
             name: rank_of(f"model.layers.{number}.{name}", lora)
-            for name in shape.layer
+            for name in shape.layer(number)
             if f"model.layers.{number}.{name}" in wanted
         }
         for number in range(shape.layers)
     ]
     matrices: list[tuple[int, int]] = []
     others: list[tuple[int, ...]] = []
-    for of_layer in ranks:
-        for name, linear in shape.layer.items():
+    for number, of_layer in enumerate(ranks):
+        for name, linear in shape.layer(number).items():
             rank = of_layer.get(name)
             if rank is not None:
                 matrices += [(rank, linear.inputs), (linear.outputs, rank)]
@@ -87,8 +88,8 @@ def read_adapter(shape: Shape, lora: LoraSpec) -> Adapter:
         lora=tuple(matrices),
         others=tuple(others),
         whole=whole,
-        trains_embeddings=bool(rows) or "model.embed_tokens" in whole,
-        trains_head="lm_head" in whole,
+        trains_embeddings=bool(rows) or f"model.{EMBEDDING}" in whole,
+        trains_head=HEAD in whole,
     )
 
 

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_tune.errors import Problem, QwenTuneError
-from qwen_tune.hardware import GIB, GPUS, Gpu, automatic_cpu_dtype
+from qwen_tune.errors import ModelError, Problem, QwenTuneError
+from qwen_tune.families.attention import choose_attention
+from qwen_tune.families.shape import Shape
+from qwen_tune.hardware import GIB, GPUS, Dtype, Gpu, automatic_cpu_dtype
 from qwen_tune.machine import cpu_bfloat16_units
 from qwen_tune.model.base import BaseCheckpoint
 from qwen_tune.planner.activations import INNER, Checkpointing
@@ -54,7 +56,7 @@ def flops(job: Job, rows: int, checkpointing: Checkpointing) -> float:
 
 def _inner_adapters(job: Job) -> int:
     """Parameters of the adapters on gate and up projections."""
-    inner = [(name, linear) for name, linear in job.shape.layer.items() if name in INNER]
+    inner = [(name, linear) for name, linear in job.shape.matrices.items() if name in INNER]
     return sum(
         ranks.get(name, 0) * (linear.inputs + linear.outputs) for ranks in job.adapter.ranks for name, linear in inner
     )
@@ -130,7 +132,7 @@ def estimate(recipe: Recipe, base: BaseCheckpoint, gpus: Sequence[Gpu] | None = 
     for gpu in GPUS if gpus is None else gpus:
         try:
             dtype = gpu.dtype(recipe.model.dtype)
-            attention = gpu.attention(asked, dtype, shape.head_size)
+            attention = _attention_on(gpu, asked, dtype, shape)
         except QwenTuneError:
             if gpus is None:
                 continue
@@ -152,6 +154,19 @@ def estimate(recipe: Recipe, base: BaseCheckpoint, gpus: Sequence[Gpu] | None = 
         what = f"got {asked} in {recipe.model.dtype}, which no device that is known here computes"
         raise QwenTuneError(Problem("model.attention", what, "write attention: auto"))
     return found
+
+
+def _attention_on(gpu: Gpu, asked: str, dtype: Dtype, shape: Shape) -> str:
+    """What `model.attention` comes to on a GPU.
+
+    Raises:
+        QwenTuneError: The recipe asks for one that the GPU does not have.
+    """
+    try:
+        return choose_attention(asked, dtype, shape, has_flash=gpu.has_bfloat16)  # Ampere brought both
+    except ModelError:
+        what = f"{gpu.name} does not compute {asked} with heads of {shape.head_dim} channels in {dtype}"
+        raise QwenTuneError(Problem("model.attention", what, "write attention: auto")) from None
 
 
 def _run_tokens(recipe: Recipe) -> int | None:

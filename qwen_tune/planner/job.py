@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from qwen_tune.families.attention import VARLEN, Kernel, kernel_of
 from qwen_tune.families.shape import Shape
-from qwen_tune.hardware import VARLEN, Dtype, Kernel, kernel_of
+from qwen_tune.fused import rules
+from qwen_tune.hardware import Dtype
 from qwen_tune.machine import repeats_key_heads
 from qwen_tune.planner.adapter import Adapter, read_adapter
 from qwen_tune.recipe.schema import Recipe
-
-ATTENTION_PARTS, MLP_PARTS = ("input_layernorm", "self_attn."), ("post_attention_layernorm", "mlp.")
 
 SUPERVISED_SHARE = 1.0  # of tokens: the most; what rows really label is known once they are prepared
 
@@ -83,7 +83,7 @@ def read_job(
         recipe: The recipe.
         shape: Its base.
         dtype: What `model.dtype` comes to on the device.
-        attention: What `model.attention` comes to there; see `hardware.choose_attention`.
+        attention: What `model.attention` comes to there; see `families.attention`.
         processes: Processes of the run.
         on_gpu: Whether the device is one.
 
@@ -110,23 +110,34 @@ def read_job(
 
 
 def _fused(recipe: Recipe, shape: Shape, adapter: Adapter) -> tuple[tuple[bool, bool], ...]:
-    """Which halves of layers are fused: what `fused.reading` and `fused.install` find, told from the recipe."""
-    lora = recipe.lora
-    plain = (
-        recipe.model.kernels == "auto"
-        and recipe.model.quantization != "int8"
-        and lora.lora_dropout == 0
-        and not lora.use_dora
-    )
-    biases = {name for name, linear in shape.layer.items() if linear.bias and lora.bias != "none"}
+    """Which halves of layers train in their fused form: by the rules that `fused.reading` has for a model's modules."""
+    lora, kind = recipe.lora, rules.LINEAR_KINDS[recipe.model.quantization]
 
-    def is_fused(layer: int, parts: tuple[str, str]) -> bool:
+    def fault(layer: int, norm: str, part: str) -> str | None:
+        names = [name for name in shape.layer(layer) if name.startswith(part)]
         of_layer = f"model.layers.{layer}."
-        changed = {name.removeprefix(of_layer) for name in adapter.whole if name.startswith(of_layer)}
-        changed |= biases if lora.bias == "all" else biases & adapter.ranks[layer].keys()
-        return plain and not any(name.startswith(part) for name in changed for part in parts)
+        whole = [name.removeprefix(of_layer) for name in adapter.whole if name.startswith(of_layer)]
+        adapted = [name for name in names if name in adapter.ranks[layer]]
+        biased = [name for name in (names if lora.bias == "all" else adapted) if shape.matrices[name].bias]
+        is_trained = any(name.startswith(part) for name in whole) or (lora.bias != "none" and bool(biased))
+        return (
+            (None if names else rules.unknown_layer(part))
+            or rules.norm_fault(is_trained=any(name.startswith(norm) for name in whole))
+            or rules.linear_fault(kind, is_trained=is_trained)
+            or (rules.activation_fault(shape.activation) if part == "mlp." else None)
+            or (
+                rules.adapter_fault(is_variant=lora.use_dora, has_bias=False, has_dropout=lora.lora_dropout > 0)
+                if adapted
+                else None
+            )
+        )
 
-    silu = shape.activation == "silu"
+    if recipe.model.kernels != "auto":
+        return ((False, False),) * shape.layers
     return tuple(
-        (is_fused(layer, ATTENTION_PARTS), silu and is_fused(layer, MLP_PARTS)) for layer in range(shape.layers)
+        (
+            fault(layer, "input_layernorm", "self_attn.") is None,
+            fault(layer, "post_attention_layernorm", "mlp.") is None,
+        )
+        for layer in range(shape.layers)
     )

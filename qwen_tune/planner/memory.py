@@ -156,5 +156,5 @@ def _unpacked_bytes(job: Job) -> int:
     """
     if job.quantization == "none":
         return 0
-    largest = job.width * max(matrix.parameters for matrix in job.shape.layer.values())
+    largest = job.width * max(matrix.parameters for matrix in job.shape.linears.values())
     return 2 * largest if job.is_fused or job.quantization == "int8" else largest

@@ -40,7 +40,7 @@ def choose_batch_plan(recipe: Recipe, base: BaseCheckpoint, dtype: torch.dtype) 
         "torch.float16": "float16",
         "torch.float32": "float32",
     }
-    chosen = choose_attention(recipe.model, dtype, base.shape.head_size)
+    chosen = choose_attention(recipe.model, dtype, base.shape)
     job = read_job(
         recipe, base.shape, dtype=names[str(dtype)], attention=chosen, processes=world_size(), on_gpu=uses_gpu()
     )

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qwen_tune.compat import set_last_rates
 from qwen_tune.disk import is_full
 from qwen_tune.errors import Problem, TrainingError, first_line
 from qwen_tune.runs.checkpoints import fault_of, list_checkpoints, rotate, save_checkpoint
@@ -70,7 +71,7 @@ def load_optimizer(directory: Path, optimizer: Any, scheduler: Any, scaler: Any 
     rates = [rate * share(scheduler.last_epoch) for rate, share in zip(base_rates, scheduler.lr_lambdas, strict=True)]
     for group, settings, rate in zip(optimizer.param_groups, of_recipe, rates, strict=True):
         group.update({**settings, "lr": rate})
-    scheduler._last_lr = rates
+    set_last_rates(scheduler, rates)
     if scaler is not None and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
 

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from qwen_tune.compat import attention_of
 from qwen_tune.model.attention import needs_no_mask
 
 CHUNK_TOKENS = 256  # 256 x 151,936 float32 logits are 156 MB
@@ -151,7 +152,7 @@ def add_supervised_loss(model: PreTrainedModel, *, neftune_noise_alpha: float | 
             ids = kwargs.pop("input_ids")
             embedded = embed(ids, frozen_weight(embedding), trained_inputs) if trained_inputs else embedding(ids)
             kwargs["inputs_embeds"] = add_noise(embedded, kwargs["cu_seq_lens_q"], noise) if noise else embedded
-        if needs_no_mask(self.config._attn_implementation, kwargs):
+        if needs_no_mask(attention_of(self.config), kwargs):
             # A mask for each kind of layer is taken as it is, and none is made: it would be tokens x tokens.
             kwargs["attention_mask"] = dict.fromkeys(self.config.layer_types)
         # A cache would make Transformers overlook the position ids that keep packed samples apart.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qwen_tune.compat import attention_of
 from qwen_tune.data.files import names_hub_data_set
 from qwen_tune.data.preparation import PreparedData
 from qwen_tune.distributed.world import world_size
@@ -101,7 +102,7 @@ def model_facts(trainer: LoraTrainer) -> dict[str, Any]:
             "modules": {name: asdict(counts) for name, counts in modules.items()},
             "trainable_parameters": sum(parameter.numel() for parameter in trained),
         },
-        "attention": model.config._attn_implementation,
+        "attention": attention_of(model.config),
         "fused": asdict(trainer.fused) if trainer.fused else None,
         "gradient_checkpointing": trainer.schedule.gradient_checkpointing,
     }

@@ -23,7 +23,7 @@ from qwen_tune.artifacts.adapter_writer import AdapterWriter
 from qwen_tune.data.packing import Packs
 from qwen_tune.distributed.world import is_main_process
 from qwen_tune.errors import Interrupted, Problem, RunError, TrainingError
-from qwen_tune.fused.compiled import explain_compile_error
+from qwen_tune.fused.compiled import compiling_layers
 from qwen_tune.recipe.schema import Recipe
 from qwen_tune.runs.checkpoints import fault_of, step_of
 from qwen_tune.runs.directory import RunDir
@@ -127,7 +127,7 @@ class LoraTrainer(EvaluatingTrainer):
                 self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
                 return
         try:
-            with self.stop.listening(quiet=not is_main_process()), explain_compile_error():
+            with self.stop.listening(quiet=not is_main_process()), compiling_layers():
                 super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             self.metrics.display.stop()
