@@ -144,65 +144,52 @@ def validate(options: argparse.Namespace) -> None:
 
 def preview(options: argparse.Namespace) -> None:
     """`qwen-tune preview`."""
+    from qwen_tune.console import quiet_libraries
     from qwen_tune.recipe.files import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
-
-    from qwen_tune.chatml.template import ChatTemplate
-    from qwen_tune.console import quiet_libraries
-    from qwen_tune.data.preparation import prepare_data
-    from qwen_tune.model.base import resolve_base
-    from qwen_tune.model.tokenizer import load_tokenizer
-    from qwen_tune.preview import page as preview_page
-    from qwen_tune.preview import terminal as view
+    quiet_libraries()
+    from qwen_tune.data.inputs import load_inputs
+    from qwen_tune.preview import page, terminal
     from qwen_tune.preview.audit import audit
 
     if options.html:
-        preview_page.check_target(options.html)
-    quiet_libraries()
-    base = resolve_base(recipe.model, weights=False, max_length_tokens=recipe.data.max_length_tokens)
-    tokenizer = load_tokenizer(recipe.model, base)
-    data = prepare_data(recipe.data, ChatTemplate(tokenizer), seed=recipe.train.seed)
-    samples = data.train.examples
-    count = len(samples) if options.all else options.rows or (preview_page.SAMPLES if options.html else 3)
-    places = view.first_of_each_source(samples, count)
+        page.check_target(options.html)
+    inputs = load_inputs(recipe)
+    samples, tokenizer = inputs.data.train.examples, inputs.tokenizer
+    count = len(samples) if options.all else options.rows or (page.SAMPLES if options.html else 3)
+    places = terminal.first_of_each_source(samples, count)
     if options.json:
         for place in places:
-            print(view.as_json(samples[place], tokenizer, escaped=not can_encode(ANY_TEXT)))
+            print(terminal.as_json(samples[place], tokenizer, escaped=not can_encode(ANY_TEXT)))
         return
-    found = audit(data, recipe.data)
+    found = audit(inputs.data, recipe.data)
     if options.html:
-        preview_page.write(options.html, preview_page.page(recipe, base, tokenizer, data, found, places))
+        page.write(options.html, page.page(recipe, inputs, found, places))
         show(f"{options.html}: {recipe.name}, {len(samples):,} training samples")
         return
     console = make_console()
-    view.show_samples((samples[place] for place in places), view.Spelling(tokenizer), console)
-    view.show_audit(found, len(places), console)
+    terminal.show_samples((samples[place] for place in places), terminal.Spelling(tokenizer), console)
+    terminal.show_audit(found, len(places), console)
 
 
 def prepare(options: argparse.Namespace) -> None:
     """`qwen-tune prepare`."""
+    from qwen_tune.console import quiet_libraries
     from qwen_tune.recipe.files import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
-
-    from qwen_tune.chatml.template import ChatTemplate
-    from qwen_tune.console import quiet_libraries
-    from qwen_tune.data.cache import cache_folder
-    from qwen_tune.data.packing import pack, pack_by_source
-    from qwen_tune.data.preparation import prepare_data
-    from qwen_tune.model.base import resolve_base
-    from qwen_tune.model.tokenizer import load_tokenizer
-    from qwen_tune.preview import terminal as view
-    from qwen_tune.preview.audit import audit
-
     quiet_libraries()
-    base = resolve_base(recipe.model, weights=False, max_length_tokens=recipe.data.max_length_tokens)
-    tokenizer = load_tokenizer(recipe.model, base)
-    data = prepare_data(recipe.data, ChatTemplate(tokenizer), seed=recipe.train.seed)
+    from qwen_tune.data.cache import cache_folder
+    from qwen_tune.data.inputs import load_inputs
+    from qwen_tune.data.packing import pack, pack_by_source
+    from qwen_tune.preview.audit import audit
+    from qwen_tune.preview.terminal import show_audit
+
+    data = load_inputs(recipe).data
     packs = pack(data.train.examples, recipe.data)
     pack_by_source(data.evaluation.examples, recipe.data)
-    view.show_audit(audit(data, recipe.data), 0, make_console())
+    show_audit(audit(data, recipe.data), 0, make_console())
     show(f"{len(packs):,} {'packs' if recipe.data.packing else 'samples'} to train on, in {cache_folder('prepared')}")
 
 

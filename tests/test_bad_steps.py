@@ -78,7 +78,7 @@ def test_a_run_stops_there_names_the_row_and_goes_on_without_the_step(breaking, 
     assert kept == f"step-{step - 1}"
     until = ("model.base=./breaking", *RUN, "train.save_steps=1")
     resumed = run(breaking, monkeypatch, *until, "train.on_bad_step=skip")
-    assert f"warning: step {step} is left out" in " ".join(capsys.readouterr().out.split())
+    assert f"warning: step {step} is skipped" in " ".join(capsys.readouterr().out.split())
     assert losses(resumed)[step - 1] == (step, None, None, None)
     assert [entry["step"] for entry in facts(resumed)["bad_steps"]] == [step]
     adapters = {
@@ -128,7 +128,7 @@ def watch(shares: list[list[float]], norms: list[float], **settings) -> tuple[St
     """A watch of one process that has seen steps of some micro-batches."""
     settings = {"skips": False, "judges_gradients": True, **settings}
     rows = lambda step, batches: [f"{step}:{batches}"]  # noqa: E731
-    seen = StepWatch(1000, gather=lambda numbers: numbers, rows_of=rows, **settings)
+    seen = StepWatch(1000, gather=lambda numbers: numbers, places_of=rows, **settings)
     for batches, norm in zip(shares, norms, strict=True):
         for share in batches:
             seen.add(torch.tensor(share))
@@ -155,7 +155,7 @@ def test_micro_batches_are_numbered_through_all_processes():
     # Two processes with two micro-batches each; the second of the second is bad.
     both = torch.tensor([[1.0, 1.0, 3.0], [1.0, math.nan, 3.0]])
     seen = StepWatch(
-        1000, skips=False, judges_gradients=True, gather=lambda _: both, rows_of=lambda _, batches: [str(batches)]
+        1000, skips=False, judges_gradients=True, gather=lambda _: both, places_of=lambda _, batches: [str(batches)]
     )
     for share in (1.0, 1.0):
         seen.add(torch.tensor(share))

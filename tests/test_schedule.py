@@ -10,7 +10,7 @@ def schedule_of(rows: int, *, packing: bool = True, processes: int = 1, **train)
     """The schedule of a train section on a CPU."""
     recipe = made_recipe(data={"packing": packing}, train=train)
     return plan_schedule(
-        recipe.train, choose(job(recipe, processes=processes, on_gpu=False), recipe.train, None), rows=rows
+        recipe.train, choose(job(recipe, processes=processes, on_gpu=False), recipe.train, None), packs=rows
     )
 
 

@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_tune.artifacts.adapter_dir import ADAPTER_FILE
+from qwen_tune.artifacts.directory import written_whole
 from qwen_tune.artifacts.metadata_files import write_generation_settings
 from qwen_tune.chatml.template import END_OF_TURN
-from qwen_tune.disk import flush, temporary_beside
+from qwen_tune.distributed.engine import adapter_tensors
 from qwen_tune.errors import Problem, RunError
 from qwen_tune.model.adapter import is_converted
 from qwen_tune.model.base import BaseCheckpoint
@@ -30,7 +31,7 @@ from qwen_tune.recipe.schema import LoraSpec, Recipe
 from qwen_tune.runs.directory import RunDir
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -45,10 +46,10 @@ class AdapterWriter:
     start: dict[str, Tensor] | None = None
     """The adapter's tensors before the first step, where the adapter took a part of the base (PiSSA, OLoRA)."""
 
-    def remember_start(self, model: PeftModel) -> None:
+    def remember_start(self, tensors: Mapping[str, Tensor]) -> None:
         """Keeps the start of an adapter that is saved as the difference to it."""
         if is_converted(self.recipe.lora):
-            self.start = {name: tensor.cpu().clone() for name, tensor in _tensors(model).items()}
+            self.start = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
 
     def start_sha256(self) -> str | None:
         """What identifies the start; None where there is none to remember."""
@@ -59,22 +60,24 @@ class AdapterWriter:
             digest.update(self.start[name].numpy().tobytes())
         return digest.hexdigest()
 
-    def write(self, directory: Path, model: PeftModel) -> None:
-        """Writes weights and configuration as they are, tokenizer, chat template and generation configuration."""
-        model.save_pretrained(directory, save_embedding_layers=False)
-        self._complete(directory)
+    def write(self, directory: Path, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+        """Writes an adapter as it is, with tokenizer, chat template and generation configuration beside it.
 
-    def write_plain(self, directory: Path, model: PeftModel) -> None:
+        Args:
+            directory: Made where it is not there.
+            config: PEFT's configuration.
+            tensors: The adapter's tensors, by PEFT's names.
+        """
+        self._write(directory, config, tensors, {})
+
+    def write_plain(self, directory: Path, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
         """The same as plain LoRA, whatever the start of the adapter was."""
-        model.save_pretrained(directory, save_embedding_layers=False)
-        self._complete(directory)
-        if self.start is not None:
-            save_file(_without_start(_tensors(model), self.start), directory / ADAPTER_FILE)
-            self._say_what_it_belongs_to(directory)
-            _change_json(directory / "adapter_config.json", _twice_the_rank(self.recipe.lora))
         # Loading it does not begin with another start, such as a decomposition of the base, only to overwrite it.
-        _change_json(directory / "adapter_config.json", {"init_lora_weights": True})
-        self._write_card(directory)
+        changes: dict[str, Any] = {"init_lora_weights": True}
+        if self.start is not None:
+            tensors = _without_start(tensors, self.start)
+            changes |= _twice_the_rank(self.recipe.lora)
+        self._write(directory, config, tensors, changes)
 
     def read(self, directory: Path, model: PeftModel) -> None:
         """Puts the tensors of an adapter directory into a model.
@@ -85,63 +88,54 @@ class AdapterWriter:
         from peft import set_peft_model_state_dict
 
         tensors = load_file(directory / ADAPTER_FILE)
-        if tensors.keys() != _tensors(model).keys():
+        if tensors.keys() != adapter_tensors(model).keys():
             what = "its tensors are not those of the recipe's adapter"
             raise RunError(Problem(str(directory), what, "begin another run with run.dir="))
         set_peft_model_state_dict(model, tensors)
 
-    def _complete(self, directory: Path) -> None:
-        _change_json(
-            directory / "adapter_config.json",
+    def _write(
+        self, directory: Path, config: PeftConfig, tensors: Mapping[str, Tensor], changes: Mapping[str, Any]
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        settings = {
+            **{key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()},
+            "inference_mode": True,
             # As PEFT will look for it: the Hub id and its commit, or the directory.
-            {
-                "base_model_name_or_path": str(self.base.path) if self.base.is_local else self.base.id,
-                "revision": self.base.revision,
-            },
-        )
-        self._say_what_it_belongs_to(directory)
+            "base_model_name_or_path": str(self.base.path) if self.base.is_local else self.base.id,
+            "revision": self.base.revision,
+            **changes,
+        }
+        _write_json(directory / "adapter_config.json", settings)
+        save_file(_apart(tensors), directory / ADAPTER_FILE)
+        # The base's fingerprint stands in the file itself: an adapter is copied and published without its run.
+        set_metadata(directory / ADAPTER_FILE, {"format": "pt", FINGERPRINT_KEY: self._fingerprint})
         self.tokenizer.save_pretrained(directory)
         ends = self.tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])
         write_generation_settings(directory, self.base.path, ends, self.tokenizer.pad_token_id)
-        self._write_card(directory)
-
-    def _say_what_it_belongs_to(self, directory: Path) -> None:
-        """Puts the base's fingerprint into the file itself: an adapter is copied and published without its run."""
-        set_metadata(directory / ADAPTER_FILE, {"format": "pt", FINGERPRINT_KEY: self._fingerprint})
+        (directory / "README.md").write_text(_card(self.base, self.recipe, settings), encoding="utf-8")
 
     @cached_property
     def _fingerprint(self) -> str:
         return self.base.weights_fingerprint()
 
-    def _write_card(self, directory: Path) -> None:
-        shape = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-        (directory / "README.md").write_text(_card(self.base, self.recipe, shape), encoding="utf-8")
 
-
-def save_adapter(model: PeftModel, writer: AdapterWriter, run: RunDir) -> None:
-    """Writes the run's adapter. The directory appears whole: it is written beside its place and renamed."""
-    target = run.adapter
-    temporary = temporary_beside(target)
-    try:
-        writer.write_plain(temporary, model)
-        for path in (*temporary.iterdir(), temporary):
-            flush(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.replace(target)
-    flush(target.parent)
-    # A model that was merged from an earlier adapter of this run is none of this one.
+def save_adapter(run: RunDir, writer: AdapterWriter, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Writes the run's adapter, whole or not at all; arguments are those of `AdapterWriter.write`."""
+    with written_whole(run.adapter) as directory:
+        writer.write_plain(directory, config, tensors)
+    # A model that was merged from an earlier adapter of this run is not this one's.
     shutil.rmtree(run.merged, ignore_errors=True)
 
 
-def _tensors(model: PeftModel) -> dict[str, Tensor]:
-    from peft import get_peft_model_state_dict
-
-    # Embeddings are no part of it; "auto" would ask the Hub whether the vocabulary has grown.
-    tensors: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return tensors
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, each in memory of its own: safetensors takes no others."""
+    apart: dict[int, Tensor] = {}
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        found[name] = plain.clone() if plain.data_ptr() in apart else plain
+        apart[plain.data_ptr()] = plain
+    return found
 
 
 def _without_start(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -169,8 +163,7 @@ def _twice_the_rank(lora: LoraSpec) -> dict[str, Any]:
     }
 
 
-def _change_json(path: Path, changes: Mapping[str, Any]) -> None:
-    settings = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+def _write_json(path: Path, settings: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

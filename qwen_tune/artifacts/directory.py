@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qwen_tune.artifacts.adapter_dir import AdapterDir
-from qwen_tune.disk import NO_ROOM, flush
+from qwen_tune.disk import NO_ROOM, flush, temporary_beside
 from qwen_tune.errors import MergeError, NoRoomError, Problem, first_line
 
 PROGRESS = "merging.json"
@@ -73,6 +73,22 @@ def check_room(part: Path, needed: int) -> None:
     if needed and free < needed + SPARE_BYTES:
         what = f"{needed / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free"
         raise NoRoomError(Problem(str(part.parent), what, "free some space, or give an --output on another disk"))
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A directory in which something is made; it replaces the target at the end of the block, flushed to the disk."""
+    part = temporary_beside(target)
+    try:
+        yield part
+        for path in (*part.iterdir(), part):
+            flush(path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    shutil.rmtree(target, ignore_errors=True)
+    part.replace(target)
+    flush(target.parent)
 
 
 @contextmanager

@@ -18,12 +18,26 @@ from pathlib import Path
 from types import FrameType
 
 from qwen_tune.console import report
+from qwen_tune.distributed.world import check_world
 from qwen_tune.errors import Problem, RunError
 from qwen_tune.machine import on_stop_signals, usable_cores
 from qwen_tune.recipe.schema import Recipe, TrainSpec
 
 SET_BY_LAUNCHERS = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")  # accelerate sets the latter even for one process
 SECONDS_AFTER_A_FAILURE = 30.0  # for the other processes to end by themselves
+
+
+def start_processes(recipe: Recipe, recipe_path: str | Path, overrides: Sequence[str], *, overwrite: bool) -> None:
+    """Starts the processes of a run, and ends with them; returns in a process that is one of them, or the only one.
+
+    Raises:
+        SystemExit: They have ended; the code is theirs.
+        RunError: There are other processes than the recipe asks for, or fewer GPUs.
+    """
+    if (processes := processes_to_start(recipe.train)) > 1:
+        again = ["train", str(recipe_path), *overrides, *(["--overwrite"] if overwrite else [])]
+        sys.exit(launch(again, processes, recipe.run_dir / "logs"))
+    check_world(recipe.train.num_processes)
 
 
 def processes_to_start(train: TrainSpec) -> int:

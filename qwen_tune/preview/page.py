@@ -17,10 +17,7 @@ from qwen_tune.errors import Problem, QwenTuneError, first_line
 from qwen_tune.preview.terminal import Spelling
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from qwen_tune.data.preparation import PreparedData
-    from qwen_tune.model.base import BaseCheckpoint
+    from qwen_tune.data.inputs import Inputs
     from qwen_tune.preview.audit import Audit
     from qwen_tune.recipe.schema import Recipe
 
@@ -62,9 +59,7 @@ def write(file: Path, text: str) -> None:
 
 def page(
     recipe: Recipe,
-    base: BaseCheckpoint,
-    tokenizer: PreTrainedTokenizerBase,
-    data: PreparedData,
+    inputs: Inputs,
     audit: Audit,
     places: Sequence[int],
 ) -> str:
@@ -72,17 +67,15 @@ def page(
 
     Args:
         recipe: Gives its name and the settings that decide what is supervised.
-        base: The checkpoint whose template and tokenizer were used.
-        tokenizer: Spells the tokens.
-        data: Everything that trains and evaluates.
+        inputs: The checkpoint, its tokenizer, and everything that trains and evaluates.
         audit: What became of the rows.
         places: The training samples to hold; as many of them as a page of sensible size has room for.
     """
     facts = {
         "recipe": recipe.name,
-        "base": base.id,
-        "revision": base.revision,
-        "template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+        "base": inputs.base.id,
+        "revision": inputs.base.revision,
+        "template": hashlib.sha256(str(inputs.tokenizer.chat_template).encode()).hexdigest(),
         "version": __version__,
         "settings": {
             "loss_on": recipe.data.loss_on,
@@ -90,8 +83,8 @@ def page(
             "overlong": recipe.data.overlong,
         },
         "audit": audit.as_dict(),
-        "samples": _samples(data, tokenizer, places),
-        "of": len(data.train.examples),
+        "samples": _samples(inputs, places),
+        "of": len(inputs.data.train.examples),
         "tokens_of_a_sample": TOKENS_OF_A_SAMPLE,
     }
     text = json.dumps(facts, ensure_ascii=False, separators=(",", ":")).translate(ESCAPES)
@@ -104,13 +97,13 @@ def _part(kind: str) -> str:
     return Path(__file__).with_suffix(f".{kind}").read_text(encoding="utf-8")
 
 
-def _samples(data: PreparedData, tokenizer: PreTrainedTokenizerBase, places: Sequence[int]) -> list[dict[str, Any]]:
+def _samples(inputs: Inputs, places: Sequence[int]) -> list[dict[str, Any]]:
     """Samples for the page: a piece is its text, its flags (1 supervised, 2 control) and its ids, in one flat list."""
-    spelling = Spelling(tokenizer)
+    spelling = Spelling(inputs.tokenizer)
     samples: list[dict[str, Any]] = []
     room = TOKENS_OF_A_PAGE
     for place in places:
-        example = data.train.examples[place]
+        example = inputs.data.train.examples[place]
         shown = min(len(example.input_ids), TOKENS_OF_A_SAMPLE)
         room -= shown
         if room < 0 and samples:

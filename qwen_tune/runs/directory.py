@@ -19,6 +19,8 @@ from typing import IO, Any
 from qwen_tune.disk import is_full, is_temporary, parse_json, write_atomically
 from qwen_tune.distributed.world import is_main_process
 from qwen_tune.errors import Problem, QwenTuneError, RunError, first_line
+from qwen_tune.recipe.files import to_yaml
+from qwen_tune.recipe.schema import Recipe
 from qwen_tune.runs.checkpoints import list_checkpoints, read_manifest, step_of
 from qwen_tune.runs.drift import allowed_drift, extends_run, recipe_drift, refuse
 from qwen_tune.runs.resume import Plan, choose_checkpoint
@@ -309,6 +311,15 @@ class RunDir:
         if not isinstance(facts, dict):
             raise RunError(Problem(str(self.run_json), "the record of the run is not an object"))
         return facts
+
+
+def open_run(recipe: Recipe, *, overwrite: bool) -> tuple[RunDir, Plan]:
+    """The run directory of a recipe, and what the recipe does there; see `RunDir.check`."""
+    run = RunDir(recipe.run_dir)
+    # Another machine's processes may not see the directory; those that do have to come to the same plan.
+    if not (is_main_process() or run.run_json.exists()):
+        return run, Plan()
+    return run, run.check(to_yaml(recipe), overwrite=overwrite, resume=recipe.train.resume)
 
 
 def _step_of_line(line: str) -> float:

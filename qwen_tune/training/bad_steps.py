@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qwen_tune.errors import Problem, TrainingError
 
-RowsOf = Callable[[int, Sequence[int] | None], list[str]]
+PlacesOf = Callable[[int, Sequence[int] | None], list[str]]
 """`file:line` of the rows of some micro-batches of a step, numbered through all processes; of all for None."""
 
 WORSE_THAN_GUESSING = 2.0
@@ -54,7 +54,7 @@ class StepWatch:
         skips: Whether bad steps are left out, instead of ending the run.
         judges_gradients: Whether a gradient that is not finite is bad; under float16 the loss scale deals with it.
         gather: Puts the numbers of all processes together, process by process.
-        rows_of: Tells the rows of a step.
+        places_of: Tells the rows of a step.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class StepWatch:
         skips: bool,
         judges_gradients: bool,
         gather: Callable[[Tensor], Tensor],
-        rows_of: RowsOf,
+        places_of: PlacesOf,
     ) -> None:
         self.limit = WORSE_THAN_GUESSING * math.log(vocabulary)
         self.skips = skips
         self.found: list[BadStep] = []
         self._judges_gradients = judges_gradients
         self._gather = gather
-        self._rows_of = rows_of
+        self._rows_of = places_of
         self._good: list[float] = []
         self._batches: list[Tensor] = []
         self._steps: list[tuple[list[Tensor], Tensor]] = []

@@ -49,9 +49,9 @@ def choose_batch_plan(recipe: Recipe, base: BaseCheckpoint, dtype: torch.dtype) 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a run's rows become optimizer steps. A row is a pack when packing, else a sample."""
+    """How a run's packs become optimizer steps; without packing a pack is one sample."""
 
-    rows: int
+    packs: int
     num_processes: int
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
@@ -61,17 +61,17 @@ class Schedule:
     gradient_checkpointing: Checkpointing
 
     def facts(self) -> dict[str, int | str]:
-        """For run.json."""
-        return asdict(self)
+        """For run.json, where the packs of an epoch are called rows."""
+        return {"rows" if name == "packs" else name: value for name, value in asdict(self).items()}
 
 
-def plan_schedule(train: TrainSpec, choice: Choice, *, rows: int) -> Schedule:
+def plan_schedule(train: TrainSpec, choice: Choice, *, packs: int) -> Schedule:
     """Derives batch and accumulation from the global batch.
 
     Args:
         train: The recipe's train section.
         choice: The microbatch that suits the device.
-        rows: Rows of one epoch.
+        packs: Packs of one epoch; without packing samples.
 
     Raises:
         RecipeError: The global batch does not divide, or the warm-up is as long as the run.
@@ -86,12 +86,12 @@ def plan_schedule(train: TrainSpec, choice: Choice, *, rows: int) -> Schedule:
         raise RecipeError(
             Problem(
                 "train.global_batch_size",
-                f"{train.global_batch_size} does not divide by {num_processes} process(es) x {per_device} row(s) each",
+                f"{train.global_batch_size} does not divide by {num_processes} process(es) x {per_device} each",
                 f"set it to {nearest}",
             )
         )
     accumulation = per_process // per_device
-    micro_batches = math.ceil(rows / (num_processes * per_device))
+    micro_batches = math.ceil(packs / (num_processes * per_device))
     steps_per_epoch = math.ceil(micro_batches / accumulation)
     max_steps = train.max_steps or math.ceil(train.num_train_epochs * steps_per_epoch)
     # A share is rounded down: rounded up, the first of a few steps would have a learning rate of zero.
@@ -105,7 +105,7 @@ def plan_schedule(train: TrainSpec, choice: Choice, *, rows: int) -> Schedule:
             )
         )
     return Schedule(
-        rows=rows,
+        packs=packs,
         num_processes=num_processes,
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=accumulation,

@@ -58,8 +58,8 @@ def count_fillers(rows: int, multiple: int) -> int:
 class SeededOrder(Sampler[int]):
     """A new order of the rows every epoch, from the seed and the epoch alone; fillers stay at the end."""
 
-    def __init__(self, rows: int, fillers: int, seed: int) -> None:
-        self.rows = rows
+    def __init__(self, packs: int, fillers: int, seed: int) -> None:
+        self.packs = packs
         self.fillers = fillers
         self.seed = seed
         self.epoch = 0
@@ -69,12 +69,12 @@ class SeededOrder(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.rows + self.fillers
+        return self.packs + self.fillers
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        yield from torch.randperm(self.rows, generator=generator).tolist()
-        yield from range(self.rows, self.rows + self.fillers)
+        yield from torch.randperm(self.packs, generator=generator).tolist()
+        yield from range(self.packs, self.packs + self.fillers)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class BatchShape:
         return samples + [0] * empty
 
 
-class StepRows:
+class StepPacks:
     """Which rows an optimizer step is made of, in all processes: the order is known without having been gone through.
 
     So no process has to ask the others how many tokens a step has, which would make each wait for its GPU.

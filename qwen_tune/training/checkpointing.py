@@ -31,11 +31,10 @@ TENSORS = "optimizer.safetensors"
 VALUES = "optimizer.json"
 
 
-def save_optimizer(directory: Path, optimizer: Any, scheduler: Any, scaler: Any | None) -> None:
-    """Writes the state dicts of optimizer, scheduler and, under float16, gradient scaler."""
+def save_optimizer(directory: Path, saved: Mapping[str, Any], scheduler: Any, scaler: Any | None) -> None:
+    """Writes the states of optimizer (`saved`), scheduler and, under float16, gradient scaler."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
-    saved = optimizer.state_dict()
     for path, value in _leaves("", saved["state"]):
         if isinstance(value, Tensor):
             tensors[path] = value.detach().cpu().contiguous().clone()  # 8-bit states share a table

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qwen_tune.console import make_console
 from qwen_tune.machine import memory_bytes
 from qwen_tune.runs.directory import RunDir
+from qwen_tune.training.steps import Steps
 
 if TYPE_CHECKING:
     from qwen_tune.tracking.tracking import Tracker
@@ -22,25 +23,14 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 
 
-class RunningTrainer(Protocol):
-    """What the log asks of the trainer that it belongs to."""
-
-    counts: Any
-
-    def must_stop(self) -> bool:
-        """Whether the step that has ended is the last because someone asked for it."""
-
-
 class MetricsLog(TrainerCallback):
     """Writes metrics.jsonl, feeds trackers and drives the display, a step at a time."""
 
-    def __init__(
-        self, run: RunDir, trainer: RunningTrainer, display: Display, trackers: Sequence[Tracker] = ()
-    ) -> None:
+    def __init__(self, run: RunDir, steps: Steps, display: Display) -> None:
         self.run = run
-        self.trainer = trainer
+        self.steps = steps
         self.display = display
-        self.trackers = list(trackers)
+        self.trackers: Sequence[Tracker] = ()
         self.seconds = 0.0
         self._last_time = 0.0
         self._last_tokens = 0
@@ -72,7 +62,7 @@ class MetricsLog(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ends a run that was asked to stop, and logs a run's last step and those that are saved."""
-        if self.trainer.must_stop():
+        if self.steps.must_stop():
             control.should_training_stop = control.should_save = True
         if state.global_step >= state.max_steps or control.should_save or control.should_evaluate:
             # After a save, which an evaluation may lead to, the losses of steps that were not logged yet would be lost
@@ -94,7 +84,7 @@ class MetricsLog(TrainerCallback):
             self.display.evaluation(state.global_step, losses)
         if not logs or "loss" not in logs:
             return
-        now, tokens = time.perf_counter(), self.trainer.counts.real
+        now, tokens = time.perf_counter(), self.steps.counts.real
         seconds, step_tokens = now - self._last_time, tokens - self._last_tokens
         self._last_time, self._last_tokens = now, tokens
         self.seconds += seconds

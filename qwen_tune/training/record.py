@@ -12,11 +12,10 @@ import torch
 
 from qwen_tune.compat import attention_of
 from qwen_tune.data.files import names_hub_data_set
-from qwen_tune.data.preparation import PreparedData
+from qwen_tune.data.inputs import Inputs
 from qwen_tune.distributed.world import world_size
 from qwen_tune.machine import device_name, library_versions, peak_memory_bytes
 from qwen_tune.model.adapter import trained_modules
-from qwen_tune.model.base import BaseCheckpoint
 from qwen_tune.model.quantization import quantization_facts
 from qwen_tune.planner.choice import Choice
 from qwen_tune.recipe.files import to_yaml
@@ -26,24 +25,21 @@ from qwen_tune.runs.drift import run_fingerprint
 from qwen_tune.training.batch_plan import Schedule
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from qwen_tune.training.trainer import LoraTrainer
 
 
 def start_facts(
     recipe: Recipe,
     overrides: Sequence[str],
-    base: BaseCheckpoint,
-    tokenizer: PreTrainedTokenizerBase,
-    data: PreparedData,
+    inputs: Inputs,
     schedule: Schedule,
-    choice: Choice,
+    batch_plan: Choice,
     dtype: torch.dtype,
     *,
-    untuned: bool,
+    pretrained_only: bool,
 ) -> dict[str, Any]:
     """What is known before the weights are loaded, with the `fingerprint` of all that decides the result."""
+    base, data, tokenizer = inputs.base, inputs.data, inputs.tokenizer
     template = tokenizer.chat_template
     assert isinstance(template, str)
     facts = {
@@ -60,7 +56,7 @@ def start_facts(
             "local_path": str(base.path),
             "config_sha256": base.config_sha256(),
             "weights_fingerprint": base.weights_fingerprint(),
-            "untuned": untuned,
+            "untuned": pretrained_only,
         },
         "tokenizer_sha256": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
@@ -68,7 +64,7 @@ def start_facts(
         "data_sets": _data_sets(recipe),
         **data.facts,
         "schedule": schedule.facts(),
-        "plan": choice.facts(),
+        "plan": batch_plan.facts(),
         "masking": {"loss_on": recipe.data.loss_on, "thinking": recipe.data.thinking},
     }
     return {**facts, "fingerprint": run_fingerprint(to_yaml(recipe), facts)}
@@ -92,7 +88,7 @@ def model_facts(trainer: LoraTrainer) -> dict[str, Any]:
         "quantization": quantization_facts(model.get_base_model()),
         "adapter": {
             "dtype": str(trained[0].dtype).removeprefix("torch."),
-            "init": trainer.recipe.lora.init_lora_weights,
+            "init": trainer.job.recipe.lora.init_lora_weights,
             "r": config.r,
             "lora_alpha": config.lora_alpha,
             "use_rslora": config.use_rslora,
@@ -104,7 +100,7 @@ def model_facts(trainer: LoraTrainer) -> dict[str, Any]:
         },
         "attention": attention_of(model.config),
         "fused": asdict(trainer.fused) if trainer.fused else None,
-        "gradient_checkpointing": trainer.schedule.gradient_checkpointing,
+        "gradient_checkpointing": trainer.job.schedule.gradient_checkpointing,
     }
 
 
@@ -127,8 +123,8 @@ def end_facts(run: RunDir, trainer: LoraTrainer, before: float | None, after: fl
             "eval_before": before,
             "eval_after": after,
         },
-        "best": vars(trainer.best) if trainer.best else None,
-        "tokens": {**run.facts["tokens"], **vars(trainer.counts)},
+        "best": trainer.evaluations.facts()["best"],
+        "tokens": {**run.facts["tokens"], **vars(trainer.steps.counts)},
         "tokens_per_second": trainer.metrics.tokens_per_second,
         "peak_memory_bytes": peak_memory_bytes(),
     }

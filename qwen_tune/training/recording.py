@@ -13,32 +13,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
-
-import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from typing import TYPE_CHECKING, Any
 
 from qwen_tune.console import report
 from qwen_tune.disk import make_private_folder
+from qwen_tune.distributed.engine import gather_objects, leave_group
 from qwen_tune.distributed.world import is_main_process, rank
 from qwen_tune.errors import Interrupted, Problem, QwenTuneError, RunError
 from qwen_tune.machine import on_stop_signals, started_at
-from qwen_tune.runs.directory import RunDir
+from qwen_tune.recipe.files import to_yaml
 from qwen_tune.runs.resume import Plan
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from qwen_tune.training.job import Job
 
 
 @contextmanager
-def recording(
-    run: RunDir,
-    recipe_yaml: str,
-    plan: Plan,
-    facts: Mapping[str, Any],
-    accelerator: Accelerator,
-    *,
-    overwrite: bool,
-    resume: str,
-) -> Iterator[None]:
+def recording(job: Job, facts: Mapping[str, Any], accelerator: Accelerator, *, overwrite: bool) -> Iterator[None]:
     """Holds the run directory for the length of a run; see `RunDir.recording`.
 
     The first process takes the directory and records the facts, then all go on. What the others say goes to
@@ -47,10 +40,11 @@ def recording(
     Raises:
         RunError: Another run took the directory in the meantime.
     """
-    _require_one_plan(plan)
+    run, recipe = job.run, job.recipe
+    _require_one_plan(job.plan, accelerator)
     with _leaving_together():
         if is_main_process():
-            with run.recording(recipe_yaml, plan, overwrite=overwrite, resume=resume):
+            with run.recording(to_yaml(recipe), job.plan, overwrite=overwrite, resume=recipe.train.resume):
                 run.record(facts)
                 accelerator.wait_for_everyone()
                 yield
@@ -84,17 +78,17 @@ def _leaving_together() -> Iterator[None]:
         all_know = True
         raise
     finally:
-        if all_know and torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        if all_know:
+            leave_group()
 
 
-def _require_one_plan(plan: Plan) -> None:
+def _require_one_plan(plan: Plan, accelerator: Accelerator) -> None:
     """Makes sure that all processes resume from the same checkpoint.
 
     Raises:
         RunError: They see different run directories.
     """
-    plans = gather_object([str(plan.checkpoint)])
+    plans = gather_objects(accelerator, str(plan.checkpoint))
     if len(set(plans)) > 1:
         what = "the processes see different checkpoints there; expected one disk that all machines share"
         raise RunError(Problem("run.dir", what, "put the run directory on such a disk"))

@@ -10,10 +10,8 @@ from rich.markup import escape
 from rich.padding import Padding
 
 from qwen_tune.console import make_console, print_pairs, shown_path
-from qwen_tune.data.preparation import PreparedData
 from qwen_tune.distributed.world import is_main_process, world_size
 from qwen_tune.machine import device_name
-from qwen_tune.model.base import BaseCheckpoint
 from qwen_tune.planner.choice import Choice
 from qwen_tune.preview.audit import Audit, audit
 from qwen_tune.preview.terminal import Spelling, coloured, findings
@@ -22,44 +20,32 @@ from qwen_tune.runs.checkpoints import step_of
 from qwen_tune.runs.directory import RunDir
 from qwen_tune.runs.drift import Drift
 from qwen_tune.runs.resume import Plan
-from qwen_tune.training.batch_plan import Schedule
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from rich.console import Console
-    from transformers import PreTrainedTokenizerBase
 
     from qwen_tune.fused.install import Fused
+    from qwen_tune.training.job import Job
 
 GIB = 1 << 30
 SOURCES_SHOWN = 8
 LONGEST_RUN = 160  # characters of a sample between two control tokens
 
 
-def show_start(
-    recipe: Recipe,
-    run: RunDir,
-    plan: Plan,
-    base: BaseCheckpoint,
-    tokenizer: PreTrainedTokenizerBase,
-    data: PreparedData,
-    schedule: Schedule,
-    choice: Choice,
-    dtype: torch.dtype,
-    *,
-    untuned: bool,
-) -> None:
+def show_job(job: Job) -> None:
     """Base, data, batch and machine, each on a line; then what was dropped, what looks odd, and one sample."""
     if not is_main_process():
         return
-    found = audit(data, recipe.data)
+    recipe, run, plan, schedule = job.recipe, job.run, job.plan, job.schedule
+    found = audit(job.data, recipe.data)
     facts = found.facts
     rows, samples, tokens = facts["rows"], facts["samples"], facts["tokens"]
     unit, one = ("packs", "pack") if recipe.data.packing else ("samples", "sample")
-    tokens_per_step = data.train.tokens * min(recipe.train.global_batch_size, schedule.rows) // schedule.rows
+    tokens_per_step = job.data.train.tokens * min(recipe.train.global_batch_size, schedule.packs) // schedule.packs
     lines = {
-        "base": f"{base.id}  ({base.model_type}, {_precision(recipe, dtype)})",
+        "base": f"{job.base.id}  ({job.base.model_type}, {_precision(recipe, job.dtype)})",
         "data": f"{rows['read']:,} rows: {rows['trained']:,} train, {rows['evaluation']:,} evaluate"
         + (f", {rows['not_sampled']:,} not drawn" if rows["not_sampled"] else "")
         + (f", {sum(rows['dropped'].values()):,} dropped" if rows["dropped"] else ""),
@@ -71,8 +57,8 @@ def show_start(
         f" = {world_size()} {'processes' if world_size() > 1 else 'process'} x "
         f"{schedule.per_device_train_batch_size} x {schedule.gradient_accumulation_steps} accumulated, "
         f"about {tokens_per_step:,} tokens",
-        "steps": f"{schedule.max_steps:,} ({schedule.steps_per_epoch:,} an epoch of {schedule.rows:,} {unit})",
-        "memory": _predicted(choice),
+        "steps": f"{schedule.max_steps:,} ({schedule.steps_per_epoch:,} an epoch of {schedule.packs:,} {unit})",
+        "memory": _predicted(job.batch_plan),
         "machine": device_name() + (f", DDP over {world_size()} processes" if world_size() > 1 else ", one process"),
         "run": shown_path(run.path)
         + (f", resuming from {plan.checkpoint.name}" if plan.checkpoint else "")
@@ -80,16 +66,17 @@ def show_start(
     }
     console = _console()
     console.print(recipe.name, style="bold", markup=False, highlight=False)
-    if untuned:
+    if job.pretrained_only:
         lines["base"] += ", a base checkpoint: its ChatML tokens are trained as well"
     print_pairs(console, lines.items())
     print_pairs(console, findings(found), style="yellow")
     for note in plan.notes:
         console.print(f"  [yellow]warning[/] passed over checkpoint {escape(note)}", highlight=False)
-    _show_sample(console, tokenizer, data)
+    _show_sample(console, job)
+    _show_drift(run, plan, job.facts)
 
 
-def show_drift(run: RunDir, plan: Plan, facts: Mapping[str, Any]) -> None:
+def _show_drift(run: RunDir, plan: Plan, facts: Mapping[str, Any]) -> None:
     """What differs from here on from what the run was begun with."""
     if plan.checkpoint is None:
         return
@@ -164,10 +151,10 @@ def _in_sources(found: Audit) -> str:
     return "\n".join([*lines, *([f"and {more} more"] if more > 0 else ())])
 
 
-def _show_sample(console: Console, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> None:
+def _show_sample(console: Console, job: Job) -> None:
     """The first sample as it will train, shortened."""
-    example = data.train.examples[0]
-    pieces = Spelling(tokenizer).pieces(example.input_ids, example.labels)
+    example = job.data.train.examples[0]
+    pieces = Spelling(job.tokenizer).pieces(example.input_ids, example.labels)
     print_pairs(console, [("sample", f"{example.source}, {len(example.input_ids):,} tokens")])
     console.print(Padding(coloured(pieces, console, longest_run=LONGEST_RUN), (0, 0, 0, 4), expand=False))
 

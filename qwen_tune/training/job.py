@@ -1,0 +1,103 @@
+"""A run that is ready to start: everything that can be known before weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qwen_tune.data.inputs import load_inputs
+from qwen_tune.data.packing import Packs, pack, pack_by_source
+from qwen_tune.data.preparation import PreparedData
+from qwen_tune.model.base import BaseCheckpoint, resolve_base
+from qwen_tune.model.loading import check_dtype, training_dtype
+from qwen_tune.model.quantization import check_quantization
+from qwen_tune.model.tokenizer import is_pretrained_only
+from qwen_tune.planner.choice import Choice
+from qwen_tune.recipe.schema import Recipe
+from qwen_tune.runs.directory import RunDir
+from qwen_tune.runs.resume import Plan, check_resume
+from qwen_tune.training.batch_plan import Schedule, choose_batch_plan, plan_schedule
+from qwen_tune.training.record import start_facts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Job:
+    """What trains, on what, how, and where it goes.
+
+    Attributes:
+        recipe: The recipe.
+        run: The run directory.
+        plan: Whether the run starts or resumes.
+        base: The base checkpoint.
+        dtype: The type that the base is held and multiplied in.
+        pretrained_only: Whether the base was never trained on conversations, so that its ChatML tokens are trained too.
+        tokenizer: The base's tokenizer, with the recipe's template.
+        data: All examples, with what became of each.
+        packs: What trains.
+        held_out: What is evaluated on, by the names of the sources.
+        batch_plan: Microbatch and checkpointing for this device.
+        schedule: Batch, steps and warm-up.
+        facts: What run.json says of all that.
+    """
+
+    recipe: Recipe
+    run: RunDir
+    plan: Plan
+    base: BaseCheckpoint
+    dtype: torch.dtype
+    pretrained_only: bool
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    packs: Packs
+    held_out: Mapping[str, Packs]
+    batch_plan: Choice
+    schedule: Schedule
+    facts: Mapping[str, Any]
+
+
+def prepare_job(recipe: Recipe, overrides: Sequence[str], run: RunDir, plan: Plan) -> Job:
+    """Works out a job.
+
+    Args:
+        recipe: The recipe.
+        overrides: What the command line changed of it, for the record.
+        run: The run directory.
+        plan: What happens there.
+
+    Raises:
+        ModelError: This machine cannot train the base, or not as the recipe says.
+        DataError: Examples that cannot be trained on.
+        RecipeError: Batch and steps do not divide.
+        RunError: The run in the directory was another one.
+    """
+    check_dtype(recipe.model)
+    base = resolve_base(recipe.model, max_length_tokens=recipe.data.max_length_tokens)
+    dtype = training_dtype(recipe.model, base)
+    check_quantization(recipe.model, base)
+    inputs = load_inputs(recipe, base)
+    packs = pack(inputs.data.train.examples, recipe.data)
+    batch_plan = choose_batch_plan(recipe, base, dtype)
+    schedule = plan_schedule(recipe.train, batch_plan, packs=len(packs))
+    pretrained_only = is_pretrained_only(base, inputs.tokenizer)
+    facts = start_facts(recipe, overrides, inputs, schedule, batch_plan, dtype, pretrained_only=pretrained_only)
+    return Job(
+        recipe=recipe,
+        run=run,
+        plan=plan,
+        base=base,
+        dtype=dtype,
+        pretrained_only=pretrained_only,
+        tokenizer=inputs.tokenizer,
+        data=inputs.data,
+        packs=packs,
+        held_out=pack_by_source(inputs.data.evaluation.examples, recipe.data),
+        batch_plan=batch_plan,
+        schedule=schedule,
+        facts={**facts, **check_resume(plan, run, facts, schedule.max_steps)},
+    )
