@@ -8,6 +8,7 @@ import io
 import json
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,8 @@ def read_text_file(text: str) -> str:
         return io.TextIOWrapper(io.BytesIO(content), "utf-8").read()  # every line ends in \n
     except (OSError, UnicodeDecodeError) as error:
         raise UnreadableError(first_line(error)) from None
+
+
+def key_of(ingredients: Mapping[str, Any]) -> str:
+    """A name for what is made from some ingredients: equal ones have equal names."""
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()

@@ -10,10 +10,13 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file, save_file
 
+from qwen_tune.artifacts.adapter_dir import AdapterDir
 from qwen_tune.disk import sha256
 from qwen_tune.errors import MergeError
 from qwen_tune.evaluation.verification import compare_merged, verify_merged
-from qwen_tune.merging.merge import merge
+from qwen_tune.merging.merge import merge, open_stream
+from qwen_tune.merging.stream import read_pieces
+from qwen_tune.model.tensor_files import read_bytes, read_spans
 
 # PEFT 0.21 reads an alias that Transformers 5.23 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -37,6 +40,23 @@ def test_a_bare_adapter_is_merged_beside_itself_and_verified_on_prompts(adapter)
     comparison = verify_merged([adapter], target)
     assert comparison.passed
     assert json.loads((target / "merge.json").read_text())["verification"]["passed"] is True
+
+
+def test_every_reader_of_the_stream_gets_the_bytes_that_are_in_the_file(adapter):
+    """Piece by piece and out of order, as another format may want them."""
+    target = merge(adapter)
+    written = {
+        name: read_bytes(span, 0, span.length) for name, span in read_spans(target / "model.safetensors").items()
+    }
+    stream = open_stream([AdapterDir.open(adapter)])
+    assert [tensor.name for tensor in stream.tensors] == list(written)
+    for tensor in reversed(stream.tensors):
+        found = bytearray(tensor.span.length)
+        for piece in reversed(list(tensor.pieces())):
+            room = memoryview(found)[piece.start : piece.start + piece.size]
+            [differs] = read_pieces([piece], room)
+            assert differs in (tensor.may_differ, False)
+        assert found == written[tensor.name]
 
 
 def test_a_tied_base_that_stores_its_head_as_well(adapter):

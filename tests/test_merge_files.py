@@ -17,9 +17,11 @@ import torch
 from conftest import ROOT, TINY, environment
 from made_checkpoints import LAYERS, MANY_LAYERS, rewrite, sha256, weights, write_adapter, write_base
 
-from qwen_tune.artifacts.directory import partial_directory
+from qwen_tune.artifacts.directory import resumable_directory
 from qwen_tune.errors import QwenTuneError
 from qwen_tune.merging.merge import merge
+from qwen_tune.merging.safetensors_writer import PROGRESS
+from qwen_tune.merging.target import check_free
 from qwen_tune.model.tensor_files import header
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -226,9 +228,9 @@ def test_what_somebody_puts_there_meanwhile_is_not_lost(tmp_path):
     target = tmp_path / "model"
 
     def write() -> None:
-        with partial_directory(target, overwrite=False) as part:
+        with resumable_directory(target, PROGRESS, lambda: check_free(target, overwrite=False)) as part:
             (part / "model.safetensors").write_text("hours of work")
-            (part / "merging.json").write_text("{}")
+            (part / PROGRESS).write_text("{}")
             target.mkdir()
             (target / "thesis.txt").write_text("years")
 

@@ -17,10 +17,10 @@ from conftest import ROOT, TINY, environment
 from templates import REVISIONS
 
 from qwen_tune.chatml.template import ChatTemplate
-from qwen_tune.data.cache import KEPT_SECONDS, cache_folder, cached, key_of
+from qwen_tune.data.cache import KEPT_SECONDS, cache_folder, cached
 from qwen_tune.data.preparation import prepare_data
 from qwen_tune.data.source_store import SourceStores
-from qwen_tune.disk import sha256
+from qwen_tune.disk import key_of, sha256
 from qwen_tune.errors import DataError
 from qwen_tune.recipe.schema import DataSpec, EvalSpec, SourceSpec
 

@@ -164,7 +164,9 @@ def test_a_loss_that_is_no_number_stops_the_run(workspace, monkeypatch):
     tensors = load_file(weights_file)
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, weights_file, metadata={"format": "pt"})
-    with pytest.raises(TrainingError, match=r"\./broken: the loss on the held-out examples is not finite before anything"):
+    with pytest.raises(
+        TrainingError, match=r"\./broken: the loss on the held-out examples is not finite before anything"
+    ):
         run(workspace, monkeypatch, "run.dir=run", "model.base=./broken")
     with pytest.raises(TrainingError, match=r"step 1: the loss and the gradient norm are not finite; its rows are "):
         run(workspace, monkeypatch, "run.dir=run2", "model.base=./broken", "data.eval=null")

@@ -1,70 +1,18 @@
-"""The directory that a merged model goes to: nothing is lost there, and nothing half-made stands under its name."""
+"""Directories that others will load: nothing is lost where they go, and nothing half-made stands under their name."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qwen_tune.artifacts.adapter_dir import AdapterDir
 from qwen_tune.disk import NO_ROOM, flush, temporary_beside
 from qwen_tune.errors import MergeError, NoRoomError, Problem, first_line
 
-PROGRESS = "merging.json"
 SPARE_BYTES = 64 << 20  # for all that is no weight
-
-
-def choose_target(path: Path, adapter: AdapterDir, output: Path | None) -> Path:
-    """Where a model goes: `merged` in the run directory, or beside a bare adapter, unless somebody says otherwise.
-
-    Raises:
-        MergeError: The adapter is a checkpoint, which has no place of its own.
-    """
-    if output is not None:
-        return output.resolve()  # what a link names is written, not the link
-    if adapter.path.parent.name == "checkpoints":
-        raise MergeError(Problem(str(path), "a checkpoint is no place for a model", "say where it goes with --output"))
-    if adapter.run:
-        return adapter.run / "merged"
-    place = (path if path.exists() else Path(path.name)).resolve()  # what came from the Hub goes here
-    return place.with_name(f"{place.name}-merged")
-
-
-def check_place(target: Path, adapters: Sequence[AdapterDir]) -> None:
-    """Makes sure that the output is a place where a directory can come to stand.
-
-    Raises:
-        MergeError: It lies in or around the base or the adapter, or is a disk of its own.
-    """
-    places = [("base", adapters[0].base.path.resolve()), *(("adapter", adapter.path.resolve()) for adapter in adapters)]
-    for name, path in places:
-        if target == path or target in path.parents or path in target.parents:
-            what = f"the output would lie in or around the {name}"
-            raise MergeError(Problem(str(target), what, "give another --output"))
-    if os.path.ismount(target):
-        what = "a disk is mounted there, and the finished model is renamed into its place"
-        raise MergeError(Problem(str(target), what, f"give a directory in it: --output {target / 'model'}"))
-
-
-def check_free(target: Path, overwrite: bool) -> None:
-    """Makes sure that nobody loses what is at the output's place.
-
-    Raises:
-        MergeError: Something is there that may not be replaced.
-    """
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not (target / "merge.json").exists():
-        raise MergeError(
-            Problem(str(target), "something is there that is no merged model of ours", "give another --output")
-        )
-    if not overwrite:
-        raise MergeError(
-            Problem(str(target), "the output is there already", "give another --output, or replace it with --overwrite")
-        )
 
 
 def check_room(part: Path, needed: int) -> None:
@@ -92,11 +40,16 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def partial_directory(target: Path, overwrite: bool) -> Iterator[Path]:
+def resumable_directory(target: Path, progress: str, check_free: Callable[[], None]) -> Iterator[Path]:
     """The directory in which a model is made, held for this process.
 
     It is renamed to the target's name at the end of the block. Where that is not reached, it is kept if weights in it
     are whole, for the next try.
+
+    Args:
+        target: Where the model goes.
+        progress: The file in which the writer notes what is whole.
+        check_free: Raises where something is at the target that may not be replaced.
 
     Raises:
         MergeError: Another process is at it, or nothing can be written there.
@@ -131,20 +84,21 @@ def partial_directory(target: Path, overwrite: bool) -> Iterator[Path]:
             fix = "free some space and run the command again: it resumes after the last whole file"
             raise NoRoomError(Problem(str(part.parent), "there is no room for the model", fix)) from error
         else:
-            check_free(target, overwrite)  # again: it may have taken hours, and what is whole stays if it is not
+            check_free()  # it may have taken hours, and what is whole stays if it is not
             _put_in_place(part, target)
+            (target / progress).unlink(missing_ok=True)
         finally:
-            _tidy(part)
+            _tidy(part, progress)
     finally:
         os.close(holder)
 
 
-def _tidy(part: Path) -> None:
+def _tidy(part: Path, progress: str) -> None:
     if not part.exists():
         return
     for file in part.glob("*.part"):
         file.unlink()
-    if not any(part.glob("*.safetensors")) or not (part / PROGRESS).exists():
+    if not any(part.glob("*.safetensors")) or not (part / progress).exists():
         shutil.rmtree(part)
 
 
@@ -160,5 +114,4 @@ def _put_in_place(part: Path, target: Path) -> None:
             old.replace(target)
         raise
     flush(target.parent)
-    (target / PROGRESS).unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)

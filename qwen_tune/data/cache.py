@@ -6,14 +6,12 @@ that want the same entry wait for the one that makes it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from qwen_tune.disk import flush, make_private_folder, path_fault
 from qwen_tune.errors import DataError, Problem, first_line
@@ -37,11 +35,6 @@ def cache_folder(name: str) -> Path:
         raise DataError(Problem(variable, what, "set QWEN_TUNE_CACHE to a folder for prepared data"))
     folder = Path(chosen).expanduser()
     return folder / name if variable == "QWEN_TUNE_CACHE" else folder / "qwen-tune" / name
-
-
-def key_of(ingredients: Mapping[str, Any]) -> str:
-    """The name of an entry that is made from these."""
-    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
 def cached(key: str, make: Callable[[Path], None], load: Callable[[Path], T]) -> tuple[T, bool]:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qwen_tune.data.cache import cache_folder, key_of
+from qwen_tune.data.cache import cache_folder
 from qwen_tune.data.json_files import read_json, read_jsonl
 from qwen_tune.data.source_file import Row, SourceFile, UnpackError, data_suffix, split_lines
 from qwen_tune.data.tables import read_arrow, read_csv, read_parquet
-from qwen_tune.disk import make_private_folder, parse_json, sha256
+from qwen_tune.disk import key_of, make_private_folder, parse_json, sha256
 from qwen_tune.errors import DataError, Problem, first_line
 
 GLOB_CHARACTERS = "*?["

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qwen_tune.data.cache import cached, key_of
+from qwen_tune.data.cache import cached
+from qwen_tune.disk import key_of
 from qwen_tune.errors import DataError, Problem, first_line
 
 if TYPE_CHECKING:

@@ -16,13 +16,13 @@ from qwen_tune.chatml.rendering import Renderer
 from qwen_tune.chatml.template import ChatTemplate
 from qwen_tune.console import report
 from qwen_tune.data.batches import Batcher, collecting_by_batch
-from qwen_tune.data.cache import cached, key_of
+from qwen_tune.data.cache import cached
 from qwen_tune.data.documents import TrainingRow
 from qwen_tune.data.parallel import Division, ParallelBatcher, part_readers
 from qwen_tune.data.source_file import SourceFile
 from qwen_tune.data.sources import SourceReader, read_tools, source_files
 from qwen_tune.data.token_store import StoreWriter, TokenStore
-from qwen_tune.disk import sha256
+from qwen_tune.disk import key_of, sha256
 from qwen_tune.errors import DataError, Problem, first_line
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
 

@@ -11,37 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from qwen_tune.artifacts.adapter_dir import ADAPTER_FILE, AdapterDir, base_fingerprint, check_start
-from qwen_tune.artifacts.directory import (
-    PROGRESS,
-    check_free,
-    check_place,
-    check_room,
-    choose_target,
-    partial_directory,
-)
+from qwen_tune.artifacts.directory import check_room, resumable_directory
 from qwen_tune.artifacts.metadata_files import write_metadata_files
 from qwen_tune.console import make_console
-from qwen_tune.data.cache import key_of
-from qwen_tune.disk import sha256, write_atomically
+from qwen_tune.disk import key_of, sha256, write_atomically
 from qwen_tune.errors import MergeError, Problem
 from qwen_tune.machine import usable_cores
 from qwen_tune.merging.planning import plan_merge
-from qwen_tune.merging.safetensors_writer import Shard, ShardFacts, ShardWriter, index_of, shards
+from qwen_tune.merging.safetensors_writer import PROGRESS, Shard, ShardFacts, ShardWriter, divide, index_of
 from qwen_tune.merging.steps import HEAD, MergePlan, embedding_of
-from qwen_tune.merging.stream import BaseWeights
+from qwen_tune.merging.stream import BaseWeights, MergeStream
+from qwen_tune.merging.target import check_free, check_place, choose_target
 from qwen_tune.model.base import INDEX_FILE, BaseCheckpoint
 from qwen_tune.model.tensor_files import TensorSpan, read_spans, same_bytes
-from qwen_tune.runs.directory import RunDir
 
 LAYOUT = 1
-"""Raised whenever the same adapter and base would give other files: what an older version began is begun anew."""
+"""Raised whenever the same adapter and base would give other files: what an older version began is started over."""
 
 MERGED_TYPES = ("BF16", "F16", "F32", "F64")
-
-
-def merge_run(run: RunDir) -> Path:
-    """Merges a run's own adapter into its own base, beside the adapter."""
-    return merge(run.path, output=run.merged, overwrite=True)
 
 
 def merge(
@@ -79,10 +66,32 @@ def merge(
     check_place(target, adapters)
     check_free(target, overwrite)
     job = _Job.of(adapters, max_shard_bytes)
-    with partial_directory(target, overwrite) as part:
+    with resumable_directory(target, PROGRESS, lambda: check_free(target, overwrite)) as part:
         facts = job.write(part, cores or usable_cores())
         write_atomically(part / "merge.json", json.dumps(facts, indent=2) + "\n")
     return target
+
+
+def open_stream(adapters: Sequence[AdapterDir]) -> MergeStream:
+    """The tensors of a merged model, for whoever writes them in some format.
+
+    Args:
+        adapters: In the order in which they are merged; the base is the first one's.
+
+    Raises:
+        MergeError: Adapters and base do not fit.
+        ModelError: The base is not whole.
+    """
+    first = adapters[0]
+    fingerprint = first.base.weights_fingerprint()
+    for adapter in adapters:
+        check_start(adapter)
+        _check_base(adapter, first, fingerprint)
+    tensors = _base_tensors(first.base)
+    stored = [(adapter, read_spans(adapter.path / ADAPTER_FILE)) for adapter in adapters]
+    plan = plan_merge(stored, tensors, is_tied=bool(first.base.config.get("tie_word_embeddings")))
+    _check_types(first.base, plan, tensors)
+    return MergeStream(tensors, plan, BaseWeights(tensors, _quantization(first)))
 
 
 @dataclass(frozen=True)
@@ -92,29 +101,15 @@ class _Job:
     adapters: Sequence[AdapterDir]
     hashes: Sequence[str]
     fingerprint: str
-    tensors: Mapping[str, TensorSpan]
-    plan: MergePlan
+    stream: MergeStream
     shards: Sequence[Shard]
 
     @classmethod
     def of(cls, adapters: Sequence[AdapterDir], max_shard_bytes: int | None) -> _Job:
-        first = adapters[0]
-        fingerprint = first.base.weights_fingerprint()
-        for adapter in adapters:
-            check_start(adapter)
-            _check_base(adapter, first, fingerprint)
-        tensors = _base_tensors(first.base)
-        stored = [(adapter, read_spans(adapter.path / ADAPTER_FILE)) for adapter in adapters]
-        plan = plan_merge(stored, tensors, is_tied=bool(first.base.config.get("tie_word_embeddings")))
-        _check_types(first.base, plan, tensors)
+        stream = open_stream(adapters)
         hashes = [sha256(adapter.path / ADAPTER_FILE) for adapter in adapters]
-        return cls(
-            adapters, hashes, fingerprint, tensors, plan, shards(_merged_tensors(tensors, plan), max_shard_bytes)
-        )
-
-    @property
-    def quantization(self) -> Mapping[str, Any] | None:
-        return self.adapters[0].quantization if self.adapters[0].dequantized else None
+        fingerprint = adapters[0].base.weights_fingerprint()
+        return cls(adapters, hashes, fingerprint, stream, divide(stream.tensors, max_shard_bytes))
 
     @property
     def key(self) -> str:
@@ -125,8 +120,8 @@ class _Job:
                 "layout": LAYOUT,
                 "base": [self.fingerprint, *(str(file) for file in base.weight_files())],
                 "adapters": [[hash_, dict(one.config)] for hash_, one in zip(self.hashes, self.adapters, strict=True)],
-                "quantization": self.quantization,
-                "shards": [[shard.name, *(name for name, _ in shard.tensors)] for shard in self.shards],
+                "quantization": _quantization(self.adapters[0]),
+                "shards": [[shard.name, *(tensor.name for tensor in shard.tensors)] for shard in self.shards],
             }
         )
 
@@ -134,31 +129,31 @@ class _Job:
         """Writes all files but merge.json; returns what that says."""
         length = sum(shard.length for shard in self.shards)
         with _progress(length) as count:
-            writer = ShardWriter(part, self.key, self.plan, BaseWeights(self.tensors, self.quantization), cores, count)
+            writer = ShardWriter(part, self.key, cores, count)
             done = writer.find_done(self.shards)
             count(done)
             check_room(part, length - done)
             # First what is small: a fault in it shows at once.
-            write_metadata_files(part, self.adapters[0], untied=self.plan.untied)
+            write_metadata_files(part, self.adapters[0], untied=self.stream.plan.untied)
             if len(self.shards) > 1:
                 (part / INDEX_FILE).write_text(index_of(self.shards), encoding="utf-8")
             written = writer.write(self.shards)
-        return self._prove(part, written, writer.base.rewritten)
+        return self._prove(part, written)
 
-    def _prove(self, part: Path, written: Mapping[str, ShardFacts], rewritten: frozenset[str]) -> dict[str, Any]:
+    def _prove(self, part: Path, written: Mapping[str, ShardFacts]) -> dict[str, Any]:
         """What merge.json says, and the last look: at names and shapes in the files, and at what has changed.
 
         Raises:
             MergeError: A tensor is missing, has another shape, or none has changed.
         """
         first = self.adapters[0]
-        expected = {name: (span.dtype, span.shape) for shard in self.shards for name, span in shard.tensors}
+        expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in self.stream.tensors}
         spans = {name: span for shard in self.shards for name, span in read_spans(part / shard.name).items()}
         if {name: (span.dtype, span.shape) for name, span in spans.items()} != expected:
             raise MergeError(Problem(first.base.id, "the merged tensors are not the base's", "merge again"))
         changed = {name for facts in written.values() for name in facts.changed}
-        planned = self.plan.steps.keys() | rewritten
-        if not changed & self.plan.steps.keys():
+        planned = {tensor.name for tensor in self.stream.tensors if tensor.may_differ}
+        if not changed & self.stream.plan.steps.keys():
             what = "the merge changed nothing: the adapter's matrices are zero"
             raise MergeError(Problem(str(first.path), what, "train it first"))
         hashes = {name: facts.sha256 for name, facts in written.items()}
@@ -171,27 +166,21 @@ class _Job:
                 "weights_fingerprint": self.fingerprint,
             },
             "adapters": [{"sha256": hash_} for hash_ in self.hashes],
-            "adapter_tensors": self.plan.consumed,
+            "adapter_tensors": self.stream.plan.consumed,
             "tensors": len(spans),
             "bytes": sum(shard.length for shard in self.shards),
             "changed": len(changed),
             "planned": len(planned),
             "unchanged_with_adapter": sorted(planned - changed),
-            "untied": self.plan.untied,
-            "untied_bytes": spans[HEAD].length if self.plan.untied else 0,
+            "untied": self.stream.plan.untied,
+            "untied_bytes": spans[HEAD].length if self.stream.plan.untied else 0,
             "files": dict(sorted(hashes.items())),
         }
 
 
-def _merged_tensors(tensors: Mapping[str, TensorSpan], plan: MergePlan) -> dict[str, TensorSpan]:
-    """The merged model's tensors, each with where the base has what it begins as."""
-    merged: dict[str, TensorSpan] = {}
-    embedding = embedding_of(tensors)
-    for name, span in tensors.items():
-        merged[name] = span
-        if plan.untied and name == embedding:
-            merged[HEAD] = span
-    return merged
+def _quantization(adapter: AdapterDir) -> Mapping[str, Any] | None:
+    """How the base was quantized, where the adapter is merged into what that left of it."""
+    return adapter.quantization if adapter.dequantized else None
 
 
 def _base_tensors(base: BaseCheckpoint) -> dict[str, TensorSpan]:

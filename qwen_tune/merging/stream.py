@@ -1,18 +1,22 @@
-"""A merge as a stream: the merged model's tensors in order, each computed some rows at a time."""
+"""A merge as a stream: the merged model's tensors in order, each computed some rows at a time.
+
+Whoever writes a format reads this: a `MergedTensor` says its name, type and shape, and gives its bytes in pieces, which
+several threads may read at once. `safetensors_writer` is one reader.
+"""
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qwen_tune.families.family import QUANTIZED
 from qwen_tune.machine import import_without_gc
-from qwen_tune.merging.output_file import PART_BYTES, OutputFile, Part
-from qwen_tune.merging.steps import Step
+from qwen_tune.merging.steps import HEAD, MergePlan, Step, blocks, embedding_of
 from qwen_tune.model.tensor_files import TensorSpan, read_into
 
 if TYPE_CHECKING:
@@ -20,9 +24,15 @@ if TYPE_CHECKING:
 
     from qwen_tune.merging.arithmetic import Source
 
+PIECE_BYTES = 8 << 20
+"""Of a piece that is copied, at most; pieces that are computed have the rows of `steps.blocks`."""
+
+Change: TypeAlias = Callable[[memoryview], bool]
+"""Turns a piece of the base's bytes into the merged model's, in place; says whether they differ."""
+
 
 class BaseWeights:
-    """The base's tensors as training saw them.
+    """The base's tensors as training saw them: its own, or what 4 or 8 bits left of them.
 
     `rewritten` names those that are not the base's own: quantized and unpacked again.
     """
@@ -60,16 +70,9 @@ class BaseWeights:
         return unpacked.to(weight.dtype)
 
 
-Finished: TypeAlias = "Callable[[Piece, bool], None]"
-"""Hears of each piece, in their order, and whether it differs from the base's."""
-
-Change: TypeAlias = Callable[[memoryview], bool]
-"""Turns a piece of the base's bytes into the merged model's, in place; says whether they differ."""
-
-
 @dataclass(frozen=True)
 class Piece:
-    """Some bytes of a file: a tensor's from `start` on, and what is done to them."""
+    """Some bytes of a tensor, from `start` on, and what is done to the base's."""
 
     name: str
     span: TensorSpan
@@ -83,85 +86,20 @@ class Piece:
         return self.span.start + self.start
 
 
-class ChangingTensor:
-    """A tensor that changes. Its matrices are read when its first rows are wanted, and live as long as its pieces."""
+def read_pieces(pieces: Sequence[Piece], room: memoryview) -> list[bool]:
+    """Fills a buffer with the merged bytes of some pieces, one after another; says of each whether it differs.
 
-    def __init__(
-        self,
-        name: str,
-        span: TensorSpan,
-        steps: Sequence[Step],
-        base: BaseWeights,
-        read_experts: Callable[[TensorSpan], Tensor],
-    ) -> None:
-        self._name, self._span, self._steps, self._base, self._read_experts = name, span, steps, base, read_experts
-        self._source: Source | None = None
-        self._lock = threading.Lock()
-
-    def change(self, rows: tuple[int, int], data: memoryview) -> bool:
-        from qwen_tune.merging.arithmetic import Source
-
-        with self._lock:
-            if self._source is None:
-                unpacked = self._base.unpacked(self._name, self._span)
-                self._source = Source(self._name, self._span, self._steps, unpacked, self._read_experts)
-        return self._source.merge(rows, data)
-
-
-def read_float(span: TensorSpan) -> Tensor:
-    """A tensor in float32."""
-    from qwen_tune.merging.arithmetic import read_tensor
-
-    return read_tensor(span).float()
-
-
-class _Line:
-    """Parts of a file that threads take one by one. Each is read, changed, and in its turn hashed by whoever took it.
-
-    Hashing is half of the work and has to go in the file's order: while one thread hashes, another computes ahead.
+    Pieces that lie one after another in the base's file, as most do, are read at once.
     """
-
-    def __init__(self, file: OutputFile, pieces: Iterable[Piece], finished: Finished, stop: threading.Event) -> None:
-        self._file, self._finished, self._stop = file, finished, stop
-        self._parts = enumerate((file.take(sum(piece.size for piece in group)), group) for group in _groups(pieces))
-        self._taking = threading.Lock()
-        self._turns = threading.Condition()
-        self._turn = 0
-        self.problem: BaseException | None = None
-
-    def work(self) -> None:
-        """Takes parts until none is left, or a thread has met a problem."""
-        try:
-            while (taken := self._take()) is not None:
-                turn, (part, pieces) = taken
-                differing = _change(pieces, part.data)
-                if not self._comes(turn):
-                    return
-                self._file.append(part)
-                for piece, differs in zip(pieces, differing, strict=True):
-                    self._finished(piece, differs)
-                with self._turns:
-                    self._turn += 1
-                    self._turns.notify_all()
-        except BaseException as error:  # whoever waits for the next turn would wait for ever
-            with self._turns:
-                self.problem = self.problem or error
-                self._turns.notify_all()
-
-    def _take(self) -> tuple[int, tuple[Part, list[Piece]]] | None:
-        with self._taking:
-            return None if self.problem or self._stop.is_set() else next(self._parts, None)
-
-    def _comes(self, turn: int) -> bool:
-        """Waits for a turn; False where it will not come."""
-        with self._turns:
-            self._turns.wait_for(lambda: self._turn == turn or self.problem is not None)
-            return self.problem is None
-
-
-def _change(pieces: Sequence[Piece], room: memoryview) -> list[bool]:
-    """Reads pieces into their room and changes them; says of each whether it differs."""
-    _read(pieces, room)
+    left, at = room, 0
+    while at < len(pieces):
+        first = pieces[at]
+        end = first.place
+        while at < len(pieces) and (pieces[at].span.file, pieces[at].place) == (first.span.file, end):
+            end += pieces[at].size
+            at += 1
+        read_into(first.span, first.start, left[: end - first.place])
+        left = left[end - first.place :]
     differing = []
     for piece in pieces:
         differing.append(piece.change(room[: piece.size]) if piece.change else False)
@@ -169,64 +107,100 @@ def _change(pieces: Sequence[Piece], room: memoryview) -> list[bool]:
     return differing
 
 
-def _read(pieces: Sequence[Piece], room: memoryview) -> None:
-    """Reads pieces one after another: at once those that lie so in the base's file too, as mostly all do."""
-    at = 0
-    while at < len(pieces):
-        first = pieces[at]
-        end = first.place
-        while at < len(pieces) and (pieces[at].span.file, pieces[at].place) == (first.span.file, end):
-            end += pieces[at].size
-            at += 1
-        size = end - first.place
-        read_into(first.span, first.start, room[:size])
-        room = room[size:]
+@dataclass(frozen=True)
+class MergedTensor:
+    """A tensor of the merged model: its name there, where the base has what it begins as, and what is done to it."""
+
+    name: str
+    span: TensorSpan
+    steps: Sequence[Step]
+    stream: MergeStream
+
+    @property
+    def dtype(self) -> str:
+        """By safetensors' name."""
+        return self.span.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As the base's."""
+        return self.span.shape
+
+    @property
+    def may_differ(self) -> bool:
+        """Whether it may hold other bytes than the base's."""
+        return bool(self.steps) or self.name in self.stream.base.rewritten
+
+    def pieces(self) -> Iterator[Piece]:
+        """Its bytes, in order."""
+        span = self.span
+        if not self.may_differ:
+            for start in range(0, span.length, PIECE_BYTES):
+                yield Piece(self.name, span, start, min(PIECE_BYTES, span.length - start))
+            return
+        change = _Change(self)
+        for first, last in blocks(span.shape, self.steps):
+            size = (last - first) * span.row_bytes
+            yield Piece(self.name, span, first * span.row_bytes, size, partial(change, (first, last)))
 
 
-def fill(file: OutputFile, pieces: Iterable[Piece], finished: Finished, *, threads: int, stop: threading.Event) -> None:
-    """Puts pieces into a file, one after another.
+class _Change:
+    """What is done to a tensor. Its matrices are read when its first rows are, and live as long as its pieces."""
+
+    def __init__(self, tensor: MergedTensor) -> None:
+        self._tensor = tensor
+        self._source: Source | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, rows: tuple[int, int], data: memoryview) -> bool:
+        from qwen_tune.merging.arithmetic import Source
+
+        tensor = self._tensor
+        with self._lock:
+            if self._source is None:
+                unpacked = tensor.stream.base.unpacked(tensor.name, tensor.span)
+                self._source = Source(tensor.name, tensor.span, tensor.steps, unpacked, tensor.stream.read_experts)
+        return self._source.merge(rows, data)
+
+
+class MergeStream:
+    """The tensors of a merged model, in the base's order.
 
     Args:
-        file: The file.
-        pieces: The pieces.
-        finished: See `Finished`; called by one thread at a time.
-        threads: Threads that work on it, this one included.
-        stop: Makes them leave off; the file is not whole then.
+        tensors: The base's.
+        plan: What adapters do to them; an untied output matrix follows the embedding that it is copied from.
+        base: What of them training saw.
     """
-    line = _Line(file, pieces, finished, stop)
-    others = [threading.Thread(target=line.work, name="merges") for _ in range(threads - 1)]
-    for thread in others:
-        thread.start()
-    line.work()
-    for thread in others:
-        thread.join()
-    if line.problem:
-        raise line.problem
+
+    def __init__(self, tensors: Mapping[str, TensorSpan], plan: MergePlan, base: BaseWeights) -> None:
+        self.plan = plan
+        self.base = base
+        # Where each expert has a tensor of its own, the matrices of all of a layer are wanted hundreds of times.
+        self.read_experts = lru_cache(maxsize=4)(_read_float)
+        spans: dict[str, TensorSpan] = {}
+        embedding = embedding_of(tensors)
+        for name, span in tensors.items():
+            spans[name] = span
+            if plan.untied and name == embedding:
+                spans[HEAD] = span
+        self.tensors = [MergedTensor(name, span, plan.steps.get(name, ()), self) for name, span in spans.items()]
 
 
-def _groups(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """As many pieces at a time as a part of a file has room for, one at least."""
-    group: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        if group and size + piece.size > PART_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(piece)
-        size += piece.size
-    if group:
-        yield group
+def _read_float(span: TensorSpan) -> Tensor:
+    from qwen_tune.merging.arithmetic import read_tensor
+
+    return read_tensor(span).float()
 
 
 @contextmanager
 def computing() -> Iterator[None]:
     """Imports torch on a thread of its own, while what needs none of it is copied; keeps its number of threads."""
     before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
-    bringing_in = threading.Thread(target=import_without_gc, args=("torch",))
-    bringing_in.start()
+    importing = threading.Thread(target=import_without_gc, args=("torch",))
+    importing.start()
     try:
         yield
     finally:
-        bringing_in.join()
+        importing.join()
         if before is not None:
             sys.modules["torch"].set_num_threads(before)
