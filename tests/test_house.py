@@ -110,10 +110,18 @@ DOCUMENTS = sorted(
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_and_paths_in_the_documentation_exist(name):
     text = (ROOT / name).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-        assert (ROOT / name).parent.joinpath(target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        linked = (ROOT / name).parent.joinpath(target) if target else ROOT / name
+        assert linked.exists(), target
+        assert not anchor or anchor in _anchors(linked), f"{target}#{anchor}"
     for path in re.findall(r"`((?:qwen_tune|scripts|recipes|tests|docs|data)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
+
+
+def _anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 OF_OTHERS = {"peft_helper.py"}
@@ -144,7 +152,7 @@ def test_no_file_holds_a_path_of_the_machine_it_was_written_on():
     assert len(files) > 50
     home = re.compile(r"(?<![\w.])/(home|Users|root|work)/(?!someone)\w+")
     for path in files:
-        if path.suffix != ".safetensors" and path != Path(__file__):
+        if path.suffix not in (".safetensors", ".png") and path != Path(__file__):
             found = home.search(path.read_text(encoding="utf-8"))
             assert found is None, f"{path}: {found}"
 
