@@ -21,7 +21,7 @@ def config(kind: str, hidden: int, intermediate: int, layers: int, heads: int, k
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "vocab_size": vocabulary,
-        **({"head_dim": 128} if kind == "qwen3" else {}),
+        **({"head_dim": 128} if kind != "qwen2" else {}),
     }
 
 
@@ -37,6 +37,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-0.6B": {**config("qwen3", 1024, 3072, 28, 16, 8, 151936), "tie_word_embeddings": True},
     "Qwen/Qwen3-4B": {**config("qwen3", 2560, 9728, 36, 32, 8, 151936), "tie_word_embeddings": True},
     "Qwen/Qwen3-8B": config("qwen3", 4096, 12288, 36, 32, 8, 151936),
+    "Qwen/Qwen3-30B-A3B": {
+        **config("qwen3_moe", 2048, 6144, 48, 32, 4, 151936),
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
 }
 
 

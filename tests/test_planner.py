@@ -19,7 +19,7 @@ from planned import CONFIGS, config, job, made_recipe
 from step_flops import NOT_COUNTED
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from qwen_tune.errors import ModelError, QwenTuneError
 from qwen_tune.families.attention import choose_attention, kernel_of
@@ -40,6 +40,7 @@ from qwen_tune.training.loss import CHUNK_TOKENS, add_supervised_loss
 # PEFT and TRL use names that Transformers is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
+CONFIG_CLASSES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
 TOKENS = 32
 SHARE = 0.5
 # Two layers of Qwen2.5-0.5B and of Qwen3-0.6B; the vocabulary changes nothing of what is kept.
@@ -52,7 +53,7 @@ LAYERS = {
 def model_of(kind: str, dtype: torch.dtype, attention: str, **lora: Any) -> nn.Module:
     """Such layers with the labelled loss and an adapter on them."""
     sizes = {key: value for key, value in LAYERS[kind].items() if key != "model_type"}
-    made = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[kind](**sizes)
+    made = CONFIG_CLASSES[kind](**sizes)
     model = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation=attention)
     add_supervised_loss(model)
     model = get_peft_model(model, lora_config(model, made_recipe(lora=lora).lora))
@@ -150,6 +151,51 @@ def test_what_a_forward_keeps_is_what_is_counted(kind, dtype, attention, checkpo
         assert counted.layers + counted.ends - held == kept_bytes(model, dtype)  # to the byte
 
 
+EXPERTS = {
+    **config("qwen3_moe", 1024, 3072, 3, 16, 8, 512),
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 256,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [1],
+    "tie_word_embeddings": True,
+}
+"""Three layers in the manner of Qwen3-30B-A3B, the second of them dense."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("attention", "fused"), [("sdpa", False), ("sdpa", True), (VARLEN, True), ("eager", False)])
+def test_what_experts_keep_is_what_is_counted(monkeypatch, dtype, attention, fused):
+    monkeypatch.setitem(LAYERS, "qwen3_moe", EXPERTS)
+    model = model_of("qwen3_moe", dtype, attention)
+    if model.config._experts_implementation != "grouped_mm":
+        pytest.skip("this Transformers computes experts one by one")
+    if fused:
+        found = fuse(model)
+        assert (found.layers, found.attention, found.mlp) == (3, 3, 1)
+    counted_job = small_job("qwen3_moe", dtype, attention, fused=fused)
+    assert counted_job.fused == (((fused, False), (fused, fused), (fused, False)))
+    counted = kept(counted_job, 1, "none")
+    held = TOKENS * TOKENS * (counted_job.width if attention == "eager" else 1) if attention != VARLEN else 0
+    assert counted.layers + counted.ends - held == pytest.approx(kept_bytes(model, dtype), rel=0.05)
+
+
+def test_the_parameters_of_experts_are_those_of_the_model(monkeypatch):
+    monkeypatch.setitem(LAYERS, "qwen3_moe", EXPERTS)
+    shape = read_shape(EXPERTS, "base")
+    model = model_of("qwen3_moe", torch.float32, "sdpa")
+    assert shape.parameters == sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    trained = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert read_adapter(shape, made_recipe().lora).parameters == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
+    real = read_shape(CONFIGS["Qwen/Qwen3-30B-A3B"], "base")
+    assert real.parameters / 1e9 == pytest.approx(30.5, abs=0.05)  # by its model card, and 3.3 of them active
+    active = real.body + real.active_experts + 2 * real.head
+    assert active / 1e9 == pytest.approx(3.3, abs=0.06)
+
+
 @pytest.mark.parametrize(
     "lora",
     [
@@ -174,7 +220,7 @@ def test_what_a_forward_keeps_is_what_is_counted(kind, dtype, attention, checkpo
 @pytest.mark.parametrize("kind", LAYERS)
 def test_what_is_counted_as_fused_is_what_is_fused(kind, lora):
     sizes = {**LAYERS[kind], "tie_word_embeddings": False}
-    made = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[kind](**{k: v for k, v in sizes.items() if k != "model_type"})
+    made = CONFIG_CLASSES[kind](**{k: v for k, v in sizes.items() if k != "model_type"})
     recipe = made_recipe(lora=lora)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(made)

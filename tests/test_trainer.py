@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from qwen_tune.chatml.template import IGNORED
 from qwen_tune.errors import RecipeError, TrainingError
@@ -34,7 +34,10 @@ SHAPE = {
 
 def random_model(model_type: str, attention: str):
     torch.manual_seed(0)
-    config = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[model_type](**SHAPE, head_dim=8, initializer_range=0.3)
+    experts = {"moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}
+    kinds = {"qwen2": (Qwen2Config, {}), "qwen3": (Qwen3Config, {}), "qwen3_moe": (Qwen3MoeConfig, experts)}
+    kind, more = kinds[model_type]
+    config = kind(**SHAPE, **more, head_dim=8, initializer_range=0.3)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
@@ -47,7 +50,7 @@ def random_sample(length: int, seed: int) -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize("shape", [None, BatchShape(tokens=100, samples=8, longest=40)], ids=["as it is", "filled"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe"])
 def test_every_token_of_a_pack_costs_what_it_costs_alone(model_type, attention, shape):
     model = random_model(model_type, attention)
     samples = [random_sample(length, seed) for seed, length in enumerate([17, 1, 40, 9])]

@@ -9,8 +9,9 @@ from qwen_tune.errors import ModelError, Problem
 from qwen_tune.families.family import Family
 from qwen_tune.families.qwen2 import QWEN2
 from qwen_tune.families.qwen3 import QWEN3
+from qwen_tune.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (QWEN2, QWEN3)}
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (QWEN2, QWEN3, QWEN3_MOE)}
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:

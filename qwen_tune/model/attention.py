@@ -49,6 +49,15 @@ def needs_no_mask(implementation: str, batch: Any) -> bool:
     return implementation == VARLEN and batch.get("cu_seq_lens_q") is not None
 
 
+def no_mask(device: torch.device) -> Tensor:
+    """A mask of no tokens, which `varlen_attention` takes for none.
+
+    Transformers hands a mask of four dimensions on as it is, in every architecture. For None it would make one of
+    tokens x tokens, and wait for the GPU to see whether positions start over in the batch.
+    """
+    return torch.empty((0, 0, 0, 0), device=device)
+
+
 def varlen_attention(
     module: nn.Module,
     query: Tensor,
@@ -71,7 +80,7 @@ def varlen_attention(
         query: Shape (1, heads, tokens, channels).
         key: Shape (1, key-value heads, tokens, channels).
         value: As `key`.
-        attention_mask: None; with one this is SDPA.
+        attention_mask: None or `no_mask`; with another this is SDPA.
         dropout: Of the attention's weights; with any this is SDPA.
         scaling: Of the products.
         sliding_window: How many tokens each sees, itself among them; None for all before it.
@@ -84,6 +93,8 @@ def varlen_attention(
     Returns:
         Shape (1, tokens, heads, channels).
     """
+    if attention_mask is not None and not attention_mask.numel():
+        attention_mask = None
     if cu_seq_lens_q is None or attention_mask is not None or dropout:
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from qwen_tune.families.shape import ExpertShape
 from qwen_tune.planner.job import Job
 
 Checkpointing = Literal["none", "selective", "full"]
@@ -83,10 +84,10 @@ def _halves(job: Job, tokens: int, masked: bool, layer: int, *, needs_input: boo
     whole = {name: 0 for name in job.shape.layer(layer) if f"model.layers.{layer}.{name}" in job.adapter.whole}
     ranks = {**whole, **job.adapter.ranks[layer]}
     attention, mlp = job.fused[layer]
-    return (
-        _attention_half(job, tokens, masked, ranks, fused=attention, needs_input=needs_input),
-        _mlp_half(job, tokens, ranks, fused=mlp),
-    )
+    first = _attention_half(job, tokens, masked, ranks, fused=attention, needs_input=needs_input)
+    if job.shape.experts and job.shape.has_experts(layer):
+        return first, _experts_half(job, tokens, job.shape.experts)
+    return first, _mlp_half(job, tokens, ranks, fused=mlp)
 
 
 def _attention_half(
@@ -127,6 +128,19 @@ def _scores(job: Job, tokens: int, masked: bool) -> int:
         return job.shape.heads * (tokens * tokens * copies - tokens * FLOAT)
     # SDPA makes numbers of a mask of booleans, in every layer anew.
     return tokens * tokens * job.width if masked else 0
+
+
+def _experts_half(job: Job, tokens: int, experts: ExpertShape) -> int:
+    """A layer's second half with frozen experts, as Transformers' grouped products keep it.
+
+    With E experts, of which each token goes through c, and their width f: the norm's input in float32 and its factor;
+    of the router the probabilities of all, and of the chosen ones their sum and four lists of 64-bit numbers (which
+    experts they are, and the order that sorts tokens by them, there and back); for each chosen expert its weight, gate
+    and up in one piece, silu(gate), and the output.
+    """
+    h, w, f, c = job.shape.hidden, job.width, experts.intermediate, experts.chosen
+    router = (experts.count + c + 1) * FLOAT + 4 * c * 8
+    return tokens * (h * FLOAT + FLOAT + router + c * (1 + 3 * f + h) * w) + 4 * experts.count
 
 
 def _mlp_half(job: Job, tokens: int, ranks: Mapping[str, int], *, fused: bool) -> int:
@@ -207,6 +221,9 @@ def _mlp_work(job: Job, tokens: int) -> int:
     shape, w = job.shape, job.width
     h, f = shape.hidden, shape.intermediate
     narrow = h * (4 * w + 3 * FLOAT)
+    if shape.experts and not shape.gate_and_up:
+        # The gradients of an expert's output, of silu(gate) times up, of both, and of its input.
+        return tokens * (shape.experts.chosen * (3 * shape.experts.intermediate + 2 * h) * w + narrow)
     if job.fuses_every_mlp:
         return tokens * (3 * f * w + narrow)
     wide = 2 * w + FLOAT if w < FLOAT else 3 * FLOAT

@@ -41,14 +41,16 @@ def attention_flops(job: Job, rows: int) -> float:
 def flops(job: Job, rows: int, checkpointing: Checkpointing) -> float:
     """Operations a token, forward and backward.
 
-    4 N_body + 4 N_head (share of tokens with labels) + 6 N_lora + 3.5 attention: the base is frozen, so that its
+    4 N_body + 4 N_head (share of supervised tokens) + 6 N_lora + 3.5 attention: the base is frozen, so that its
     products need two passes and not three; the attention's backward makes its scores anew. Checkpointing adds the
-    forward of what is computed again: 2 N_body, 2 N_lora and an attention, or gate and up projection alone.
+    forward of what is computed again: 2 N_body, 2 N_lora and an attention, or gate and up projection alone. Of experts
+    N_body has those that a token goes through.
     """
     shape, attention = job.shape, attention_flops(job, rows)
-    total = 4 * shape.body + 4 * shape.head * job.supervised_share + 6 * job.adapter.lora_parameters + 3.5 * attention
+    body = shape.body + shape.active_experts
+    total = 4 * body + 4 * shape.head * job.supervised_share + 6 * job.adapter.lora_parameters + 3.5 * attention
     if checkpointing == "full":
-        total += 2 * shape.body + 2 * job.adapter.lora_parameters + attention
+        total += 2 * body + 2 * job.adapter.lora_parameters + attention
     elif checkpointing == "selective":
         total += 2 * (shape.gate_and_up + _inner_adapters(job))
     return total

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from qwen_tune.compat import attention_of
-from qwen_tune.model.attention import needs_no_mask
+from qwen_tune.model.attention import needs_no_mask, no_mask
 
 CHUNK_TOKENS = 256  # 256 x 151,936 float32 logits are 156 MB
 
@@ -153,8 +153,7 @@ def add_supervised_loss(model: PreTrainedModel, *, neftune_noise_alpha: float | 
             embedded = embed(ids, frozen_weight(embedding), trained_inputs) if trained_inputs else embedding(ids)
             kwargs["inputs_embeds"] = add_noise(embedded, kwargs["cu_seq_lens_q"], noise) if noise else embedded
         if needs_no_mask(attention_of(self.config), kwargs):
-            # A mask for each kind of layer is taken as it is, and none is made: it would be tokens x tokens.
-            kwargs["attention_mask"] = dict.fromkeys(self.config.layer_types)
+            kwargs["attention_mask"] = no_mask(self.device)
         # A cache would make Transformers overlook the position ids that keep packed samples apart.
         outputs = self.base_model(*args, **{**kwargs, "use_cache": False})
         hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, labelled)
