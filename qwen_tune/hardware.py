@@ -58,7 +58,6 @@ class Gpu:
 
     @property
     def memory_bytes(self) -> int:
-        """All of its memory."""
         return int(self.memory_gib * GIB)
 
     def dtype(self, asked: str) -> Dtype:
@@ -118,7 +117,7 @@ def find_gpu(name: str) -> Gpu:
 
 
 def rated_watts(device: str) -> int | None:
-    """Rated power of the board that a driver reports under a name; None where it is not known."""
+    """Rated power in watts of the board that a driver reports under a name; None if unknown."""
     if "Laptop" in device or "Ti" in device.split():  # boards of another power under the same number
         return None
     boards = {name: watts for gpu in KNOWN_GPUS for name, watts in gpu.watts.items()}

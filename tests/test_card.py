@@ -11,10 +11,19 @@ import yaml
 from PIL import Image
 
 from qwen_tune.errors import PublishError
-from qwen_tune.publishing.card import BEGIN, END, compose, kept_text, languages_of, licence_of
-from qwen_tune.publishing.compute import duration, energy_kwh
+from qwen_tune.publishing.card import (
+    BEGIN,
+    END,
+    Description,
+    Licence,
+    compose,
+    duration,
+    energy_kwh,
+    kept_text,
+    languages_of,
+    licence_of,
+)
 from qwen_tune.publishing.curve import draw_losses
-from qwen_tune.publishing.description import Description, Licence
 from qwen_tune.publishing.leaks import look_through
 from qwen_tune.publishing.parts import PublishedBase
 from qwen_tune.publishing.public_recipe import public_recipe

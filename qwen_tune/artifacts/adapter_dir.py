@@ -28,7 +28,7 @@ CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def suggest_adapter(run: Path) -> str:
-    """What a user can do who named a run that has no adapter: its last checkpoint is one."""
+    """The fix for a run without an adapter: its last checkpoint is one."""
     checkpoints = list_checkpoints(run / "checkpoints")
     return f"take {checkpoints[-1]}, or finish the run" if checkpoints else "run `qwen-tune train` first"
 
@@ -83,7 +83,7 @@ class AdapterDir:
 
     @property
     def run(self) -> Path | None:
-        """The run directory that the adapter lies in, if it does."""
+        """The run directory of the adapter, if it is in one."""
         return self.path.parent if (self.path.parent / "run.json").exists() else None
 
 
@@ -108,7 +108,7 @@ def _folder_of(path: Path) -> Path:
 
 
 def recorded_facts(folder: Path) -> Mapping[str, Any]:
-    """What the run says that an adapter or a checkpoint belongs to; nothing where there is none."""
+    """The record of the run that an adapter or a checkpoint belongs to; empty without a run."""
     for run in (folder.parent, folder.parent.parent):
         if (run / "run.json").exists():
             return RunDir.open(run).facts

@@ -52,7 +52,7 @@ class AdapterWriter:
             self.start = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
 
     def start_sha256(self) -> str | None:
-        """What identifies the start; None where there is none to remember."""
+        """Identifies the start; None where none has to be kept."""
         if self.start is None:
             return None
         digest = hashlib.sha256()
@@ -71,7 +71,7 @@ class AdapterWriter:
         self._write(directory, config, tensors, {})
 
     def write_plain(self, directory: Path, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
-        """The same as plain LoRA, whatever the start of the adapter was."""
+        """Writes it as plain LoRA, however the adapter was initialized."""
         # Loading it does not begin with another start, such as a decomposition of the base, only to overwrite it.
         changes: dict[str, Any] = {"init_lora_weights": True}
         if self.start is not None:
@@ -168,7 +168,7 @@ def _write_json(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _card(base: BaseCheckpoint, recipe: Recipe, shape: Mapping[str, Any]) -> str:
-    """A README that says what this is and how to use it, with nothing of this machine in it."""
+    """The adapter's README, without anything of this machine."""
     front_matter = "" if base.is_local else f"base_model: {base.id}\nbase_model_relation: adapter\n"
     text = files("qwen_tune.artifacts").joinpath("adapter_card.md").read_text(encoding="utf-8")
     return Template(text).substitute(

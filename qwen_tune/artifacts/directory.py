@@ -16,7 +16,7 @@ SPARE_BYTES = 64 << 20  # for all that is no weight
 
 
 def check_room(part: Path, needed: int) -> None:
-    """Raises NoRoomError where so many bytes more do not fit on the disk."""
+    """Raises NoRoomError if so many more bytes do not fit on the disk."""
     free = shutil.disk_usage(part).free
     if needed and free < needed + SPARE_BYTES:
         what = f"{needed / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free"

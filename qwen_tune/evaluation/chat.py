@@ -109,7 +109,6 @@ class ChatModel:
         return greedy_answer(self.model, self.tokenizer, messages, max_new_tokens=max_new_tokens, stream=stream)
 
     def base_answer(self, messages: Sequence[dict[str, str]], *, max_new_tokens: int) -> str:
-        """The answer without the adapter."""
         with self.model.disable_adapter():
             return self.answer(messages, max_new_tokens=max_new_tokens)
 

@@ -38,7 +38,7 @@ def rows_of_the_run(run: Path, template: ChatTemplate, count: int) -> list[Token
 
 
 def plain_prompts(template: ChatTemplate) -> list[list[int]]:
-    """A few questions as tokens, where there are no rows."""
+    """A few questions as token ids, for models without a run's examples."""
     chats = [[{"role": "user", "content": prompt}] for prompt in PLAIN_PROMPTS]
     texts = [template.render(chat, add_generation_prompt=True) for chat in chats]
     return [template.tokenizer.encode(text, add_special_tokens=False) for text in texts]
@@ -92,13 +92,12 @@ class Comparison:
     losses: dict[str, float] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
-        """For merge.json."""
         facts = {**asdict(self), "passed": self.passed}
         return facts if self.losses else {name: value for name, value in facts.items() if name != "losses"}
 
     @property
     def passed(self) -> bool:
-        """Whether rounding explains the difference (never when it is not finite)."""
+        """Whether rounding explains the difference; False if it is not finite."""
         return self.relative_difference <= self.tolerance
 
     def __str__(self) -> str:
@@ -138,7 +137,7 @@ def verify_merged(paths: Sequence[Path], merged: Path, base: str | None = None) 
 
 
 def check_files(merged: Path) -> None:
-    """Raises MergeError where a file of a merged model is not the one that its merge.json knows."""
+    """Raises MergeError if a file differs from what merge.json records."""
     known = parse_json((merged / "merge.json").read_text(encoding="utf-8"))["files"]
     for name, digest in known.items():
         if not (merged / name).exists() or sha256(merged / name) != digest:
@@ -217,7 +216,7 @@ def _logits(model: PreTrainedModel, batches: list[Tensor]) -> Iterator[Tensor]:
 
 
 def _check_memory(merged: Path) -> None:
-    """Raises MergeError where a model in float32 does not fit into the memory that is free."""
+    """Raises MergeError if the model does not fit into free memory in float32."""
     import psutil
 
     needed = COMPUTED_BYTES * sum(math.prod(span.shape) for span in _spans(merged)) + SPARE_BYTES
@@ -231,7 +230,7 @@ def _check_memory(merged: Path) -> None:
 
 
 def _stored_dtype(merged: Path) -> str:
-    """The coarsest of the types that the weights are stored in; counters and masks are no weights."""
+    """The coarsest type of the stored weights; counters and masks do not count."""
     stored = {span.dtype for span in _spans(merged) if not span.dtype.startswith(("I", "U", "BOOL"))}
     if unknown := sorted(stored - DTYPE_NAMES.keys()):
         raise MergeError(

@@ -22,7 +22,6 @@ class Linear:
 
     @property
     def parameters(self) -> int:
-        """Of the matrix alone."""
         return self.inputs * self.outputs
 
 
@@ -58,12 +57,12 @@ class Shape:
 
     @property
     def query(self) -> int:
-        """Width of all query heads together."""
+        """Width of all query heads."""
         return self.heads * self.head_dim
 
     @property
     def key(self) -> int:
-        """Width of all key heads together, and of all value heads."""
+        """Width of all key heads, and of all value heads."""
         return self.kv_heads * self.head_dim
 
     @cached_property
@@ -94,7 +93,7 @@ class Shape:
 
     @cached_property
     def linears(self) -> Mapping[str, Linear]:
-        """Every linear layer by its whole name, without the output layer."""
+        """Every linear layer by its full name, without the output layer."""
         return {
             f"model.layers.{number}.{name}": linear
             for number in range(self.layers)
@@ -108,7 +107,7 @@ class Shape:
 
     @property
     def gate_and_up(self) -> int:
-        """Those of them that dense MLPs begin with."""
+        """Parameters of gate and up projections of dense MLPs."""
         dense = self.layers - (len(self.experts.layers) if self.experts else 0)
         return dense * 2 * self.hidden * self.intermediate
 
@@ -127,7 +126,7 @@ class Shape:
 
     @cached_property
     def modules(self) -> Mapping[str, int]:
-        """Parameters of every module that has some of its own, by its whole name."""
+        """Parameters of every module that has its own, by its full name."""
         sizes = {f"model.{EMBEDDING}": self.head, "model.norm": self.hidden, HEAD: self.head}
         for number in range(self.layers):
             layer = f"model.layers.{number}"
@@ -142,7 +141,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """All of the model's; a tied matrix counts once."""
+        """Of the whole model; a tied matrix counts once."""
         return sum(self.modules.values()) - (self.head if self.tied else 0)
 
 

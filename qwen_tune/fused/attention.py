@@ -48,12 +48,11 @@ class InputWeights:
 
     @property
     def projections(self) -> tuple[Projection, Projection, Projection]:
-        """Those of one input."""
         return self.query, self.key, self.value
 
     @property
     def counts(self) -> tuple[int]:
-        """How many of them have an adapter."""
+        """How many projections have an adapter."""
         return (sum(projection.rank > 0 for projection in self.projections),)
 
     def head_norm(self) -> Tensor | None:

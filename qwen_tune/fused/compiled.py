@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 
 class OneKernel(Generic[Arguments, Result]):
-    """A function that is called as it is, or compiled."""
+    """A function that is called plain or compiled."""
 
     def __init__(self, plain: Callable[Arguments, Result]) -> None:
         update_wrapper(self, plain)
@@ -29,17 +29,16 @@ class OneKernel(Generic[Arguments, Result]):
         self.compiled: Callable[Arguments, Result] | None = None
 
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        """Calls it; inside of what is being compiled as a whole it is as it was written."""
+        """Calls it; plain inside of a layer that is compiled as a whole."""
         if self.compiled is None or torch.compiler.is_compiling():
             return self.plain(*args, **kwargs)
         return self.compiled(*args, **kwargs)
 
     def compile(self) -> None:
-        """Has it compiled at its next call, once for any number of tokens."""
+        """Compiles it at its next call, once for any number of tokens."""
         self.compiled = torch.compile(self.plain, dynamic=True)
 
     def stay_plain(self) -> None:
-        """Takes that back."""
         self.compiled = None
 
 

@@ -33,7 +33,7 @@ from qwen_tune.fused.rules import activation_fault, norm_fault, unknown_layer
 
 
 def _classes(name: str) -> dict[type, Family]:
-    """The classes of one name in all architectures, as Transformers calls them."""
+    """The classes of one name in all architectures."""
     return {getattr(import_module(family.modeling), f"{family.prefix}{name}"): family for family in FAMILIES.values()}
 
 
@@ -99,7 +99,7 @@ def fuse(model: nn.Module, *, recompute_mlp: bool = False, compile_layers: bool 
 
 
 def _compile_steps(model: nn.Module, whole: bool) -> str | None:
-    """Compiles the element-wise steps where that pays; else why it does not."""
+    """Compiles the element-wise steps where that pays; returns why not elsewhere."""
     if whole:
         return "they are compiled with their layers"
     weight = next(model.parameters())
@@ -111,7 +111,7 @@ def _compile_steps(model: nn.Module, whole: bool) -> str | None:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Gives decoder layers their own forward back."""
+    """Restores the decoder layers' own forward."""
     for module in model.modules():
         own = vars(module).get("forward")
         if isinstance(own, types.MethodType) and own.__func__ is _forward:
@@ -183,7 +183,7 @@ def _attend(
 
 
 def _read_attention(layer: Any, dtype: torch.dtype | None) -> _Attention:
-    """The first half of a layer; without a type only what does not depend on it is looked at."""
+    """The first half of a layer; without a dtype only what does not depend on it is checked."""
     attention = layer.self_attn
     if type(attention) not in ATTENTIONS:
         raise NotFused(unknown_layer(type(attention).__name__))
@@ -208,7 +208,7 @@ def _read_attention(layer: Any, dtype: torch.dtype | None) -> _Attention:
 
 
 def _read_mlp(layer: Any, dtype: torch.dtype | None) -> tuple[MlpWeights, list[Tensor]]:
-    """The second half of a layer; without a type only what does not depend on it is looked at."""
+    """The second half of a layer; without a dtype only what does not depend on it is checked."""
     module = layer.mlp
     if type(module) not in MLPS:
         raise NotFused(unknown_layer(type(module).__name__))
@@ -222,7 +222,6 @@ def _read_mlp(layer: Any, dtype: torch.dtype | None) -> tuple[MlpWeights, list[T
 
 
 def _read_norm(module: Any) -> float:
-    """The eps of a norm."""
     if type(module) not in NORMS:
         raise NotFused(unknown_layer(type(module).__name__))
     check_untouched((module,))

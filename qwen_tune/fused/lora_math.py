@@ -47,7 +47,7 @@ class Projection:
 
     @property
     def features(self) -> int:
-        """How wide its output is."""
+        """The width of its output."""
         shape = self.weight.shape if self.quant_state is None else self.quant_state.shape
         return int(shape[0])
 

@@ -18,7 +18,7 @@ from qwen_tune.fused.rules import FOUR_BITS, PLAIN, adapter_fault, linear_fault,
 
 
 class NotFused(Exception):  # noqa: N818 - an answer, not a fault
-    """A part of a layer goes its usual way; the message says why."""
+    """Half of a layer is not fused; the message says why."""
 
 
 def require(fault: str | None) -> None:

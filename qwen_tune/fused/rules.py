@@ -10,7 +10,7 @@ LINEAR_KINDS = {"none": PLAIN, "nf4": FOUR_BITS, "int8": "Linear8bitLt"}
 
 
 def unknown_layer(name: str) -> str:
-    """Of a module that has no fused form."""
+    """The message for a module that has no fused form."""
     return f"{name} is not a layer that is known here"
 
 
@@ -22,12 +22,10 @@ def linear_fault(kind: str, *, is_trained: bool) -> str | None:
 
 
 def norm_fault(*, is_trained: bool) -> str | None:
-    """Of a norm of the base."""
     return "a norm is trained" if is_trained else None
 
 
 def activation_fault(name: str) -> str | None:
-    """Of an MLP."""
     return None if name == "silu" else f"the activation is {name}"
 
 

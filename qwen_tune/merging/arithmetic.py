@@ -26,7 +26,7 @@ Rows: TypeAlias = "tuple[int, int]"
 
 
 def read_tensor(span: TensorSpan, rows: Rows | None = None) -> Tensor:
-    """A tensor, or its rows [first, last)."""
+    """A tensor, or its matrix rows [first, last)."""
     first, last = rows or (0, 0)
     size = (last - first) * span.row_bytes if rows else span.length
     buffer = torch.empty(size, dtype=torch.uint8)
@@ -106,7 +106,7 @@ class Applied(Protocol):
         """The rows with the step done; `weight` may be changed in place, `base` may not."""
 
     def unmerge(self, weight: Tensor, rows: Rows, base: Tensor) -> Tensor:
-        """The rows without it again, as exactly as their type allows."""
+        """The rows with the step taken back, as exactly as their type allows."""
 
 
 def apply(steps: Sequence[Applied], weight: Tensor, rows: Rows) -> Tensor:
@@ -152,7 +152,6 @@ def _adds_as_it_multiplies(rows: int, rank: int, columns: int) -> bool:
 
 
 def _in_memory(step: Step, read_experts: Callable[[TensorSpan], Tensor]) -> Applied:
-    """A step made ready."""
     if isinstance(step, LowRank):
         a, b = read_tensor(step.a).float(), read_tensor(step.b).float()
         magnitude = read_tensor(step.magnitude).float() if step.magnitude else None

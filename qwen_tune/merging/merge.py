@@ -96,7 +96,7 @@ def open_stream(adapters: Sequence[AdapterDir]) -> MergeStream:
 
 @dataclass(frozen=True)
 class _Job:
-    """One merge: what it is made from, worked out before anything is written."""
+    """One merge, planned before anything is written."""
 
     adapters: Sequence[AdapterDir]
     hashes: Sequence[str]
@@ -179,7 +179,7 @@ class _Job:
 
 
 def _quantization(adapter: AdapterDir) -> Mapping[str, Any] | None:
-    """How the base was quantized, where the adapter is merged into what that left of it."""
+    """How the base was quantized, if the adapter is merged into the dequantized weights."""
     return adapter.quantization if adapter.dequantized else None
 
 
@@ -232,7 +232,7 @@ def _check_types(base: BaseCheckpoint, plan: MergePlan, tensors: Mapping[str, Te
 
 @contextmanager
 def _progress(total: int) -> Iterator[Any]:
-    """A bar with bytes a second on a terminal; nothing anywhere else."""
+    """A progress bar on a terminal; nothing elsewhere."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return

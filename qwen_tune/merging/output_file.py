@@ -27,7 +27,7 @@ _ALIGNMENT = 4096  # bytes, enough for any disk
 
 @dataclass(frozen=True)
 class Part:
-    """The next bytes of a file, to be filled in: `data`, in memory that a disk takes as it is."""
+    """The next bytes of a file, to be filled in: `data`, in page-aligned memory."""
 
     buffer: mmap.mmap
     begin: int
@@ -79,7 +79,7 @@ class OutputFile:
         os.close(self._file)
 
     def take(self, size: int) -> Part:
-        """Room for the next bytes; several parts may be filled at a time, each is appended in its turn."""
+        """A buffer for the next bytes; several may be filled at a time, and are appended in turn."""
         begin = self._taken % _ALIGNMENT
         self._taken += size
         try:
@@ -91,7 +91,7 @@ class OutputFile:
         return Part(buffer, begin, begin + size)
 
     def append(self, part: Part) -> None:
-        """Adds a part that is filled to the end. Its memory is another's then."""
+        """Appends a part that is filled; its buffer is reused afterwards."""
         if self._problem is not None:
             raise self._problem
         self._digest.update(part.data)
@@ -143,7 +143,7 @@ class OutputFile:
 
 
 def _reserve(file: int, length: int) -> None:
-    """Takes the room on the disk before anything is written, so that a lack of it shows at once."""
+    """Reserves the file's room on the disk, so that a lack of it shows before anything is written."""
     try:
         os.posix_fallocate(file, 0, length)
     except AttributeError:

@@ -257,7 +257,7 @@ def _same_for_both_ends(embedding: Step, head: Step) -> bool:
 
 
 def _check_order(adapter: AdapterDir, name: str, before: list[Step], step: Step) -> None:
-    """Refuses what would undo an adapter that is merged before."""
+    """Refuses what would undo an adapter that was merged before it."""
     clash = isinstance(step, Replacement) and any(not isinstance(earlier, Replacement) for earlier in before)
     twice = isinstance(step, Replacement) and any(isinstance(earlier, Replacement) for earlier in before)
     tokens = {token for earlier in before if isinstance(earlier, TokenRows) for token in earlier.indices}

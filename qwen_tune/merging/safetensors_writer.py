@@ -45,7 +45,6 @@ class Shard:
 
     @property
     def length(self) -> int:
-        """Bytes of all tensors."""
         return sum(tensor.span.length for tensor in self.tensors)
 
 
@@ -80,7 +79,7 @@ def divide(tensors: Iterable[MergedTensor], largest: int | None) -> list[Shard]:
 
 
 def index_of(written: Sequence[Shard]) -> str:
-    """The index of several files."""
+    """model.safetensors.index.json of several files."""
     where = {tensor.name: shard.name for shard in written for tensor in shard.tensors}
     metadata = {"total_size": sum(shard.length for shard in written)}
     return json.dumps({"metadata": metadata, "weight_map": dict(sorted(where.items()))}, indent=2) + "\n"
@@ -211,7 +210,7 @@ class _Line:
         self.problem: BaseException | None = None
 
     def work(self) -> None:
-        """Takes parts until none is left, or a thread has met a problem."""
+        """Takes parts until none is left or a thread has failed."""
         try:
             while (taken := self._take()) is not None:
                 turn, (part, pieces) = taken
@@ -234,7 +233,7 @@ class _Line:
             return None if self.problem or self._stop.is_set() else next(self._parts, None)
 
     def _comes(self, turn: int) -> bool:
-        """Waits for a turn; False where it will not come."""
+        """Waits for a turn; False if a thread has failed."""
         with self._turns:
             self._turns.wait_for(lambda: self._turn == turn or self.problem is not None)
             return self.problem is None

@@ -52,7 +52,7 @@ class ExpertLowRank:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Rows of an embedding that were trained as they are."""
+    """Rows of an embedding that were trained themselves."""
 
     indices: tuple[int, ...]
     values: TensorSpan
@@ -60,7 +60,7 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class Replacement:
-    """A tensor that was trained as it is."""
+    """A tensor that was trained itself (`modules_to_save`)."""
 
     values: TensorSpan
 

@@ -82,7 +82,6 @@ class Piece:
 
     @property
     def place(self) -> int:
-        """Where it begins in the base's file."""
         return self.span.start + self.start
 
 
@@ -118,21 +117,19 @@ class MergedTensor:
 
     @property
     def dtype(self) -> str:
-        """By safetensors' name."""
+        """Safetensors' name of the type."""
         return self.span.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As the base's."""
         return self.span.shape
 
     @property
     def may_differ(self) -> bool:
-        """Whether it may hold other bytes than the base's."""
+        """Whether its bytes may differ from the base's."""
         return bool(self.steps) or self.name in self.stream.base.rewritten
 
     def pieces(self) -> Iterator[Piece]:
-        """Its bytes, in order."""
         span = self.span
         if not self.may_differ:
             for start in range(0, span.length, PIECE_BYTES):

@@ -12,6 +12,7 @@ from torch import nn
 from qwen_tune.errors import ModelError, Problem
 from qwen_tune.families.family import EMBEDDING, HEAD, Family
 from qwen_tune.families.known import family_of
+from qwen_tune.families.serving import parts_vllm_refuses
 from qwen_tune.model.targets import ends_with_any, listed_targets, wanted_modules
 from qwen_tune.recipe.schema import LoraSpec
 
@@ -27,7 +28,7 @@ CONVERTED_STARTS = ("pissa", "olora")
 
 @dataclass(frozen=True)
 class TrainedModules:
-    """Modules of one name that are trained: how many, and their trained parameters together."""
+    """How many modules of one name are trained, and their trained parameters in total."""
 
     modules: int
     parameters: int
@@ -94,7 +95,7 @@ def is_converted(lora: LoraSpec) -> bool:
 
 
 def trained_modules(model: nn.Module) -> dict[str, TrainedModules]:
-    """What a model with its adapter trains, by the last part of the module's name."""
+    """The trained modules of a model, by the last part of their names."""
     counts: dict[str, tuple[set[str], int]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -105,29 +106,22 @@ def trained_modules(model: nn.Module) -> dict[str, TrainedModules]:
 
 
 def serving_notes(config: LoraConfig, trained: Mapping[str, TrainedModules]) -> list[str]:
-    """What of an adapter other programs do not load (vLLM's checks are in its `peft_helper.py`); merging helps."""
+    """What of an adapter vLLM does not load, and what else is lost or grows."""
     notes = []
+    if refused := parts_vllm_refuses(config.to_dict()):
+        notes.append(f"vLLM does not load adapters with {' or '.join(refused)}: serve the merged model")
     if config.modules_to_save:
         size = sum(trained[name].parameters for name in config.modules_to_save if name in trained)
-        notes.append(
-            f"modules_to_save adds {size:,} parameters ({size * 4 / (1 << 30):.1f} GiB) to the adapter's file, and "
-            "vLLM refuses adapters that have any"
-        )
+        notes.append(f"modules_to_save adds {size:,} parameters ({size * 4 / (1 << 30):.1f} GiB) to the adapter's file")
     if config.use_dora:
-        notes.append(
-            "vLLM does not load DoRA adapters, and Transformers 5.23 leaves their magnitudes out (PEFT does not)"
-        )
-    if config.bias != "none":
-        notes.append("vLLM does not load adapters with trained biases")
-    if config.trainable_token_indices:
-        notes.append("adapters with trained token rows load in PEFT, but in no server that was looked at")
-    return [f"{note}: serve the merged model" for note in notes]
+        notes.append("Transformers 5.23 drops DoRA's magnitudes when it loads an adapter; PEFT does not")
+    return notes
 
 
 def _token_rows(
     model: PreTrainedModel, lora: LoraSpec, automatic: Mapping[str, list[int]] | None
 ) -> list[int] | dict[str, list[int]]:
-    """The token rows to train, as PEFT takes them; each id once, and no module without any."""
+    """PEFT's `trainable_token_indices`: each id once, no module without ids."""
     asked = lora.trainable_token_indices
     if asked is None:
         whole = {name.rsplit(".", 1)[-1] for name in lora.modules_to_save or ()}

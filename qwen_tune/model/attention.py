@@ -45,7 +45,7 @@ def _missing(name: str) -> str | None:
 
 
 def needs_no_mask(implementation: str, batch: Any) -> bool:
-    """Whether an attention tells a batch's samples apart by their boundaries alone."""
+    """Whether an attention separates a batch's samples by their boundaries alone."""
     return implementation == VARLEN and batch.get("cu_seq_lens_q") is not None
 
 

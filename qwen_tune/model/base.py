@@ -40,7 +40,6 @@ class BaseCheckpoint:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """config.json."""
         return read_json(self.path / "config.json")
 
     @property
@@ -50,7 +49,7 @@ class BaseCheckpoint:
 
     @property
     def max_position_embeddings(self) -> int:
-        """The context length that the checkpoint was made for, in tokens."""
+        """The context length of the checkpoint in tokens."""
         return int(self.config.get("max_position_embeddings", 1 << 30))
 
     def weight_files(self) -> list[Path]:
@@ -100,11 +99,9 @@ class BaseCheckpoint:
 
     @cached_property
     def shape(self) -> Shape:
-        """The model's sizes; see `read_shape`."""
         return read_shape(self.config, self.id)
 
     def config_sha256(self) -> str:
-        """sha256 of config.json as it lies there."""
         return hashlib.sha256((self.path / "config.json").read_bytes()).hexdigest()
 
     def weights_fingerprint(self) -> str:

@@ -64,12 +64,11 @@ def automatic_dtype(config: Mapping[str, Any]) -> torch.dtype:
 
 
 def gpu_has_bfloat16() -> bool:
-    """Whether the GPU multiplies bfloat16 in hardware."""
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def own_device() -> str:
-    """Where this process keeps its model: its own GPU, or the CPU."""
+    """The GPU of this process, or the CPU."""
     return f"cuda:{local_rank()}" if uses_gpu() else "cpu"
 
 

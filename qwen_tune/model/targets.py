@@ -62,7 +62,7 @@ def rank_of(module: str, lora: LoraSpec) -> int:
 
 
 def ends_with_any(full: str, names: Iterable[str]) -> bool:
-    """Whether a module's whole name is one of some names, or ends with one after a dot."""
+    """Whether a module's full name is one of some names, or ends with one after a dot."""
     return any(full == name or full.endswith(f".{name}") for name in names)
 
 

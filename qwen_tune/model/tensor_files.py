@@ -102,7 +102,6 @@ def read_into(span: TensorSpan, start: int, buffer: memoryview) -> None:
 
 
 def same_bytes(one: TensorSpan, other: TensorSpan) -> bool:
-    """Whether two tensors are of one type and shape and hold the same bytes."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     with one.file.open("rb") as first, other.file.open("rb") as second:
@@ -118,7 +117,7 @@ def same_bytes(one: TensorSpan, other: TensorSpan) -> bool:
 
 
 def is_transposed(one: TensorSpan, other: TensorSpan) -> bool:
-    """Whether a matrix holds the numbers of another, rows for columns."""
+    """Whether a matrix is the transpose of another."""
     import numpy as np
 
     if one.dtype != other.dtype or one.shape != other.shape[::-1]:

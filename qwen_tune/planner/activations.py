@@ -121,7 +121,7 @@ def _attention_half(
 
 
 def _scores(job: Job, tokens: int, masked: bool) -> int:
-    """What of T x T numbers a layer keeps."""
+    """Bytes of T x T matrices that a layer keeps."""
     if job.attention == "eager":
         # The softmax in float32 and, in 16 bits, its copy, for every head; the logarithm of no sum.
         copies = FLOAT + (job.width if job.width < FLOAT else 0)

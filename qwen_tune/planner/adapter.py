@@ -41,12 +41,10 @@ class Adapter:
 
     @cached_property
     def lora_parameters(self) -> int:
-        """Of the adapters' matrices."""
         return sum(prod(shape) for shape in self.lora)
 
     @cached_property
     def parameters(self) -> int:
-        """All that is trained."""
         return sum(prod(shape) for shape in self.tensors)
 
 

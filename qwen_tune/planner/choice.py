@@ -36,11 +36,10 @@ class Choice:
 
     @property
     def fits(self) -> bool:
-        """Whether it is within the memory, with the margin."""
+        """Whether the plan fits into the memory with the margin."""
         return self.available_bytes is None or self.memory.peak <= usable_bytes(self.available_bytes)
 
     def facts(self) -> dict[str, Any]:
-        """For run.json."""
         return {
             "per_device_train_batch_size": self.rows,
             "gradient_checkpointing": self.checkpointing,
@@ -52,7 +51,7 @@ class Choice:
 
 
 def usable_bytes(available: int) -> int:
-    """What of a memory a run may be counted to take."""
+    """The memory that a plan may use, in bytes."""
     return int(available * (1 - MARGIN))
 
 

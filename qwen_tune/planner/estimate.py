@@ -65,7 +65,7 @@ def _inner_adapters(job: Job) -> int:
 
 
 def tokens_per_second(job: Job, gpu: Gpu, rows: int, checkpointing: Checkpointing) -> float:
-    """Tokens a second of one process on a GPU."""
+    """Tokens per second of one process on a GPU."""
     rate = gpu.float32_tflops if job.dtype == "float32" else gpu.tflops
     seconds = flops(job, rows, checkpointing) / (rate * 1e12 * EFFICIENCY)
     if job.quantization == "nf4":
@@ -91,7 +91,7 @@ PART_NAMES = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """A recipe on a device; `gpu` is None for a CPU, of which no speed is reported."""
+    """A recipe on a device; `gpu` is None for a CPU, for which no speed is estimated."""
 
     gpu: Gpu | None
     choice: Choice
@@ -100,18 +100,17 @@ class Estimate:
 
     @property
     def name(self) -> str:
-        """The device's."""
         return self.gpu.name if self.gpu else "cpu"
 
     @property
     def hours(self) -> float | None:
-        """Of the whole run, where its tokens are known."""
+        """Duration of the run, where its number of tokens is known."""
         if self.tokens_per_second is None or self.run_tokens is None:
             return None
         return self.run_tokens / self.tokens_per_second / 3600
 
     def facts(self) -> dict[str, Any]:
-        """For `--json`; tokens a second are those of all processes together."""
+        """For `--json`; tokens per second are the sum over all processes."""
         return {
             "device": self.name,
             "memory_bytes": self.gpu.memory_bytes if self.gpu else None,
@@ -179,7 +178,7 @@ def _run_tokens(recipe: Recipe) -> int | None:
 
 
 def lines(recipe: Recipe, base: BaseCheckpoint, estimates: Sequence[Estimate]) -> Iterator[str]:
-    """The estimates as a table, and the parts of the smallest that fits."""
+    """The estimates as a table, then the parts of the first that fits."""
     shape, job = base.shape, estimates[0].choice.job
     sizes = f"{shape.parameters / 1e9:.2f} billion parameters, {_trained(job.adapter.parameters)} trained"
     yield f"{recipe.name}: {base.id}, {sizes}"

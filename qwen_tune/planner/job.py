@@ -56,21 +56,21 @@ class Job:
 
     @property
     def width(self) -> int:
-        """Bytes of a number that is computed with."""
+        """Bytes of an activation's number."""
         return 4 if self.dtype == "float32" else 2
 
     @property
     def is_fused(self) -> bool:
-        """Whether any half of a layer is."""
+        """Whether any half of a layer is fused."""
         return any(any(halves) for halves in self.fused)
 
     @property
     def fuses_every_mlp(self) -> bool:
-        """Whether the second halves of all layers are."""
+        """Whether the MLP halves of all layers are fused."""
         return all(mlp for _, mlp in self.fused)
 
     def is_masked(self, rows: int) -> bool:
-        """Whether attention over some rows, joined into one, needs a matrix that keeps samples apart."""
+        """Whether attention over some packs, joined into one, needs a mask that separates samples."""
         return self.attention != "varlen" and (self.packing or rows > 1)
 
 

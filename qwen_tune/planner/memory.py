@@ -57,7 +57,7 @@ STATES = {
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the highest point of a run, by what they are for."""
+    """Peak memory of a run in bytes, by purpose."""
 
     weights: int
     adapter: int
@@ -71,11 +71,9 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """All of them together."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
-        """By name."""
         return asdict(self)
 
 
@@ -102,7 +100,7 @@ def memory(job: Job, rows: int, checkpointing: Checkpointing) -> Memory:
 
 
 def weight_bytes(job: Job) -> int:
-    """The base's weights as they lie in memory."""
+    """The base's weights in memory."""
     shape = job.shape
     if job.quantization == "none":
         return job.width * shape.parameters

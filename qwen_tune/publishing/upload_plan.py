@@ -11,10 +11,17 @@ from typing import Any
 from qwen_tune.artifacts.adapter_dir import ADAPTER_FILE
 from qwen_tune.disk import parse_json
 from qwen_tune.errors import Problem, PublishError, first_line
-from qwen_tune.publishing.card import compose, front_matter_of, kept_text, languages_of, licence_of
+from qwen_tune.publishing.card import (
+    Description,
+    Licence,
+    compose,
+    front_matter_of,
+    kept_text,
+    languages_of,
+    licence_of,
+)
 from qwen_tune.publishing.content import Content, collect
 from qwen_tune.publishing.curve import CURVE, draw_losses
-from qwen_tune.publishing.description import Description, Licence
 from qwen_tune.publishing.leaks import look_through
 from qwen_tune.publishing.parts import ADAPTER, MERGED, Part, PublishedBase, find_part, published_base
 from qwen_tune.publishing.public_recipe import public_recipe, read_recipe

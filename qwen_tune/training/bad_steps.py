@@ -77,7 +77,7 @@ class StepWatch:
         self._steps: list[tuple[list[Tensor], Tensor]] = []
 
     def restore(self, recorded: Sequence[dict[str, Any]], step: int) -> None:
-        """Takes up what a run has met up to a step."""
+        """Restores the bad steps that a run recorded up to a step."""
         self.found = [BadStep(**entry) for entry in recorded if entry["step"] <= step]
 
     def add(self, loss: Tensor) -> None:
@@ -126,7 +126,6 @@ class StepWatch:
         return sum(good) / len(good) if good else math.nan
 
     def facts(self) -> list[dict[str, Any]]:
-        """For run.json."""
         return [asdict(entry) for entry in self.found]
 
     def require_good(self, bad: Sequence[BadStep]) -> None:

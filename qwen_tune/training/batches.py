@@ -36,13 +36,12 @@ def pack_dataset(packs: Packs, *, multiple: int, pad_id: int) -> Dataset:
 
 @dataclass(frozen=True)
 class PackReader:
-    """What a data set of pack numbers gives in their place."""
+    """The transform that turns pack numbers into packs."""
 
     packs: Packs
     pad_id: int
 
     def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
-        """The rows of some packs, column by column."""
         rows = [self._filler() if number == FILLER else self.packs.row(number) for number in batch["pack"]]
         return {name: [row[name] for row in rows] for name in ("input_ids", "labels", "lengths")}
 
@@ -51,7 +50,7 @@ class PackReader:
 
 
 def count_fillers(rows: int, multiple: int) -> int:
-    """How many rows without loss bring a number of rows up to a multiple."""
+    """Packs without loss that bring a number of packs up to a multiple."""
     return -rows % multiple
 
 

@@ -88,7 +88,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Puts back what `random_state` gave."""
+    """Restores what `random_state` returned."""
     version, python, gauss = state["python"]
     random.setstate((version, tuple(python), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -126,7 +126,6 @@ class Saves:
     bytes: int = 0
 
     def add(self, seconds: float, size: int) -> None:
-        """Counts one more."""
         self.count, self.seconds, self.bytes = self.count + 1, round(self.seconds + seconds, 3), size
 
 

@@ -60,7 +60,7 @@ class Evaluations:
             self.best = Evaluation(step, loss)
 
     def patience_is_over(self) -> bool:
-        """Whether so many evaluations have brought nothing that the run is to end."""
+        """Whether the last evaluations have brought so little that the run stops early."""
         if self._train.early_stopping_patience is None:
             return False
         lowest, since = math.inf, 0
@@ -71,10 +71,8 @@ class Evaluations:
         return since >= self._train.early_stopping_patience
 
     def facts(self) -> dict[str, Any]:
-        """For a checkpoint."""
         return {"evaluations": [vars(each) for each in self.losses], "best": vars(self.best) if self.best else None}
 
     def restore(self, facts: Mapping[str, Any]) -> None:
-        """Takes up what a checkpoint holds."""
         self.losses = [Evaluation(**each) for each in facts["evaluations"]]
         self.best = Evaluation(**facts["best"]) if facts["best"] else None

@@ -41,7 +41,7 @@ class MetricsLog(TrainerCallback):
         return self._last_tokens / self.seconds if self.seconds else 0.0
 
     def restore(self, seconds: float, tokens: int) -> None:
-        """Takes up the clock of a run that was interrupted."""
+        """Continues the clock of an interrupted run."""
         self.seconds, self._last_tokens = seconds, tokens
 
     @contextmanager
@@ -54,7 +54,6 @@ class MetricsLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Starts the clock."""
         # A checkpoint's state holds the intervals of the recipe that wrote it; they may have changed since.
         state.compute_steps(args, state.max_steps)
         self._last_time = time.perf_counter()
@@ -77,7 +76,6 @@ class MetricsLog(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes the line of a logged training step or of an evaluation."""
         if logs and "eval_loss" in logs:
             losses = {key: value for key, value in logs.items() if key.startswith("eval_")}
             self._write(state, {"step": state.global_step, "epoch": state.epoch, **losses})
@@ -131,7 +129,7 @@ class Display:
         self._started = 0.0
 
     def start(self, max_steps: int, *, done: int = 0) -> None:
-        """Begins a run of so many optimizer steps, some of which may be done already."""
+        """Starts the display of `max_steps` optimizer steps, of which some may be done."""
         self._max_steps = max_steps
         self._first_step = done
         self._started = time.perf_counter()
@@ -154,7 +152,6 @@ class Display:
         self._progress.start()
 
     def step(self, line: dict[str, Any]) -> None:
-        """Shows a logged step's figures."""
         if self.quiet:
             return
         step = line["step"]
@@ -179,12 +176,11 @@ class Display:
         self.note(f"step {step}  held out {losses['eval_loss']:.3f}" + (f"  ({several})" if several else ""))
 
     def note(self, text: str) -> None:
-        """Prints lines above the live line."""
+        """Prints above the live line."""
         if not self.quiet:
             self.console.print(f"  {text}", highlight=False, markup=False)
 
     def stop(self) -> None:
-        """Ends the live line."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

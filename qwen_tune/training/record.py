@@ -71,14 +71,13 @@ def start_facts(
 
 
 def _data_sets(recipe: Recipe) -> list[str]:
-    """The sources that are Hub data sets. Told now: later a folder of such a name may be gone."""
+    """The sources that are Hub data sets. Recorded now: later a folder of such a name may be gone."""
     held_out = recipe.data.eval if isinstance(recipe.data.eval, list) else []
     paths = [source.path for source in [*recipe.data.train, *held_out]]
     return sorted({path for path in paths if names_hub_data_set(path)})
 
 
 def model_facts(trainer: LoraTrainer) -> dict[str, Any]:
-    """What is known once model and adapter are in memory."""
     model = trainer.model
     config = model.peft_config["default"]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -23,7 +23,6 @@ class TokenCounts:
 
     @property
     def real(self) -> int:
-        """Those of packs."""
         return self.processed - self.padding
 
 
@@ -75,5 +74,5 @@ class Steps:
         return self.stop_agreed
 
     def any_process(self, yes: bool) -> bool:
-        """Whether one of the processes says yes. All of them have to ask."""
+        """Whether any process says yes; every process has to call it."""
         return any_process(self._group, yes)

@@ -77,7 +77,7 @@ def show_job(job: Job) -> None:
 
 
 def _show_drift(run: RunDir, plan: Plan, facts: Mapping[str, Any]) -> None:
-    """What differs from here on from what the run was begun with."""
+    """What differs from what the run was started with."""
     if plan.checkpoint is None:
         return
     recorded = run.recorded_facts()
@@ -131,7 +131,6 @@ def show_end(run: RunDir) -> None:
 
 
 def _console() -> Console:
-    """The terminal, for the process that speaks for all."""
     return make_console(quiet=not is_main_process())
 
 
@@ -141,7 +140,7 @@ def _precision(recipe: Recipe, dtype: torch.dtype) -> str:
 
 
 def _in_sources(found: Audit) -> str:
-    """What each source was taken for, and how much of it is supervised."""
+    """The format of each source, and the share of its tokens that is supervised."""
     lines = [
         f"{source.name}: {source.rows:,} x {source.format}, {source.supervised / max(source.tokens, 1):.0%} of "
         f"{source.tokens:,} tokens are supervised"
@@ -160,7 +159,7 @@ def _show_sample(console: Console, job: Job) -> None:
 
 
 def _predicted(choice: Choice) -> str:
-    """What the run is counted to take, and what was chosen for it."""
+    """The estimated peak memory, and what is recomputed."""
     text = f"{choice.memory.peak / GIB:.1f} GiB at most, as counted"
     if choice.available_bytes is not None:
         text += f", of {choice.available_bytes / GIB:.1f} GiB that are free" + ("" if choice.fits else ": TOO LITTLE")
@@ -174,7 +173,6 @@ def _targets(recipe: Recipe) -> str:
 
 
 def _kind(recipe: Recipe) -> str:
-    """The adapter's method in words."""
     lora = recipe.lora
     name = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
     if lora.use_dora and lora.use_rslora:

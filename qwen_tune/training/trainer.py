@@ -182,7 +182,7 @@ class LoraTrainer(SFTTrainer):
         return bad
 
     def _require_good_steps(self) -> None:
-        """Looks at the steps since the last look: what is saved or evaluated after a bad one is ruined."""
+        """Checks the steps since the last check: whatever is saved or evaluated after a bad one is ruined."""
         self.watch.require_good(self._judge_steps(self.state.global_step))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -200,7 +200,7 @@ class LoraTrainer(SFTTrainer):
         return SeededOrder(order.packs, order.fillers, order.seed)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Nothing: the stock estimate walks over all parameters for every micro-batch."""
+        """Zero: the stock estimate walks over all parameters for every micro-batch."""
         return 0
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
@@ -230,7 +230,7 @@ class LoraTrainer(SFTTrainer):
         return self.evaluations.latest(self.state.global_step)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """The stock one; its packs stay as long as they are where those of training are filled up."""
+        """The stock one; its packs are never filled up to a fixed shape."""
         filling, self.data_collator = self.data_collator, PackCollator()
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -311,7 +311,7 @@ class LoraTrainer(SFTTrainer):
         self.writer.read(Path(resume_from_checkpoint), self.model)
 
     def _load_progress(self, checkpoint: Path) -> None:
-        """What the run has counted, met and evaluated up to a checkpoint."""
+        """Restores counts, bad steps, evaluations and clock from a checkpoint."""
         progress = _read_progress(checkpoint)
         if progress["start_sha256"] != self.writer.start_sha256():
             what = "the adapter's start cannot be made again here as it was (another machine or library version)"
@@ -328,7 +328,7 @@ class LoraTrainer(SFTTrainer):
         self.metrics.restore(progress["seconds"], self.steps.counts.real)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """From safetensors and JSON."""
+        """From safetensors and JSON; the stock method unpickles."""
         if checkpoint is not None:
             load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler, self.accelerator.scaler)
 
@@ -336,7 +336,7 @@ class LoraTrainer(SFTTrainer):
         """Nothing: it comes with the optimizer."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Of this process, from JSON."""
+        """From JSON; the stock method unpickles."""
         states = _read_progress(Path(checkpoint))["random"] if checkpoint is not None else []
         if self.args.process_index < len(states):  # of more processes than before, the new ones start as they are
             set_random_state(states[self.args.process_index])
