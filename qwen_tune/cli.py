@@ -224,7 +224,7 @@ def train(options: argparse.Namespace) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """`qwen-tune merge`."""
-    from qwen_tune.distributed.process import prepare_process, wait_passively
+    from qwen_tune.distributed.world import prepare_process, wait_passively
 
     prepare_process() if options.verify else wait_passively()
     from qwen_tune.merging.merge import merge as merge_adapter
@@ -261,7 +261,7 @@ def push(options: argparse.Namespace) -> None:
 
 def chat(options: argparse.Namespace) -> None:
     """`qwen-tune chat`."""
-    from qwen_tune.distributed.process import prepare_process
+    from qwen_tune.distributed.world import prepare_process
     from qwen_tune.evaluation.chat import chat as hold_chat
 
     prepare_process()

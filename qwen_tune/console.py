@@ -1,7 +1,7 @@
-"""Everything that is said to a person: where it goes, how wide it is, and how paths are shown.
+"""Output for a person: where it goes, how wide it is, and how paths are shown.
 
-Output never ends a command by itself: a character that a stream cannot encode is replaced, and a reader that closes
-the pipe ends a command that only shows something, with exit code 0, and leaves any other to finish in silence.
+Output never makes a command fail: a character that a stream cannot encode is replaced, and a reader that closes the
+pipe ends a command that only shows something, with exit code 0, while any other finishes in silence.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 UNLIMITED_WIDTH = 100_000
-"""Columns of an output that is no terminal: a log file's lines are as long as they are."""
+"""Columns where there is no terminal: lines in a log file are never wrapped."""
 
 RULE_WIDTH = 80
-"""Columns of a ruled line where there is no terminal."""
+"""Columns of a horizontal rule where there is no terminal."""
 
 NAME_WIDTH = 7
-"""Columns, at least, of the names in `print_pairs`."""
+"""Minimum columns of the names in `print_pairs`."""
 
-_STAND_INS = str.maketrans(
+_REPLACEMENTS = str.maketrans(
     {"⟦": "[[", "⟧": "]]", "↵": "\\n", "…": "...", "─": "-", "━": "-", "█": "#", "░": ".", "→": "->", "×": "x"}
 )
-"""What is written for our own characters where a stream cannot encode them; anything else becomes `?`."""
+"""Written for our own characters where a stream cannot encode them; anything else becomes `?`."""
 
 
 class ReaderGoneError(Exception):
-    """Nobody reads the output any more, and there is nothing else to do."""
+    """Nobody reads the output any more, and the command has nothing else to do."""
 
 
 def _replace(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError)
-    text = error.object[error.start : error.end].translate(_STAND_INS)
+    text = error.object[error.start : error.end].translate(_REPLACEMENTS)
     return text.encode("ascii", "replace").decode("ascii"), error.end
 
 
@@ -54,11 +54,9 @@ codecs.register_error("qwen-tune", _replace)
 
 
 class _Output(io.FileIO):
-    """A standard stream that outlives its reader.
+    """Standard output (1) or standard error (2), which survives the end of its reader.
 
-    Args:
-        descriptor: 1 or 2.
-        ends_with_reader: Whether writing raises ReaderGoneError when the reader has gone.
+    With `ends_with_reader`, writing raises ReaderGoneError when the reader has gone.
     """
 
     def __init__(self, descriptor: int, *, ends_with_reader: bool) -> None:
@@ -72,32 +70,32 @@ class _Output(io.FileIO):
             raise
         except OSError as error:
             if error.errno in (errno.EPIPE, errno.EIO, errno.EBADF):
-                # From here on it goes nowhere, what native libraries and the interpreter's end write too.
+                # From here on all output is discarded, that of native libraries and of the interpreter's exit too.
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.fileno())
                 os.close(nowhere)
                 if self.ends_with_reader:
                     raise ReaderGoneError from None
             elif self.ends_with_reader:
-                self.ends_with_reader = False  # what is still held back must not raise again when the process ends
+                self.ends_with_reader = False  # buffered output must not raise again when the process ends
                 what = f"it cannot be written: {error.strerror}"
                 raise QwenTuneError(Problem("standard output", what, "free some space, or send it elsewhere")) from None
-            # A full disk under a log must not end hours of training; what does not fit is lost.
+            # A full disk under a log must not end hours of training; that output is lost.
             return memoryview(data).nbytes
 
 
 def prepare_streams(*, shows_only: bool = False) -> None:
-    """Makes standard output and standard error outlive what they cannot encode and readers that go.
+    """Makes standard output and standard error survive text that they cannot encode and readers that close them.
 
     Args:
-        shows_only: Whether the command has done nothing of use once nobody reads its output.
+        shows_only: Whether the command is of no use once nobody reads its output.
     """
     sys.stdout = _prepared(sys.stdout, 1, shows_only)
     sys.stderr = _prepared(sys.stderr, 2, False)
 
 
 def _prepared(stream: TextIO | None, descriptor: int, shows_only: bool) -> TextIO:
-    if stream is None:  # closed by whoever started us: `>&-`
+    if stream is None:  # closed by the shell: `>&-`
         return Path(os.devnull).open("w", encoding="utf-8")
     if not isinstance(stream, io.TextIOWrapper):
         return stream
@@ -115,29 +113,29 @@ def _prepared(stream: TextIO | None, descriptor: int, shows_only: bool) -> TextI
             line_buffering=stream.line_buffering,
             write_through=not is_buffered,
         )
-    # Paths hold bytes that are no text as lone surrogates, and rows may hold such characters as well.
+    # Paths hold undecodable bytes as lone surrogates, and data may hold such characters as well.
     stream.reconfigure(errors="qwen-tune")
     return stream
 
 
 def show(text: str) -> None:
-    """Prints lines on standard output; in a terminal they break between words."""
+    """Prints on standard output; in a terminal lines break between words."""
     print(_fitted(relative_paths(text), sys.stdout), flush=True)
 
 
-def say(text: str) -> None:
-    """Prints lines on standard output, once for all processes of a run."""
+def print_once(text: str) -> None:
+    """Prints on standard output, once for all processes of a run."""
     if int(os.environ.get("RANK", "0")) == 0:
         show(text)
 
 
 def report(message: object) -> None:
-    """Prints lines on standard error: warnings, errors, and what a waiting user should know."""
+    """Prints on standard error: warnings, errors, and notices to a waiting user."""
     print(_fitted(relative_paths(visible(str(message))), sys.stderr), file=sys.stderr, flush=True)
 
 
 def can_encode(text: str) -> bool:
-    """Whether standard output can hold a text as it is."""
+    """Whether standard output can encode a text."""
     try:
         text.encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:
@@ -146,7 +144,7 @@ def can_encode(text: str) -> bool:
 
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A rich console as wide as the terminal, or without a limit where there is none."""
+    """A rich console as wide as the terminal, or of unlimited width where there is none."""
     from rich.console import Console
 
     console = Console(stderr=stderr, quiet=quiet)
@@ -156,7 +154,6 @@ def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
 
 
 def print_rule(console: Console, title: Text | str = "") -> None:
-    """Prints a ruled line."""
     from rich.rule import Rule
 
     rule = Rule(title, align="left", characters="─", style="dim")
@@ -164,20 +161,16 @@ def print_rule(console: Console, title: Text | str = "") -> None:
 
 
 def print_pairs(console: Console, pairs: Iterable[tuple[str, str]], *, style: str = "dim", indent: int = 2) -> None:
-    """Prints names, and beside each its text: in two columns that a terminal wraps one by one.
+    """Prints names (in `style`) and texts in two columns, each wrapped by itself in a terminal.
 
-    Args:
-        console: Where to.
-        pairs: Names and texts; neither is read as markup.
-        style: Of the names.
-        indent: Columns before the names.
+    Neither is read as markup; `indent` is the number of columns before the names.
     """
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
     pairs = list(pairs)
-    if not console.is_terminal:  # a table would fill every line up to the longest
+    if not console.is_terminal:  # a table would pad every line to the longest
         width = max([NAME_WIDTH, *(len(name) for name, _ in pairs)])
         for name, text in pairs:
             for number, line in enumerate(text.split("\n")):
@@ -192,7 +185,7 @@ def print_pairs(console: Console, pairs: Iterable[tuple[str, str]], *, style: st
 
 
 def shown_path(path: Path | str) -> str:
-    """A path as it is shown: relative, where it is below the working directory."""
+    """A path for a person: relative if it is below the working directory."""
     try:
         relative = Path(path).absolute().relative_to(Path.cwd())
     except (OSError, ValueError):
@@ -201,7 +194,7 @@ def shown_path(path: Path | str) -> str:
 
 
 def relative_paths(text: str) -> str:
-    """A text in which paths below the working directory are relative."""
+    """A text with every path below the working directory made relative."""
     try:
         here = str(Path.cwd())
     except OSError:
@@ -224,7 +217,7 @@ def _fitted(text: str, stream: TextIO) -> str:
 
 
 def quiet_libraries() -> None:
-    """Leaves the talking to us, on the terminal and on the network."""
+    """Silences the libraries, on the terminal and on the network."""
     import logging
     import warnings
 
@@ -233,10 +226,10 @@ def quiet_libraries() -> None:
     # TRL reports model family, device and world size to the Hub at every start; nobody asked for that.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Deprecations among the libraries are for us to follow, not for the user to read.
+    # Deprecations among the libraries concern us, not the user.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate|torch)\b")
-    # Where the CPU has AVX512-BF16, bitsandbytes misses a package for its own 4-bit inference when it is imported, also
-    # where nothing is quantized; its layers do not go that way here (`model.quantized_layers`).
+    # On a CPU with AVX512-BF16, importing bitsandbytes warns that a package for its own 4-bit inference is missing,
+    # even if nothing is quantized; our layers do not use it (`model.quantized_layers`).
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # It casts the inputs of its 8-bit product to float16, and says so at every layer and step.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Files: what has to be on the disk, what lies there, and paths that a person wrote."""
+"""Files: durable writes, hashes, and paths that a user wrote."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from typing import Any
 from qwen_tune.errors import first_line
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Numbers of an OSError that says that a file is too large for its place."""
+"""`errno` of an OSError for a file that does not fit."""
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that a disk is full; safetensors has no number for it, only the system's words."""
+    """Whether an error means that a disk is full; safetensors gives only the system's message, without an errno."""
     if isinstance(error, OSError):
         return error.errno in NO_ROOM
     return any(f"(os error {number})" in str(error) for number in NO_ROOM)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text that somebody else may have written.
+    """Parses JSON from an untrusted source.
 
     Raises:
-        ValueError: It is no JSON, or nested too deeply.
+        ValueError: It is not JSON, or nested too deeply.
     """
     try:
         return json.loads(text)
@@ -38,13 +38,13 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def make_private_folder(path: Path) -> None:
-    """Makes a folder that nobody else may look into, with those above it, where it is not there yet."""
+    """Makes a folder that only its owner may read, and the folders above it, unless it exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(mode=0o700, exist_ok=True)
 
 
 def flush(path: Path) -> None:
-    """Makes sure that a file or a directory's entries are on the disk."""
+    """Flushes a file, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -53,7 +53,6 @@ def flush(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The file's sha256 as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -66,7 +65,7 @@ def _open_privately(path: str, flags: int) -> int:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name in the same directory under which something is made before it is renamed into place."""
+    """The path in the same directory at which something is made before it is renamed to `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
@@ -77,13 +76,10 @@ def is_temporary(name: str) -> bool:
 def write_atomically(path: Path, text: str, *, private: bool = False) -> None:
     """Replaces a file so that a reader, or a crash, finds either the old text or the new one.
 
-    Args:
-        path: The file.
-        text: All of it.
-        private: Whether nobody else may read it.
+    With `private`, only its owner may read it.
     """
     temporary = temporary_beside(path)
-    temporary.unlink(missing_ok=True)  # a killed process of the same number may have left one of another mode
+    temporary.unlink(missing_ok=True)  # a killed process with the same id may have left one with another mode
     with open(temporary, "w", encoding="utf-8", opener=_open_privately if private else None) as file:
         file.write(text)
         file.flush()
@@ -93,7 +89,7 @@ def write_atomically(path: Path, text: str, *, private: bool = False) -> None:
 
 
 TEXT_LIMIT_BYTES = 16 << 20
-"""Largest file that is read whole because a person named it: a template, a list of tools."""
+"""Largest file that a user may name to be read whole: a template, a list of tools."""
 
 
 class UnreadableError(Exception):
@@ -101,7 +97,7 @@ class UnreadableError(Exception):
 
 
 def path_fault(text: str) -> str | None:
-    """Why no file can ever be at a path, in words; None where one could be, whether it is there or not."""
+    """Why no file can ever be at a path; None if one could be, whether it exists or not."""
     try:
         Path(text).expanduser().stat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
@@ -109,30 +105,30 @@ def path_fault(text: str) -> str | None:
     except OSError as error:  # too long, a loop of links
         return (error.strerror or str(error)).lower()
     except ValueError:
-        return "it holds a character that no path can hold"
+        return "it contains a character that no path can contain"
     except RuntimeError:
         return "there is no such user, or no home folder"
     return None
 
 
 def read_text_file(text: str) -> str:
-    """The text of a file that a person named.
+    r"""The text of a file that a user named, with every line ending as `\n`.
 
     Raises:
-        UnreadableError: It is not there, no regular file (reading a pipe may wait for ever, and a device may have no
-            end), larger than `TEXT_LIMIT_BYTES`, or not UTF-8.
+        UnreadableError: It does not exist, is not a regular file (reading a pipe may wait for ever, and a device may
+            have no end), is larger than `TEXT_LIMIT_BYTES`, or is not UTF-8.
     """
     if fault := path_fault(text):
         raise UnreadableError(fault)
     path = Path(text).expanduser()
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise UnreadableError("it is no regular file")
+            raise UnreadableError("it is not a regular file")
         with path.open("rb") as file:
             content = file.read(TEXT_LIMIT_BYTES + 1)
         if len(content) > TEXT_LIMIT_BYTES:
             raise UnreadableError(f"it is larger than {TEXT_LIMIT_BYTES >> 20} MiB")
-        return io.TextIOWrapper(io.BytesIO(content), "utf-8").read()  # every line ends in \n
+        return io.TextIOWrapper(io.BytesIO(content), "utf-8").read()
     except (OSError, UnicodeDecodeError) as error:
         raise UnreadableError(first_line(error)) from None
 

@@ -1,4 +1,4 @@
-"""What this process runs on: cores, threads, memory and its place among other processes."""
+"""What this process runs on: cores, memory, libraries, signals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "
 
 
 def uses_gpu() -> bool:
-    """Whether this run trains on a GPU: there is one, and the launcher was not told to do without."""
+    """Whether this run trains on a GPU: there is one, and the launcher does not force the CPU."""
     import torch
 
     refused = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t")
@@ -29,9 +29,9 @@ def uses_gpu() -> bool:
 
 
 def repeats_key_heads() -> bool:
-    """Whether `varlen_attn` of the installed torch takes no fewer key heads than query heads, so that we repeat them.
+    """Whether `varlen_attn` of the installed torch needs as many key heads as query heads, so that we repeat them.
 
-    torch 2.12 brought `enable_gqa`. Told from the version, so that a plan can be made without importing torch.
+    torch 2.12 added `enable_gqa`. Read from the version, so that a plan needs no import of torch.
     """
     major, minor = version("torch").split(".")[:2]
     return (int(major), int(minor)) < (2, 12)
@@ -39,9 +39,9 @@ def repeats_key_heads() -> bool:
 
 @cache
 def cpu_bfloat16_units() -> str | None:
-    """The instructions in which this CPU multiplies bfloat16: AMX or AVX512-BF16; None where it has neither.
+    """The CPU's instructions for bfloat16 products: AMX or AVX512-BF16; None if it has neither.
 
-    Read from Linux' /proc/cpuinfo, without torch. Other systems and processors are taken for machines without.
+    Read from Linux's /proc/cpuinfo, without torch; other systems count as having neither.
     """
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -52,7 +52,6 @@ def cpu_bfloat16_units() -> str | None:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -60,9 +59,9 @@ def usable_cores() -> int:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Lets SIGINT and SIGTERM wait while a process is forked.
+    """Blocks SIGINT and SIGTERM while a process is forked.
 
-    Their handlers raise, and Python passes over what is raised in its hooks around a fork: the signal would be lost.
+    Their handlers raise, and Python ignores exceptions in its hooks around a fork: the signal would be lost.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
@@ -72,10 +71,10 @@ def signals_held() -> Iterator[None]:
 
 
 def import_without_gc(*modules: str) -> None:
-    """Imports large libraries with the garbage collector off, and never looks through them again.
+    """Imports large libraries with the garbage collector off, and excludes them from later collections.
 
-    An import leaves nothing to collect; looking for it all the same took 0.4 of torch's 2 seconds and 3.7 of TRL's 12,
-    and as much again of torch's when the process ends.
+    An import leaves nothing to collect; collecting anyway took 0.4 of torch's 2 seconds and 3.7 of TRL's 12, and as
+    much again of torch's when the process ends.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -89,7 +88,7 @@ def import_without_gc(*modules: str) -> None:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that was in use: of the GPU if there is one, else of this process."""
+    """Peak memory in use: of the GPU if there is one, else of this process."""
     import torch
 
     if uses_gpu():
@@ -99,14 +98,14 @@ def peak_memory_bytes() -> int:
 
 
 def started_at() -> float:
-    """When this process began, in seconds since 1970: a scheduler's limit counts its imports, too."""
+    """Start of this process, in seconds since 1970: a scheduler's time limit includes the imports."""
     import psutil
 
     return float(psutil.Process().create_time())
 
 
 def memory_bytes() -> int:
-    """The memory in use now: of the GPU if there is one, else of this process."""
+    """Memory in use now: of the GPU if there is one, else of this process."""
     import torch
 
     if uses_gpu():
@@ -117,7 +116,7 @@ def memory_bytes() -> int:
 
 
 def device_name() -> str:
-    """The accelerator's name, or the processor's architecture: what a card may say of a machine."""
+    """The GPU's name, or the processor's architecture and cores: as much as a card may reveal about a machine."""
     import torch
 
     if uses_gpu():
@@ -127,8 +126,10 @@ def device_name() -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide a result."""
-    versions = {"python": platform.python_version(), "qwen-tune": _own_version()}
+    """Versions of Python and of the libraries that affect a result."""
+    from qwen_tune import __version__
+
+    versions = {"python": platform.python_version(), "qwen-tune": __version__}
     for name in LIBRARIES:
         try:
             versions[name] = version(name)
@@ -137,15 +138,9 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def _own_version() -> str:
-    from qwen_tune import __version__
-
-    return __version__
-
-
 @contextmanager
 def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Lets a handler answer SIGINT and SIGTERM for as long as this lasts. For the main thread."""
+    """Installs a handler for SIGINT and SIGTERM during the block. For the main thread."""
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

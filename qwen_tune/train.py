@@ -18,7 +18,7 @@ if __name__ == "__main__":
     sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if Path(entry).resolve() != _folder)]
 
 from qwen_tune.distributed.launch import resume_command, start_processes
-from qwen_tune.distributed.process import prepare_process
+from qwen_tune.distributed.world import prepare_process
 from qwen_tune.errors import Interrupted
 from qwen_tune.machine import import_without_gc
 from qwen_tune.recipe.files import load_recipe

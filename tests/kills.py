@@ -1,4 +1,4 @@
-"""Training that is killed with -9 again and again, often in the middle of a save, and what it comes to."""
+"""Training that is killed with -9 again and again, often during a save."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fork_server import ForkServer
 
 @dataclass
 class Kills:
-    """How often a run was killed, and how often a half-written checkpoint proves that it was while saving."""
+    """How often a run was killed, and how often during a save, as a half-written checkpoint proves."""
 
     count: int = 0
     inside_a_save: int = 0
@@ -43,7 +43,7 @@ def train_through_kills(
         result = server.wait()
         if not was_alive:
             assert result.returncode == 0, result.stderr
-            break  # it has ended meanwhile
+            break  # it has finished in the meantime
         done.count += 1
         done.inside_a_save += bool(_unfinished(checkpoints) - before)
     result = server(*command, cwd=folder)
@@ -53,7 +53,7 @@ def train_through_kills(
 
 
 def _unfinished(checkpoints: Path) -> set[str]:
-    """Checkpoints that have begun, and have no name yet."""
+    """Checkpoints that are being written."""
     return {path.name for path in checkpoints.glob(".step-*.tmp")} if checkpoints.is_dir() else set()
 
 
@@ -63,7 +63,7 @@ def _wait_for_a_save(process: int, checkpoints: Path, before: set[str]) -> None:
 
 
 def _is_alive(process: int) -> bool:
-    """Whether it runs: one that has ended stays a zombie until the server has seen it."""
+    """Whether it is running: an ended process stays a zombie until the server has waited for it."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -1,4 +1,4 @@
-"""A run that several test files resume with."""
+"""A run that several test files resume."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from resuming import run
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory) -> Path:
-    """A run that went to its end at once."""
+    """A run that finished without interruption."""
     folder = make_workspace(tmp_path_factory.mktemp("whole"))
     with pytest.MonkeyPatch.context() as patch:
         return run(folder, patch)

@@ -1,4 +1,4 @@
-"""A short run with checkpoints, whole and as a kill would have left it, for tests of going on."""
+"""A short run with checkpoints, finished and as a kill would have left it, for tests of resuming."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from conftest import make_workspace
 from qwen_tune.runs.checkpoints import MANIFEST, OWN_HASH, fault_of, list_checkpoints
 from qwen_tune.train import train
 
-# Dropout, packs, accumulation, evaluation, and steps that are logged at other times than they are saved.
+# Dropout, packs, accumulation, evaluation, and logging at other steps than saving.
 SETTINGS = (
     "train.max_steps=9",
     "train.logging_steps=2",
@@ -56,17 +56,17 @@ def facts(run_dir: Path) -> dict:
 
 
 def leave_unfinished(run_dir: Path, *gone: str) -> None:
-    """Makes a finished run one that was killed after its last checkpoint but for some."""
+    """Turns a finished run into one that was killed after its last checkpoint, without the checkpoints `gone`."""
     for name in gone:
         shutil.rmtree(run_dir / "checkpoints" / name)
     (run_dir / "run.json").write_text(json.dumps({**facts(run_dir), "state": "running", "exit": None}))
 
 
-def written_under(run_dir: Path, **facts_of_another) -> None:
-    """Makes a run's checkpoints ones that were written under other facts."""
+def written_under(run_dir: Path, **other_facts) -> None:
+    """Rewrites a run's checkpoints as if written under other facts."""
     for path in list_checkpoints(run_dir / "checkpoints"):
         manifest = json.loads((path / MANIFEST).read_text())
-        manifest["facts"] |= facts_of_another
+        manifest["facts"] |= other_facts
         own = {key: value for key, value in manifest.items() if key != OWN_HASH}
         manifest[OWN_HASH] = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
         (path / MANIFEST).write_text(json.dumps(manifest))

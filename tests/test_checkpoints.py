@@ -1,4 +1,4 @@
-"""What a checkpoint holds, that any damage to it is seen, which ones stay, and what a full disk leaves."""
+"""Contents of a checkpoint, detection of damage, rotation, and full disks."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def test_checkpoints_are_whole_adapters_without_pickles(uninterrupted):
     assert facts["checkpoints"] == ["step-3", "step-6", "step-9"]
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_named(uninterrupted, tmp_path, monkeypatch, capsys):
+def test_a_damaged_checkpoint_is_skipped_and_named(uninterrupted, tmp_path, monkeypatch, capsys):
     folder = copy_of(uninterrupted, tmp_path, at="step-6")
     damaged = folder / "run" / "checkpoints" / "step-6" / "optimizer.safetensors"
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     resumed = run(folder, monkeypatch)
     printed = capsys.readouterr().out
-    assert "passed over checkpoint step-6: optimizer.safetensors is not as it was written" in " ".join(printed.split())
+    assert "passed over checkpoint step-6: optimizer.safetensors has been changed" in " ".join(printed.split())
     assert "resuming from step-3" in printed
     assert weights(resumed) == weights(uninterrupted)
 
@@ -65,7 +65,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [delete, truncate, zero, flip])
-def test_damage_to_any_file_of_a_checkpoint_is_seen(uninterrupted, tmp_path, damage):
+def test_damage_to_any_file_of_a_checkpoint_is_detected(uninterrupted, tmp_path, damage):
     whole = uninterrupted / "checkpoints" / "step-9"
     names = [path.name for path in whole.iterdir()]
     assert {"manifest.json", "optimizer.safetensors", "adapter_model.safetensors", "progress.json"} <= set(names)
@@ -87,14 +87,14 @@ def test_every_bit_of_the_manifest_counts(uninterrupted, tmp_path):
         assert fault_of(copy), data[place - 10 : place + 10]
 
 
-def test_what_saving_costs_is_recorded(uninterrupted):
+def test_the_cost_of_saving_is_recorded(uninterrupted):
     saves = json.loads((uninterrupted / "run.json").read_text())["saves"]
     size = sum(path.stat().st_size for path in (uninterrupted / "checkpoints" / "step-9").iterdir())
     assert (saves["count"], saves["bytes"]) == (3, size)
     assert saves["seconds"] > 0
 
 
-def test_a_checkpoint_can_be_asked_and_merged_where_the_run_has_no_adapter_yet(uninterrupted, tmp_path, monkeypatch):
+def test_a_checkpoint_can_answer_and_be_merged_before_the_run_has_an_adapter(uninterrupted, tmp_path, monkeypatch):
     folder = copy_of(uninterrupted, tmp_path, at="step-6")
     monkeypatch.chdir(folder)
     with pytest.raises(RunError, match=r"no adapter yet; .*Fix: take run/checkpoints/step-6, or finish the run"):
@@ -106,7 +106,7 @@ def test_a_checkpoint_can_be_asked_and_merged_where_the_run_has_no_adapter_yet(u
     assert (merge(checkpoint, output=Path("merged")) / "model.safetensors").exists()
 
 
-def test_old_checkpoints_go_but_the_best_stays(workspace, monkeypatch):
+def test_old_checkpoints_are_deleted_but_the_best_is_kept(workspace, monkeypatch):
     # A rate that ruins the model: the first evaluation with a checkpoint is the best.
     ruin = ("train.learning_rate=0.5", "train.warmup_steps=4", "train.max_grad_norm=0", "train.eval_steps=1")
     settings = (
@@ -124,7 +124,7 @@ def test_old_checkpoints_go_but_the_best_stays(workspace, monkeypatch):
     assert weights(path) == (path / "checkpoints" / f"step-{best['step']}" / "adapter_model.safetensors").read_bytes()
 
 
-def test_the_last_adapter_is_kept_unless_the_best_is_asked_for(workspace, monkeypatch):
+def test_the_last_adapter_is_kept_unless_the_best_is_requested(workspace, monkeypatch):
     ruin = ("train.learning_rate=0.5", "train.warmup_steps=4", "train.max_grad_norm=0", "train.eval_steps=1")
     settings = ("train.max_steps=7", "train.save_steps=1", "train.lr_scheduler_type=constant_with_warmup")
     path = run(workspace, monkeypatch, *ruin, *settings)
@@ -135,7 +135,7 @@ def test_the_last_adapter_is_kept_unless_the_best_is_asked_for(workspace, monkey
 
 
 def fill(disk: Path, leave: int) -> Path:
-    """Takes the room of a disk but for so many bytes."""
+    """Fills a disk except for so many bytes."""
     file = disk / "other-work"
     with file.open("wb") as stream:
         stream.write(bytes(shutil.disk_usage(disk).free - leave))
@@ -146,10 +146,11 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_whole(uninterrupted, small_
     folder = make_workspace(tmp_path)
     size = sum(file.stat().st_size for file in (uninterrupted / "checkpoints" / "step-3").iterdir())
     filler = fill(small_disk, leave=round(1.6 * size))
-    with pytest.raises(TrainingError) as told:
+    with pytest.raises(TrainingError) as caught:
         run(folder, monkeypatch, f"run.dir={small_disk}/run")
-    assert "the checkpoint of step 6 does not fit on the disk" in str(told.value)
-    assert "the last whole checkpoint is step-3. Fix: free some room and run the same command again" in str(told.value)
+    assert "the checkpoint of step 6 does not fit on the disk" in str(caught.value)
+    last = "the last whole checkpoint is step-3. Fix: free some room and run the same command again"
+    assert last in str(caught.value)
     checkpoints = small_disk / "run" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["step-3"]
     assert fault_of(checkpoints / "step-3") is None
@@ -159,8 +160,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_whole(uninterrupted, small_
     assert weights(run(folder, monkeypatch, f"run.dir={small_disk}/run")) == weights(uninterrupted)
 
 
-def test_a_disk_without_a_byte_left_is_told_as_well(uninterrupted, small_disk, tmp_path, monkeypatch):
-    """Not even the record of the run can be written then, and what was there is as it was."""
+def test_a_disk_without_a_byte_left_is_reported_as_well(uninterrupted, small_disk, tmp_path, monkeypatch):
+    """Not even run.json can be written then, and the existing files do not change."""
     folder = make_workspace(tmp_path)
     shutil.copytree(uninterrupted, small_disk / "run")
     leave_unfinished(small_disk / "run", "step-9")
@@ -174,7 +175,7 @@ def test_a_disk_without_a_byte_left_is_told_as_well(uninterrupted, small_disk, t
     assert weights(run(folder, monkeypatch, f"run.dir={small_disk}/run")) == weights(uninterrupted)
 
 
-def test_what_could_hold_a_secret_is_for_its_owner_alone(tmp_path, monkeypatch):
+def test_files_that_could_contain_a_secret_are_private(tmp_path, monkeypatch):
     folder = make_workspace(tmp_path)
     monkeypatch.setenv("QWEN_TUNE_CACHE", str(tmp_path / "cache"))
     before = os.umask(0)
@@ -184,7 +185,7 @@ def test_what_could_hold_a_secret_is_for_its_owner_alone(tmp_path, monkeypatch):
         os.umask(before)
     for name in ("run.json", "recipe.yaml", "logs", "checkpoints/step-1/manifest.json", "../cache/prepared"):
         assert (path / name).stat().st_mode & 0o077 == 0, name
-    # An adapter is made to be read by others.
+    # An adapter is meant to be read by others.
     for name in ("adapter", "adapter/adapter_model.safetensors", "adapter/README.md", "metrics.jsonl"):
         assert (path / name).stat().st_mode & 0o044 == 0o044, name
 
@@ -194,7 +195,7 @@ BEST = (*RUIN, "train.max_steps=7", "train.save_steps=1", "train.load_best_model
 
 
 @pytest.mark.parametrize("kind", ["gone", "damaged"])
-def test_a_best_checkpoint_that_is_not_whole_is_not_taken(workspace, monkeypatch, capsys, kind):
+def test_a_damaged_best_checkpoint_is_not_used(workspace, monkeypatch, capsys, kind):
     path = run(workspace, monkeypatch, *BEST, "train.save_total_limit=7")
     best = path / "checkpoints" / f"step-{facts(path)['best']['step']}"
     assert best.name != "step-7"
@@ -205,7 +206,7 @@ def test_a_best_checkpoint_that_is_not_whole_is_not_taken(workspace, monkeypatch
     assert facts(path)["state"] == "finished"
 
 
-def test_what_killed_saves_left_is_cleared_away(uninterrupted, tmp_path, monkeypatch):
+def test_leftovers_of_killed_saves_are_deleted(uninterrupted, tmp_path, monkeypatch):
     folder = copy_of(uninterrupted, tmp_path, at="step-6")
     for left in (".adapter.77.tmp", "checkpoints/.step-9.77.tmp"):
         (folder / "run" / left).mkdir()
@@ -218,10 +219,10 @@ def test_what_killed_saves_left_is_cleared_away(uninterrupted, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("share", [0.15, 0.35, 0.55, 0.75, 0.95])
-def test_wherever_a_disk_is_full_it_is_told_and_the_same_command_goes_on(
+def test_a_full_disk_is_reported_wherever_it_fills_and_the_same_command_resumes(
     uninterrupted, small_disk, tmp_path, monkeypatch, share
 ):
-    """In any file of the first checkpoint, each of which another library writes."""
+    """In any file of the first checkpoint; different libraries write them."""
     folder = make_workspace(tmp_path)
     size = sum(file.stat().st_size for file in (uninterrupted / "checkpoints" / "step-3").iterdir())
     filler = fill(small_disk, leave=round(share * size))

@@ -1,4 +1,4 @@
-"""What a command says where no terminal shows it: in a log file, to a reader that goes, on a stream of few signs."""
+"""Output without a terminal: in a log file, to a reader that closes the pipe, on a stream with a small encoding."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from qwen_tune.console import shown_path
 
 
 def command(*arguments: str, cwd: Path, lines: int | None = None, **changes: str) -> tuple[int, list[str], str]:
-    """A command with no terminal's width around it: exit code, lines of output (of the first few alone, then the reader
-    goes), and what it said on standard error."""
+    """Runs a command without a terminal: exit code, lines of output, and standard error.
+
+    With `lines`, the reader closes the pipe after that many.
+    """
     settings = {**environment(**changes)}
     del settings["COLUMNS"]
     words = [str(Path(sys.executable).with_name("qwen-tune")), *arguments]
@@ -32,8 +34,8 @@ def command(*arguments: str, cwd: Path, lines: int | None = None, **changes: str
     return process.returncode, output.splitlines(), errors
 
 
-def test_what_a_stream_cannot_show_is_replaced(workspace):
-    """Also where it is an error's: the recipe's name stands in it."""
+def test_characters_that_a_stream_cannot_encode_are_replaced(workspace):
+    """Also in an error, which contains the recipe's name."""
     few = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     code, output, errors = command("preview", "recipe.yaml", "--rows", "1", cwd=workspace, **few)
     assert (code, errors) == (0, "")
@@ -44,7 +46,7 @@ def test_what_a_stream_cannot_show_is_replaced(workspace):
     assert "Traceback" not in errors
 
 
-def test_a_reader_that_has_read_enough_is_no_error(workspace):
+def test_a_reader_that_closes_the_pipe_early_is_not_an_error(workspace):
     row = (workspace / "rows.jsonl").read_text().splitlines()[0]
     (workspace / "rows.jsonl").write_text(f"{row}\n" * 5000)  # far more than a pipe holds
     shown = ("recipe.yaml", "data.eval=null", "--all")
@@ -53,13 +55,13 @@ def test_a_reader_that_has_read_enough_is_no_error(workspace):
         assert (code, len(output), errors) == (0, 1, "")
 
 
-def test_training_goes_on_when_nobody_reads_it_any_more(workspace):
+def test_training_continues_when_nobody_reads_its_output_any_more(workspace):
     code, output, errors = command("train", "recipe.yaml", cwd=workspace, lines=1)
     assert (code, output, errors) == (0, ["small"], "")
     assert json.loads((workspace / "runs" / "small" / "run.json").read_text())["state"] == "finished"
 
 
-def test_a_log_file_has_whole_lines_and_paths_from_here(workspace):
+def test_a_log_file_has_unwrapped_lines_and_relative_paths(workspace):
     deep = workspace / "a-folder-with-a-rather-long-name" / "and-another-one-inside-it-that-is-long-as-well"
     deep.mkdir(parents=True)
     name = f"run.dir={deep.relative_to(workspace)}/run"
@@ -74,7 +76,7 @@ def test_a_log_file_has_whole_lines_and_paths_from_here(workspace):
     assert (code, output) == (0, [f"merged model: {shown}/run/merged"])
 
 
-def test_paths_are_shown_from_the_working_directory(own_folder):
+def test_paths_are_shown_relative_to_the_working_directory(own_folder):
     here = Path.cwd()
     assert shown_path(here / "runs" / "a") == "runs/a"
     assert shown_path("runs/a") == "runs/a"

@@ -1,4 +1,4 @@
-"""What makes a run another run, what does not, and what may be allowed."""
+"""Changes of recipe and facts between the parts of a run: refused, harmless, or allowed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwen_tune.errors import RecipeError, RunError
 from qwen_tune.recipe.files import load_recipe
 from qwen_tune.recipe.rules import FACTS, drift_names, is_drift_name
 from qwen_tune.runs.directory import RunDir
-from qwen_tune.runs.drift import recipe_drift
+from qwen_tune.runs.drift import changed_keys
 from qwen_tune.train import train
 
 pytest_plugins = ("resume_fixtures",)
@@ -24,20 +24,23 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("lora.lora_alpha=64", "lora.lora_alpha: got 64; the run in this directory was begun with 32"),
-        ("train.seed=1", "train.seed: got 1; the run in this directory was begun with 42"),
-        ("train.learning_rate=1e-4", "train.learning_rate: got 0.0001; the run in this directory was begun with 0.001"),
+        ("lora.lora_alpha=64", "lora.lora_alpha: got 64; the run in this directory was started with 32"),
+        ("train.seed=1", "train.seed: got 1; the run in this directory was started with 42"),
+        (
+            "train.learning_rate=1e-4",
+            "train.learning_rate: got 0.0001; the run in this directory was started with 0.001",
+        ),
         ("data.max_length_tokens=128", "data.max_length_tokens: got 128"),
         ("train.resume=never", "unfinished run; train.resume is never"),
-        ("train.resume=nowhere", "nowhere is not there; expected a checkpoint's directory"),
+        ("train.resume=nowhere", "nowhere does not exist; expected a checkpoint's directory"),
     ],
 )
-def test_another_run_is_not_gone_on_with(uninterrupted, tmp_path, monkeypatch, override, message):
+def test_a_different_run_is_not_resumed(uninterrupted, tmp_path, monkeypatch, override, message):
     folder = copy_of(uninterrupted, tmp_path, at="step-6")
     before = sorted(path.name for path in (folder / "run").rglob("*"))
-    with pytest.raises(RunError) as told:
+    with pytest.raises(RunError) as caught:
         run(folder, monkeypatch, override)
-    assert message in str(told.value)
+    assert message in str(caught.value)
     assert sorted(path.name for path in (folder / "run").rglob("*")) == before
 
 
@@ -49,25 +52,25 @@ def test_changed_rows_or_weights_are_noticed(uninterrupted, tmp_path, monkeypatc
     with pytest.raises(RunError, match=r"data_fingerprint: the rows \(.*\) changed since the run"):
         run(folder, monkeypatch)
     rows.write_text("".join(lines))
-    # The same recipe in another folder is another run's checkpoint.
+    # The same recipe in another folder has checkpoints of another run.
     (folder / "other").mkdir()
     other = make_workspace(folder / "other")
     shutil.copytree(uninterrupted, other / "run")
-    with pytest.raises(RunError, match="a checkpoint of another run"):
+    with pytest.raises(RunError, match="not a checkpoint of this run"):
         run(folder, monkeypatch, f"train.resume={other}/run/checkpoints/step-6")
 
 
 @pytest.mark.parametrize("arguments", [{}, {"overwrite": True}])
-def test_a_checkpoint_is_not_asked_for_where_there_is_none_to_go_on_from(workspace, monkeypatch, arguments):
+def test_a_checkpoint_without_a_run_is_refused(workspace, monkeypatch, arguments):
     monkeypatch.chdir(workspace)
-    with pytest.raises(RunError, match="there is no run here to resume with"):
+    with pytest.raises(RunError, match="there is no run here to resume"):
         train("recipe.yaml", ["run.dir=fresh", "train.resume=elsewhere/step-3"], **arguments)
     assert not (workspace / "fresh").exists()
 
 
 def test_drift_is_only_what_changes_the_result():
-    assert recipe_drift("train: {seed: 1, logging_steps: 1}", "train: {seed: 1, logging_steps: 5}") == []
-    [problem] = recipe_drift("data: {train: [{path: a}]}", "data: {train: [{path: a}, {path: b}]}")
+    assert changed_keys("train: {seed: 1, logging_steps: 1}", "train: {seed: 1, logging_steps: 5}") == []
+    [problem] = changed_keys("data: {train: [{path: a}]}", "data: {train: [{path: a}, {path: b}]}")
     assert str(problem) == 'data.train[1].path was null, now "b"'
 
 
@@ -80,7 +83,7 @@ DRIFTS = {
 
 
 @pytest.mark.parametrize("field", DRIFTS)
-def test_what_is_allowed_changes_and_is_recorded(uninterrupted, tmp_path, monkeypatch, capsys, field):
+def test_an_allowed_change_takes_effect_and_is_recorded(uninterrupted, tmp_path, monkeypatch, capsys, field):
     folder = copy_of(uninterrupted, tmp_path, at="step-6")
     allowed = [field] if field != "data.packing" else ["data"]
     with pytest.raises(RunError, match=rf"{field}: got .*allow it with train\.allow_drift=\[{field}\]"):
@@ -97,7 +100,9 @@ def test_what_is_allowed_changes_and_is_recorded(uninterrupted, tmp_path, monkey
         assert now == pytest.approx([rate / 2 for rate in was])
 
 
-def test_an_allowed_change_is_the_runs_own_once_a_checkpoint_is_written_under_it(uninterrupted, tmp_path, monkeypatch):
+def test_an_allowed_change_belongs_to_the_run_once_a_checkpoint_is_written_under_it(
+    uninterrupted, tmp_path, monkeypatch
+):
     folder = copy_of(uninterrupted, tmp_path, at="step-6")
     changed = ("train.learning_rate=5e-4", "train.allow_drift=[train.learning_rate]")
     run(folder, monkeypatch, *changed)
@@ -105,15 +110,15 @@ def test_an_allowed_change_is_the_runs_own_once_a_checkpoint_is_written_under_it
     leave_unfinished(folder / "run")
     assert weights(run(folder, monkeypatch, *changed[:1])) == first
     leave_unfinished(folder / "run")
-    with pytest.raises(RunError, match=r"train\.learning_rate: got 0\.001; .* begun with 0\.0005"):
+    with pytest.raises(RunError, match=r"train\.learning_rate: got 0\.001; .* started with 0\.0005"):
         run(folder, monkeypatch)
-    # Before that, what came to nothing has changed nothing.
+    # Before that, a change has no effect.
     leave_unfinished(folder / "run", "step-9")
     assert weights(run(folder, monkeypatch)) == weights(uninterrupted)
     assert facts(folder / "run")["drift"] == []
 
 
-FACTS_OF_ANOTHER = {
+OTHER_FACTS = {
     "versions.torch": ("0.0.1", "the version of torch"),
     "versions.qwen-tune": ("0.0.1", "the version of qwen-tune"),
     "template_sha256": ("f" * 64, "the chat template"),
@@ -125,15 +130,15 @@ FACTS_OF_ANOTHER = {
 }
 
 
-@pytest.mark.parametrize("field", FACTS_OF_ANOTHER)
+@pytest.mark.parametrize("field", OTHER_FACTS)
 def test_other_facts_are_refused_unless_they_are_allowed(uninterrupted, tmp_path, monkeypatch, field):
     folder = copy_of(uninterrupted, tmp_path, at="step-6")
-    was, what = FACTS_OF_ANOTHER[field]
+    was, what = OTHER_FACTS[field]
     written_under(folder / "run", **{field: was})
-    with pytest.raises(RunError) as told:
+    with pytest.raises(RunError) as caught:
         run(folder, monkeypatch)
-    assert f"{field}: {what} changed since the run was begun: was {json.dumps(was)[:12]}" in str(told.value)
-    assert f"allow it with train.allow_drift=[{field}]" in str(told.value)
+    assert f"{field}: {what} changed since the run was started: was {json.dumps(was)[:12]}" in str(caught.value)
+    assert f"allow it with train.allow_drift=[{field}]" in str(caught.value)
     resumed = run(folder, monkeypatch, f"train.allow_drift=[{field.split('.')[0]}]")
     [change] = facts(resumed)["drift"]
     assert (change["step"], change["field"], change["was"]) == (6, field, was)
@@ -150,21 +155,21 @@ def test_another_processor_or_number_of_threads_is_told(uninterrupted, tmp_path,
     )
 
 
-def test_every_name_that_is_proposed_is_taken(uninterrupted, tmp_path, monkeypatch):
+def test_every_proposed_name_is_accepted(uninterrupted, tmp_path, monkeypatch):
     folder = copy_of(uninterrupted, tmp_path, at="step-6")
     changes = ("lora.alpha_pattern={q_proj: 64}", "data.train=[{path: rows.jsonl, columns: {chat: messages}}]")
-    with pytest.raises(RunError) as told:
+    with pytest.raises(RunError) as caught:
         run(folder, monkeypatch, *changes)
-    assert len(told.value.problems) == 2
+    assert len(caught.value.problems) == 2
     proposed = "train.allow_drift=[data.train, lora.alpha_pattern]"
-    assert proposed in str(told.value)
+    assert proposed in str(caught.value)
     assert load_recipe(folder / "recipe.yaml", [proposed]).train.allow_drift
 
 
 def test_keys_of_the_loader_and_the_name_change_nothing():
     before = "name: a\ntrain: {trainer_args: {dataloader_num_workers: 0, adam_beta1: 0.9}}"
     after = "name: b\ntrain: {trainer_args: {dataloader_num_workers: 2, adam_beta1: 0.8}}"
-    assert [found.field for found in recipe_drift(before, after)] == ["train.trainer_args.adam_beta1"]
+    assert [found.field for found in changed_keys(before, after)] == ["train.trainer_args.adam_beta1"]
 
 
 def test_a_recipe_may_change_before_the_first_checkpoint(uninterrupted, tmp_path, monkeypatch):
@@ -173,22 +178,22 @@ def test_a_recipe_may_change_before_the_first_checkpoint(uninterrupted, tmp_path
     for state in ("running", "failed"):
         (folder / "run" / "run.json").write_text(json.dumps({**facts(folder / "run"), "state": state}))
         plan = RunDir(folder / "run").check("train: {seed: 1}", overwrite=False, resume="auto")
-        assert plan.begins_anew
+        assert plan.starts_over
 
 
 @pytest.mark.parametrize("override", ["lora.r=4", "train.optim=sgd", "train.loraplus_lr_ratio=2"])
-def test_what_decides_the_tensors_cannot_be_allowed(uninterrupted, tmp_path, monkeypatch, override):
+def test_keys_that_determine_the_tensors_cannot_be_allowed(uninterrupted, tmp_path, monkeypatch, override):
     folder = copy_of(uninterrupted, tmp_path, at="step-6")
-    with pytest.raises(RunError, match="its checkpoints have no tensors for another"):
+    with pytest.raises(RunError, match="the checkpoints have no tensors for another value"):
         run(folder, monkeypatch, override, f"train.allow_drift=[{override.split('=')[0]}]")
 
 
-def test_all_fields_and_one_list_that_allows_them(uninterrupted, tmp_path, monkeypatch):
+def test_all_fields_are_reported_with_one_list_that_allows_them(uninterrupted, tmp_path, monkeypatch):
     folder = copy_of(uninterrupted, tmp_path, at="step-6")
-    with pytest.raises(RunError) as told:
+    with pytest.raises(RunError) as caught:
         run(folder, monkeypatch, "train.seed=1", "train.weight_decay=0.1")
-    assert len(told.value.problems) == 2
-    assert str(told.value).count("train.allow_drift=[train.seed, train.weight_decay]") == 2
+    assert len(caught.value.problems) == 2
+    assert str(caught.value).count("train.allow_drift=[train.seed, train.weight_decay]") == 2
 
 
 def test_names_that_may_be_allowed():
@@ -200,7 +205,7 @@ def test_names_that_may_be_allowed():
         load_recipe(ROOT / "recipes" / "quickstart.yaml", ["train.allow_drift=[learning_rate]"])
 
 
-def test_a_finished_run_says_in_what_the_recipe_is_another_one(uninterrupted, tmp_path, monkeypatch):
+def test_a_finished_run_reports_what_differs_in_the_recipe(uninterrupted, tmp_path, monkeypatch):
     folder = make_workspace(tmp_path)
     shutil.copytree(uninterrupted, folder / "run")
     with pytest.raises(RunError, match=r"of another recipe \(train\.seed was 42, now 1\)"):

@@ -1,4 +1,4 @@
-"""A run that is killed with -9 comes to the same adapter as one that is not; the long form is in scripts/evidence."""
+"""A run that is killed with -9 yields the same adapter as one that is not; scripts/evidence has a longer form."""
 
 from __future__ import annotations
 

@@ -33,18 +33,18 @@ def test_a_process_that_a_launcher_started_starts_no_others(no_launcher, monkeyp
 def test_without_gpus_there_is_one_process_unless_the_recipe_asks_for_more(no_launcher, monkeypatch):
     assert [processes_to_start(TrainSpec(num_processes=count)) for count in (None, 1, 3)] == [1, 1, 3]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert visible_gpus() == 0  # none are there, whatever the variable says
+    assert visible_gpus() == 0  # this machine has none, whatever the variable says
 
 
 @pytest.mark.gpu
 def test_no_more_processes_than_gpus(no_launcher):
-    with pytest.raises(RunError, match=r"99 processes, and \d+ GPUs are visible"):
+    with pytest.raises(RunError, match=r"99 processes, but only \d+ GPUs are visible"):
         processes_to_start(TrainSpec(num_processes=99))
 
 
 @pytest.mark.parametrize(("codes", "expected"), [((0, 0), 0), ((2, 2), 2), ((0, 5), 5), ((130, 130), 130)])
 def test_the_exit_code_is_that_of_the_first_process_or_of_the_one_that_failed(tmp_path, monkeypatch, codes, expected):
-    # A package of that name in the working directory stands for ours: `python -m qwen_tune` finds it first.
+    # A package of that name in the working directory replaces ours: `python -m qwen_tune` finds it first.
     package = tmp_path / "qwen_tune"
     package.mkdir()
     (package / "__main__.py").write_text(f"import os, sys; sys.exit({codes}[int(os.environ['RANK'])])")
@@ -52,17 +52,17 @@ def test_the_exit_code_is_that_of_the_first_process_or_of_the_one_that_failed(tm
     assert launch([], 2, tmp_path) == expected
 
 
-def test_it_is_said_where_a_process_beside_the_first_told_of_its_failure(tmp_path, monkeypatch, capfd):
+def test_the_log_of_a_failed_process_is_named(tmp_path, monkeypatch, capfd):
     package = tmp_path / "qwen_tune"
     package.mkdir()
     (package / "__main__.py").write_text("import os, sys; sys.exit(int(os.environ['RANK']))")
     (tmp_path / "rank-1.log").write_text("why")
     monkeypatch.chdir(tmp_path)
     assert launch([], 2, tmp_path) == 1
-    assert "process 1 failed; what it said is in" in capfd.readouterr().err
+    assert "process 1 failed; its output is in" in capfd.readouterr().err
 
 
-def test_a_fault_is_told_once_with_exit_code_2(workspace, qwen_tune):
+def test_a_fault_is_reported_once_with_exit_code_2(workspace, qwen_tune):
     (workspace / "rows.jsonl").write_text("{\n")
     result = qwen_tune("train", "recipe.yaml", "run.dir=run", "train.num_processes=2", cwd=workspace)
     assert result.returncode == 2
@@ -71,8 +71,8 @@ def test_a_fault_is_told_once_with_exit_code_2(workspace, qwen_tune):
     assert not (workspace / "run").exists()
 
 
-def test_a_launcher_that_starts_another_number_is_an_error(workspace):
-    """`accelerate launch --cpu --num_processes 2` starts one process and tells it nothing of the two."""
+def test_a_launcher_that_starts_a_different_number_is_an_error(workspace):
+    """`accelerate launch --cpu --num_processes 2` starts one process and does not tell it about the two."""
     command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2"]
     result = subprocess.run(
         [*command, str(ROOT / "qwen_tune" / "train.py"), "recipe.yaml", "train.num_processes=2", "run.dir=run"],
@@ -83,7 +83,7 @@ def test_a_launcher_that_starts_another_number_is_an_error(workspace):
         timeout=600,
     )
     assert result.returncode != 0
-    assert "train.num_processes: the recipe asks for 2 processes and 1 run" in result.stderr
+    assert "train.num_processes: the recipe asks for 2 processes, but 1 is running" in result.stderr
     assert not (workspace / "run").exists()
 
 

@@ -1,4 +1,4 @@
-"""Paths that nobody can use, wherever a user may write one: a message and exit code 2, with nothing left after."""
+"""Unusable paths, wherever a user may write one: a message and exit code 2, with nothing left behind."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from qwen_tune.runs.directory import RunDir
 
 LONG = "folder/" + "x" * 5000
 NO_USER = "~nobody-of-this-name/x"
-UNUSABLE = {LONG: "too long", NO_USER: "no such user", "loop/x": "symbolic links", "a\0b": "no path can hold"}
-WORDS = [text for text in UNUSABLE if "\0" not in text]  # what can stand on a command line and in the environment
+UNUSABLE = {LONG: "too long", NO_USER: "no such user", "loop/x": "symbolic links", "a\0b": "no path can contain"}
+WORDS = [text for text in UNUSABLE if "\0" not in text]  # possible on a command line and in the environment
 
 
 @pytest.fixture(autouse=True)
@@ -30,14 +30,14 @@ def loop(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("text", UNUSABLE)
-def test_what_no_path_can_be_is_told(text):
+def test_an_impossible_path_is_reported(text):
     assert UNUSABLE[text] in path_fault(text)
     with pytest.raises(UnreadableError, match=UNUSABLE[text]):
         read_text_file(text)
 
 
 @pytest.mark.parametrize("text", ["here", "not-there", "here/below", ".", "~", "/", "*.jsonl", "ä 🙂"])
-def test_what_could_be_one_is_not(text):
+def test_a_possible_path_is_accepted(text):
     Path("here").write_text("a file")
     assert path_fault(text) is None
 
@@ -47,9 +47,9 @@ def test_only_small_regular_files_of_text_are_read_whole(tmp_path):
     Path("large").write_bytes(b"x" * (TEXT_LIMIT_BYTES + 1))
     Path("binary").write_bytes(b"\xff\xfe")
     for name, what in {
-        "pipe": "no regular file",
-        "/dev/zero": "no regular file",
-        ".": "no regular file",
+        "pipe": "not a regular file",
+        "/dev/zero": "not a regular file",
+        ".": "not a regular file",
         "large": "larger than 16 MiB",
         "binary": "codec can't decode",
         "none": "No such file",
@@ -122,13 +122,13 @@ def test_pipes_and_devices_are_not_waited_for(qwen_tune, workspace, key, path):
     result = qwen_tune("preview", "recipe.yaml", f"{key}={path}", cwd=workspace)
     assert result.returncode == 2
     assert f"{path}: the " in result.stderr
-    assert "it is no regular file" in result.stderr
+    assert "it is not a regular file" in result.stderr
 
 
 DEEP = 100_000
 
 
-def test_files_that_are_nested_too_deeply(qwen_tune, workspace):
+def test_too_deeply_nested_files_are_refused(qwen_tune, workspace):
     (workspace / "tiny-qwen").unlink()
     shutil.copytree(TINY, workspace / "tiny-qwen")
     (workspace / "deep.jinja").write_text("{% if messages %}" * DEEP + "<|im_end|>" + "{% endif %}" * DEEP)
@@ -146,13 +146,13 @@ def test_files_that_are_nested_too_deeply(qwen_tune, workspace):
         assert "Traceback" not in result.stderr
 
 
-def test_where_a_run_can_be_is_tried_and_nothing_is_left(tmp_path):
+def test_checking_where_a_run_can_be_written_leaves_nothing_behind(tmp_path):
     target = tmp_path / "a" / "b"
     RunDir(target).check("", overwrite=False, resume="auto")
     assert [path.name for path in tmp_path.iterdir()] == ["loop"]
     Path("file").write_text("")
     for place in (Path("/proc/x"), Path("/proc/self/fd/x"), Path("file"), Path("file/x"), Path("/dev/null/x")):
-        with pytest.raises(RunError, match=r"(nothing can be written there|is no directory).*run\.dir="):
+        with pytest.raises(RunError, match=r"(the run directory cannot be written|is not a directory).*run\.dir="):
             RunDir(place).check("", overwrite=False, resume="auto")
 
 
@@ -166,7 +166,7 @@ def test_a_run_that_cannot_be_written_is_refused_before_anything_is_loaded(works
         [sys.executable, "-c", code], cwd=workspace, env=environment(), capture_output=True, text=True
     )
     assert result.stdout == "2 []\n"
-    assert result.stderr.startswith("/proc/x: nothing can be written there")
+    assert result.stderr.startswith("/proc/x: the run directory cannot be written")
 
 
 def test_no_home_folder(monkeypatch):

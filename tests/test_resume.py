@@ -41,7 +41,7 @@ def test_a_chosen_checkpoint_takes_the_run_back_to_it(uninterrupted, tmp_path, m
     assert losses(resumed) == losses(uninterrupted)
 
 
-def test_a_run_whose_time_is_up_saves_and_goes_on(uninterrupted, workspace, monkeypatch):
+def test_a_run_whose_time_is_up_saves_and_resumes(uninterrupted, workspace, monkeypatch):
     # A limit of a moment is over after every step.
     for step in (1, 2):
         with pytest.raises(Interrupted, match=f"interrupted after step {step}, which is saved"):
@@ -51,7 +51,7 @@ def test_a_run_whose_time_is_up_saves_and_goes_on(uninterrupted, workspace, monk
     assert weights(workspace / "run") == weights(uninterrupted)
 
 
-def test_a_finished_run_has_nothing_to_do_until_it_is_asked_for_more(uninterrupted, tmp_path, monkeypatch, capsys):
+def test_a_finished_run_has_nothing_to_do_until_it_is_made_longer(uninterrupted, tmp_path, monkeypatch, capsys):
     folder = make_workspace(tmp_path)
     shutil.copytree(uninterrupted, folder / "run")
     run(folder, monkeypatch, "train.logging_steps=5")
@@ -60,12 +60,12 @@ def test_a_finished_run_has_nothing_to_do_until_it_is_asked_for_more(uninterrupt
     assert "resuming from step-9" in capsys.readouterr().out
     assert json.loads((longer / "run.json").read_text())["steps"] == 12
     assert losses(longer)[: len(losses(uninterrupted))] == losses(uninterrupted)
-    with pytest.raises(RunError, match="4 steps are asked for, and the run has done 12 already"):
+    with pytest.raises(RunError, match="the recipe asks for 4 steps, but the run has already done 12"):
         run(folder, monkeypatch, "train.max_steps=4")
 
 
 @pytest.mark.parametrize("optim", ["adamw_8bit", "lion_8bit", "adafactor"])
-def test_other_optimizers_go_on_as_well(workspace, monkeypatch, optim):
+def test_other_optimizers_resume_as_well(workspace, monkeypatch, optim):
     settings = (f"train.optim={optim}", "train.learning_rate=1e-3", "train.max_steps=4", "train.save_steps=2")
     run(workspace, monkeypatch, *settings, "run.dir=whole", "train.eval_steps=null")
     stopped = workspace / "run"
@@ -95,7 +95,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_other_bases_and_sources_go_on_as_well_without_tokenizing_again(workspace, monkeypatch, way):
+def test_other_bases_and_sources_resume_without_tokenizing_again(workspace, monkeypatch, way):
     monkeypatch.setenv("QWEN_TUNE_CACHE", str(workspace / "cache"))
     settings = (*WAYS[way], "train.max_steps=4", "train.save_steps=2", "train.eval_steps=2")
     whole = run(workspace, monkeypatch, *settings, "run.dir=whole")
@@ -120,7 +120,7 @@ class ReadPacks(Packs):
         return {"input_ids": np.array([1, 2]), "labels": np.array([-100, 2]), "lengths": np.array([2])}
 
 
-def test_what_was_trained_is_passed_over_without_being_read():
+def test_trained_packs_are_skipped_without_being_read():
     packs = ReadPacks(None, np.arange(1000), np.ones(1000, np.int64))
     order = SeededOrder(1000, 0, seed=3)
     loader = DataLoader(
@@ -131,7 +131,7 @@ def test_what_was_trained_is_passed_over_without_being_read():
     assert ReadPacks.read == list(order)[990:]
 
 
-def test_more_epochs_go_on_with_the_rates_of_the_longer_schedule(workspace, monkeypatch):
+def test_more_epochs_resume_with_the_rates_of_the_longer_schedule(workspace, monkeypatch):
     rows = (workspace / "rows.jsonl").read_text().splitlines(keepends=True)[:60]
     (workspace / "rows.jsonl").write_text("".join(rows))
     epochs = ("train.max_steps=null", "train.save_steps=1", "train.eval_steps=null", "data.eval=null")
@@ -144,11 +144,11 @@ def test_more_epochs_go_on_with_the_rates_of_the_longer_schedule(workspace, monk
     assert rates(path)[steps - 1] < rates(whole)[steps - 1]
 
 
-def test_how_often_it_is_evaluated_changes_no_training(uninterrupted, workspace, monkeypatch):
+def test_the_frequency_of_evaluation_does_not_change_training(uninterrupted, workspace, monkeypatch):
     assert weights(run(workspace, monkeypatch, "train.eval_steps=2")) == weights(uninterrupted)
 
 
-def test_a_finished_run_ends_with_its_best_once_that_is_asked_for(workspace, monkeypatch):
+def test_a_finished_run_ends_with_its_best_checkpoint_on_request(workspace, monkeypatch):
     ruin = ("train.learning_rate=0.5", "train.warmup_steps=4", "train.max_grad_norm=0", "train.eval_steps=1")
     settings = (*ruin, "train.max_steps=7", "train.save_steps=1", "train.save_total_limit=7")
     path = run(workspace, monkeypatch, *settings)
@@ -167,7 +167,7 @@ def test_a_finished_run_ends_with_its_best_once_that_is_asked_for(workspace, mon
         (["data.system=Be kind."], "", "qwen-tune train r.yaml 'data.system=Be kind.'"),
     ],
 )
-def test_the_command_that_goes_on(overrides, file_says, command):
+def test_the_command_that_resumes(overrides, file_says, command):
     from qwen_tune.distributed.launch import resume_command
 
     chosen = [text.removeprefix("train.resume=") for text in overrides if text.startswith("train.resume")]

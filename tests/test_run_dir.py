@@ -55,21 +55,21 @@ def test_the_same_recipe_has_nothing_to_do_and_another_one_is_refused(tmp_path):
 
 def test_a_directory_with_other_files_is_never_taken(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(RunError, match=r"no run's \(thesis\.txt\)"):
+    with pytest.raises(RunError, match=r"do not belong to a run \(thesis\.txt\)"):
         RunDir(tmp_path).check(RECIPE, overwrite=True, resume="auto")
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="is no directory"):
+    with pytest.raises(RunError, match="is not a directory"):
         RunDir(tmp_path / "file").check(RECIPE, overwrite=False, resume="auto")
 
 
-def test_folders_that_only_bear_our_names_are_not_ours(tmp_path):
+def test_folders_that_only_have_our_names_are_not_taken(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "mine.log").write_text("")
-    with pytest.raises(RunError, match=r"no run's \(logs\)"):
+    with pytest.raises(RunError, match=r"do not belong to a run \(logs\)"):
         RunDir(tmp_path).check(RECIPE, overwrite=True, resume="auto")
 
 
-def test_what_a_killed_save_left_is_cleared(tmp_path):
+def test_leftovers_of_a_killed_save_are_cleared(tmp_path):
     run = finished(tmp_path / "run")
     (run.path / ".adapter.123.tmp").mkdir()
     (run.path / ".run.json.123.tmp").write_text("")
@@ -82,18 +82,18 @@ def test_a_run_that_finished_in_the_meantime_is_not_wiped(tmp_path):
     late = RunDir(tmp_path / "run")
     assert late.check(RECIPE, overwrite=False, resume="auto") == Plan()
     finished(late.path)
-    with pytest.raises(RunError, match="another process has used it in the meantime"):
+    with pytest.raises(RunError, match="another process has changed it in the meantime"):
         late.begin(RECIPE)
     assert json.loads(late.run_json.read_text())["state"] == "finished"
 
 
-def test_a_place_where_nothing_can_be_written_is_found_at_once(tmp_path):
+def test_an_unwritable_place_is_reported_at_once(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"file is no directory.*run\.dir="):
+    with pytest.raises(RunError, match=r"file is not a directory.*run\.dir="):
         RunDir(tmp_path / "file" / "run").check(RECIPE, overwrite=False, resume="auto")
 
 
-def test_overwriting_clears_what_the_earlier_run_left(tmp_path):
+def test_overwriting_deletes_the_earlier_run(tmp_path):
     run = finished(tmp_path / "run")
     (run.path / "adapter").mkdir()
     run.metrics.write_text("{}\n")
@@ -108,22 +108,22 @@ def test_a_live_process_holds_its_directory_until_it_is_killed(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from qwen_tune.runs.directory import RunDir\n"
         "with RunDir(Path(sys.argv[1])).recording('name: one\\n'):\n"
-        "    print('begun', flush=True); time.sleep(600)"
+        "    print('started', flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        assert process.stdout.readline() == "begun\n"
+        assert process.stdout.readline() == "started\n"
         with pytest.raises(RunError, match="in use by a process"):
             RunDir(path).check(RECIPE, overwrite=True, resume="auto")
-        with pytest.raises(RunError, match="another process took"):
+        with pytest.raises(RunError, match="another process uses the run directory"):
             RunDir(path).begin(RECIPE)
     finally:
         process.kill()
         process.communicate()
     assert RunDir(path).check(RECIPE, overwrite=True, resume="auto") == Plan()
-    # It ended before its first checkpoint; what has a damaged one, or an adapter, is not thrown away like that.
-    assert RunDir(path).check(RECIPE, overwrite=False, resume="auto") == Plan(begins_anew=True)
+    # It ended before its first checkpoint. A run with a damaged checkpoint or an adapter is not discarded like that.
+    assert RunDir(path).check(RECIPE, overwrite=False, resume="auto") == Plan(starts_over=True)
     with pytest.raises(RunError, match=r"unfinished run; train\.resume is never"):
         RunDir(path).check(RECIPE, overwrite=False, resume="never")
     (path / "checkpoints" / "step-3").mkdir(parents=True)

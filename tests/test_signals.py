@@ -1,4 +1,4 @@
-"""Runs as processes of their own: signals, and two processes that train as one."""
+"""Runs in separate processes: signals, and two processes that train as one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def command(*arguments: str) -> list[str]:
     return [str(Path(sys.executable).with_name("qwen-tune")), *arguments]
 
 
-def interrupted_behind(step: int, folder: Path, number: int, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """A run in a process of its own that gets a signal once a step is logged."""
+def interrupted_after(step: int, folder: Path, number: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """A run in a separate process that gets a signal once a step is logged."""
     process = subprocess.Popen(
         command("train", "recipe.yaml", "run.dir=run", *overrides),
         cwd=folder,
@@ -46,9 +46,9 @@ def interrupted_behind(step: int, folder: Path, number: int, *overrides: str) ->
 LONG = ("train.max_steps=400", "train.logging_steps=1", "lora.lora_dropout=0.1")
 
 
-def test_a_signal_saves_and_two_processes_go_on_to_the_same_end(workspace, qwen_tune):
+def test_a_signal_saves_and_two_processes_resume_to_the_same_result(workspace, qwen_tune):
     both = ("train.num_processes=2", "train.max_steps=60", "train.logging_steps=1", "lora.lora_dropout=0.1")
-    stopped = interrupted_behind(3, workspace, signal.SIGTERM, *both)
+    stopped = interrupted_after(3, workspace, signal.SIGTERM, *both)
     assert stopped.returncode == 130, stopped.stderr
     assert "which is saved. Resume with: qwen-tune train recipe.yaml run.dir=run " in stopped.stderr
     assert "Traceback" not in stopped.stderr
@@ -68,15 +68,15 @@ def test_a_signal_saves_and_two_processes_go_on_to_the_same_end(workspace, qwen_
 
 
 def test_ctrl_c_in_one_process(workspace):
-    stopped = interrupted_behind(2, workspace, signal.SIGINT, *LONG)
+    stopped = interrupted_after(2, workspace, signal.SIGINT, *LONG)
     assert stopped.returncode == 130, stopped.stderr
     assert "stopping after this step" in stopped.stderr
     [checkpoint] = list_checkpoints(workspace / "run" / "checkpoints")
     assert fault_of(checkpoint) is None
 
 
-def test_two_processes_learn_what_one_does(workspace, qwen_tune):
-    # SGD: Adam would turn rounding into differences of its own. 27 rows: the last batch of an epoch is not full.
+def test_two_processes_train_the_same_adapter_as_one(workspace, qwen_tune):
+    # SGD, since Adam would amplify rounding. 27 packs: the last batch of an epoch is not full.
     same = (
         "train.optim=sgd",
         "train.learning_rate=0.1",
@@ -103,7 +103,7 @@ def test_two_processes_learn_what_one_does(workspace, qwen_tune):
     for mine, theirs in zip(losses(workspace / "one"), losses(workspace / "two"), strict=True):
         assert mine == pytest.approx(theirs, abs=2e-6)
     facts = json.loads((workspace / "two" / "run.json").read_text())
-    assert facts["tokens"]["padding"] == 1  # one filler: 27 rows for two processes
+    assert facts["tokens"]["padding"] == 1  # one filler: 27 packs for two processes
     assert (
         facts["tokens"]["processed"] - 1
         == json.loads((workspace / "one" / "run.json").read_text())["tokens"]["processed"]

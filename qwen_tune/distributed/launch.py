@@ -1,8 +1,7 @@
-"""Starting one process a GPU, passing signals on to them, and ending with their exit code.
+"""Starts one process per GPU, forwards signals to them, and returns their exit code.
 
-The processes are the ones that `accelerate launch` starts: the same environment, the same rendezvous. They are started
-here because the launcher turns every end of a process into exit code 1 with a traceback of its own, and kills processes
-that need more than 30 seconds to save.
+Environment and rendezvous are those of `accelerate launch`. It is not used because it turns every failure of a process
+into exit code 1 with a traceback of its own, and kills processes that need more than 30 seconds to save.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from qwen_tune.machine import on_stop_signals, usable_cores
 from qwen_tune.recipe.schema import Recipe, TrainSpec
 
 SET_BY_LAUNCHERS = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")  # accelerate sets the latter even for one process
-SECONDS_AFTER_A_FAILURE = 30.0  # for the other processes to end by themselves
+SECONDS_AFTER_A_FAILURE = 30.0  # before the other processes are killed
 
 
 def start_processes(recipe: Recipe, recipe_path: str | Path, overrides: Sequence[str], *, overwrite: bool) -> None:
@@ -41,15 +40,13 @@ def start_processes(recipe: Recipe, recipe_path: str | Path, overrides: Sequence
 
 
 def processes_to_start(train: TrainSpec) -> int:
-    """How many processes a `qwen-tune train` starts: what the recipe asks for, else one a visible GPU.
+    """How many processes `qwen-tune train` starts: the recipe's number, else one per visible GPU.
 
-    Without a number in the recipe, GPUs among which the global batch does not divide are left out.
-
-    Returns:
-        1 where nothing has to be started, as in a process that a launcher has started.
+    Without a number in the recipe, it uses only as many GPUs as divide the global batch. It is 1 in a process that a
+    launcher has started.
 
     Raises:
-        RunError: More are asked for than there are GPUs.
+        RunError: The recipe asks for more processes than there are GPUs.
     """
     if any(name in os.environ for name in SET_BY_LAUNCHERS):
         return 1
@@ -57,13 +54,13 @@ def processes_to_start(train: TrainSpec) -> int:
     if train.num_processes is None:
         return next(count for count in range(max(gpus, 1), 0, -1) if train.global_batch_size % count == 0)
     if gpus and train.num_processes > gpus:
-        what = f"the recipe asks for {train.num_processes} processes, and {gpus} GPUs are visible"
+        what = f"the recipe asks for {train.num_processes} processes, but only {gpus} GPUs are visible"
         raise RunError(Problem("train.num_processes", what, f"set train.num_processes={gpus}"))
     return train.num_processes
 
 
 def visible_gpus() -> int:
-    """NVIDIA GPUs that a process may use, without importing torch: what the driver lists, or what the user chose."""
+    """The number of NVIDIA GPUs that a process may use, without importing torch."""
     driver = Path("/proc/driver/nvidia/gpus")
     present = len(list(driver.iterdir())) if driver.is_dir() else 0
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -74,14 +71,12 @@ def visible_gpus() -> int:
 
 
 def launch(arguments: Sequence[str], processes: int, logs: Path) -> int:
-    """Runs `qwen-tune` with some arguments in several processes and waits for them.
-
-    SIGINT and SIGTERM go on to all of them.
+    """Runs `qwen-tune` with these arguments in several processes, forwards SIGINT and SIGTERM, and waits.
 
     Args:
         arguments: The command line after `qwen-tune`.
-        processes: How many.
-        logs: Where all but the first write what they say.
+        processes: How many to start.
+        logs: Where all but the first write their output.
 
     Returns:
         0, or the exit code of the process that failed.
@@ -103,26 +98,26 @@ def launch(arguments: Sequence[str], processes: int, logs: Path) -> int:
         for rank in range(processes)
     ]
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         for worker in workers:
             if worker.poll() is None:
                 worker.send_signal(number)
 
-    with on_stop_signals(pass_on):
+    with on_stop_signals(forward):
         failed = _wait(workers)
     if failed is None:
         return 0
     log = logs / f"rank-{failed}.log"
     if failed and log.exists():
-        report(f"process {failed} failed; what it said is in {log}")
-    # Where one process tells the user what to do, or that it has saved, others go down because of it.
+        report(f"process {failed} failed; its output is in {log}")
+    # A process that reports an error to the user (2), or that it has saved (130), takes the others down.
     codes = [worker.returncode for worker in workers]
     code = next((known for known in (2, 130) if known in codes), codes[failed])
     return code if code >= 0 else 128 - code
 
 
 def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Waits for all; the number of the first that failed, if any did."""
+    """Waits for all; returns the rank of the first that failed, if any."""
     failed: int | None = None
     deadline = float("inf")
     running = True
@@ -146,7 +141,7 @@ def _free_port() -> int:
 
 
 def resume_command(recipe_path: str | Path, overrides: Sequence[str], recipe: Recipe) -> str:
-    """The command that resumes with an interrupted run: from its newest checkpoint, and without replacing it."""
+    """The command that resumes an interrupted run from its newest checkpoint, without replacing it."""
     kept = [override for override in overrides if override.split("=")[0].strip() != "train.resume"]
     again = ["train.resume=auto"] if recipe.train.resume != "auto" else []
     return shlex.join(["qwen-tune", "train", str(recipe_path), *kept, *again])

@@ -25,7 +25,7 @@ CPU_RUNTIME_BYTES = 900_000_000
 """Python with torch, Transformers, PEFT and TRL, as the quickstart's process has it before its model."""
 
 CPU_PRIMITIVE_BYTES = 200_000_000
-"""What oneDNN keeps of its bfloat16 kernels on a CPU (`machine.limit_primitive_cache`), measured with Qwen2.5-0.5B."""
+"""What oneDNN keeps of its bfloat16 kernels on a CPU (`prepare_process`), measured with Qwen2.5-0.5B."""
 
 NF4_BLOCK = 64  # weights of one scale
 NF4_SCALES = 256  # scales of one scale of scales

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_tune.console import report, say
+from qwen_tune.console import print_once, report
 from qwen_tune.errors import Problem, PublishError, first_line
 from qwen_tune.publishing.card import licence_of
 from qwen_tune.publishing.remote import Account, Remote
@@ -172,13 +172,13 @@ def push_after_training(run: Path, spec: HubSpec) -> None:
     options = _options(spec)
     for repo_id, kinds in _repositories(spec).items():
         try:
-            say(push(run, repo_id, kinds, options=options))
+            print_once(push(run, repo_id, kinds, options=options))
         except KeyboardInterrupt:
-            say(f"the push was interrupted; resume with: {_command(run, repo_id, kinds, options)}")
+            print_once(f"the push was interrupted; resume with: {_command(run, repo_id, kinds, options)}")
             raise
         except Exception as error:  # also a bug of ours: hours of training do not end in it
-            say(f"warning: not pushed to {repo_id}: {first_line(error)}")
-            say(f"         the run is complete; resume with: {_command(run, repo_id, kinds, options)}")
+            print_once(f"warning: not pushed to {repo_id}: {first_line(error)}")
+            print_once(f"         the run is complete; resume with: {_command(run, repo_id, kinds, options)}")
 
 
 def push_commands(run: Path, spec: HubSpec) -> list[str]:

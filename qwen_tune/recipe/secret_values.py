@@ -1,7 +1,7 @@
-"""What a secret looks like, so that a recipe that holds one is refused without showing it.
+"""Detects secrets, so that a recipe that contains one is refused without showing it.
 
-The patterns name formats that services document (Hugging Face, GitHub, OpenAI, AWS, Slack) and URLs with a password.
-What a pattern looks at before it knows whether it matches is bounded, so that a search is linear in its text.
+The patterns cover formats that services document (Hugging Face, GitHub, OpenAI, AWS, Slack) and URLs with a password.
+Their lookaheads are bounded, so that a search takes linear time.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _HEX_KEY = re.compile(r"[0-9a-fA-F]{32,}")
 
 
 def is_secret_key(key: str) -> bool:
-    """Whether a key's name says that its value is a secret; `eos_token` and its like do not."""
+    """Whether a key's name indicates a secret; `eos_token` and similar names do not."""
     return _KEY.search(_snake_case(key)) is not None
 
 
 def is_secret_value(value: str, key: str = "") -> bool:
-    """Whether a text holds something that looks like a secret; under a key named like `key`, long hex digits do."""
+    """Whether a text contains something like a secret; under a key like `api_key`, long hex digits count too."""
     if _VALUE.search(value):
         return True
     return "key" in _snake_case(key) and _HEX_KEY.fullmatch(value.strip()) is not None
@@ -52,21 +52,20 @@ def _snake_case(key: str) -> str:
 
 
 class Secrets:
-    """The secrets found so far, to be kept out of every message."""
+    """Secrets found so far, which every message must leave out."""
 
     def __init__(self) -> None:
         self._found: set[str] = set()
 
     def add(self, value: object) -> None:
-        """Keep a value out of messages from now on."""
         # A flag such as `use_auth_token: true` is refused too, but hiding every "true" would only garble messages.
         if value is not None and not isinstance(value, bool) and str(value).strip():
             self._found.add(str(value).strip())
 
     def redact(self, text: str) -> str:
-        """Put an ellipsis in the place of every secret in a message."""
+        """Replaces every secret in a message with an ellipsis."""
         for secret in sorted(self._found, key=len, reverse=True):
-            # Short ones only as whole words: "7" is no part of "4706".
+            # Short ones only as whole words: not the "7" in "4706".
             pattern = re.escape(secret) if len(secret) > 3 else rf"(?<!\w){re.escape(secret)}(?!\w)"
             text = re.sub(pattern, HIDDEN, text)
         return _VALUE.sub(HIDDEN, text)

@@ -1,4 +1,4 @@
-"""Values with their places, and the faults that are found in them."""
+"""Recipe values with their places, and the faults found in them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ KeyPath: TypeAlias = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value was written: a line of a file, or an override on the command line."""
+    """Where a value is written: a line of a file, or an override on the command line."""
 
     source: str
-    """File as the user names it, or `command line: key=value`."""
+    """The file as the user named it, or `command line: key=value`."""
 
     line: int | None
-    """Line, from 1; none for an override."""
+    """From 1; None for an override."""
 
     rank: int = 0
-    """Order among the sources: the recipe, the files it extends, the overrides."""
+    """Order of the sources: the recipe, the files it extends, the overrides."""
 
     override: KeyPath | None = None
     """The key path that the override names."""
@@ -33,19 +33,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Located:
-    """A value of the recipe and where it was written."""
+    """A value and where it is written."""
 
     value: dict[str, Located] | list[Located] | str | int | float | bool | None
     place: Place
 
     def plain(self) -> Any:
-        """Return the value alone, as plain dicts, lists and scalars."""
+        """The value as plain dicts, lists and scalars."""
         if isinstance(self.value, dict):
             return {key: item.plain() for key, item in self.value.items()}
         return [item.plain() for item in self.value] if isinstance(self.value, list) else self.value
 
     def child(self, part: str | int) -> Located | None:
-        """Return the value under one key or index."""
         if isinstance(self.value, dict):
             return self.value.get(str(part))
         if isinstance(self.value, list) and isinstance(part, int) and part < len(self.value):
@@ -53,14 +52,13 @@ class Located:
         return None
 
     def find(self, path: KeyPath) -> Located | None:
-        """Return the value at a key path, if there is one."""
         node: Located | None = self
         for part in path:
             node = node.child(part) if node else None
         return node
 
     def nearest(self, path: KeyPath) -> Located:
-        """Return the value at a key path, or the innermost one around it that exists."""
+        """The value at a key path, or the innermost existing one around it."""
         node = self
         for part in path:
             inner = node.child(part)
@@ -70,7 +68,7 @@ class Located:
         return node
 
     def merged(self, over: Located) -> Located:
-        """Lay another value over this one: mappings merge, everything else is replaced."""
+        """The value, overridden by another: mappings merge, everything else is replaced."""
         if not isinstance(self.value, dict) or not isinstance(over.value, dict):
             return over
         items = dict(self.value)
@@ -80,7 +78,7 @@ class Located:
 
 
 def to_text(path: KeyPath) -> str:
-    """Write a key path as users do: `data.train[0].path`."""
+    """A key path as users write it: `data.train[0].path`."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
@@ -89,31 +87,30 @@ def to_text(path: KeyPath) -> str:
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong, with the key path that it is about."""
+    """One fault of a recipe, and the key path that it concerns."""
 
     place: Place
     path: KeyPath
     what: str
     fix: str = ""
     hides_others: bool = False
-    """Whether it makes every other fault at its path pointless."""
+    """Whether other faults at or below its path are not reported."""
 
 
 @dataclass
 class Faults:
-    """Everything that is wrong with a recipe, and the secrets that no message may show."""
+    """All faults of a recipe, and the secrets that no message may show."""
 
     found: list[Fault] = field(default_factory=list)
     secrets: Secrets = field(default_factory=Secrets)
 
     def add(self, place: Place, path: KeyPath, what: str, fix: str = "", hides_others: bool = False) -> None:
-        """Note one fault."""
         self.found.append(Fault(place, path, what, fix, hides_others))
 
     def problems(self) -> list[Problem]:
-        """Return what is to be told, in the order of the files and their lines."""
+        """What to report, in the order of the files and their lines."""
         hidden = {(fault.place.source, fault.path) for fault in self.found if fault.hides_others}
-        told: dict[Problem, None] = {}
+        reported: dict[Problem, None] = {}
         for fault in sorted(self.found, key=lambda fault: (fault.place.rank, fault.place.line or 0)):
             source = fault.place.source
             if not fault.hides_others and any(
@@ -124,5 +121,5 @@ class Faults:
             named = "" if not fault.path or fault.path == fault.place.override else f"{to_text(fault.path)}: "
             redact = self.secrets.redact
             where = redact(str(fault.place)) if fault.place.override else str(fault.place)
-            told[Problem(where, redact(named + fault.what), redact(fault.fix))] = None
-        return list(told)
+            reported[Problem(where, redact(named + fault.what), redact(fault.fix))] = None
+        return list(reported)

@@ -1,9 +1,8 @@
-"""YAML for recipes: the words of YAML 1.2, a place for every value, and nothing that surprises.
+"""YAML for recipes: YAML 1.2's scalars, a place for every value, and no surprises.
 
-`parse_yaml` turns text into a tree of `Located` values. What is wrong is collected as faults, so that one reading tells
-all of it; only text that is no YAML at all ends at its first fault. Anchors and aliases work; tags, merge keys, several
-documents, keys given twice and keys that are no text are faults. Depth and number of values are limited, so that
-aliases of aliases cannot fill the memory.
+`parse_yaml` turns text into a tree of `Located` values. Faults are collected, so that all are reported at once; only
+invalid YAML stops at its first fault. Anchors and aliases work; tags, merge keys, several documents, duplicate keys and
+keys that are not text are faults. Depth and number of values are limited, so that nested aliases cannot fill memory.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ SECRET_FIX = (
 
 
 def parse_scalar(text: str) -> str | int | float | bool | None:
-    """Return what a plain scalar means in YAML 1.2.
+    """The value of a plain scalar in YAML 1.2.
 
     Raises:
-        ValueError: a number of more than `MAX_DIGITS` characters.
+        ValueError: A number of more than `MAX_DIGITS` characters.
     """
     if _NULL.match(text):
         return None
@@ -58,7 +57,7 @@ def parse_scalar(text: str) -> str | int | float | bool | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes only: their meaning is `parse_scalar`'s, not PyYAML's."""
+    """Composes nodes only: `parse_scalar` interprets them instead of PyYAML."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -80,40 +79,44 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-# What PyYAML says, then what a user can do with. Its own words may quote the text and are not shown.
+# A pattern of PyYAML's message, then ours and the fix. PyYAML's may quote the text and is not shown.
 _SYNTAX: tuple[tuple[str, str, str], ...] = (
-    (r"^tag$", "a tag (`!…`); a recipe has none", "put text that starts with ! in quotes, or delete the tag"),
-    (r"^depth$", f"more than {MAX_DEPTH} values inside each other", "write it flatter"),
+    (r"^tag$", "a tag (`!…`), which a recipe cannot have", "put text that starts with ! in quotes, or delete the tag"),
+    (r"^depth$", f"more than {MAX_DEPTH} levels of nesting", "write it flatter"),
     (r"^values$", f"more than {MAX_VALUES:,} values; a recipe is a short file", "put rows into data files"),
-    (r"character '\\t'", "a tab; YAML wants spaces", "indent with spaces"),
+    (r"character '\\t'", "a tab; YAML needs spaces", "indent with spaces"),
     (r"expected a single document", "a second document begins here", "keep one, without `---` between"),
-    (r"undefined alias", "an alias (`*…`) of an anchor that does not exist", "put text that starts with * in quotes"),
-    (r"duplicate anchor", "an anchor (`&…`) that exists already", "give it another name"),
+    (r"undefined alias", "an alias (`*…`) of an undefined anchor", "put text that starts with * in quotes"),
+    (r"duplicate anchor", "an anchor (`&…`) that is already defined", "give it another name"),
     (r"quoted scalar.*(end of stream|document separator)", "a quote that is never closed", "close it"),
     (
         r"mapping values are not allowed",
-        "a second `: ` in a line, or a wrong indentation",
+        "a second `: ` in a line, or wrong indentation",
         "put the text in quotes, or end the line before with `:`",
     ),
     (r"flow (sequence|mapping)", "a bracket that is never closed, or a missing comma", "close it, or add the comma"),
     (r"could not find expected ':'", "a line without `: `", "write `key: value`"),
-    (r"cannot start any token", "a character that no plain text starts with", "put the text in quotes"),
-    (r"block (mapping|sequence|collection|entry)", "a line that does not fit its neighbours", "align the indentation"),
+    (r"cannot start any token", "a character that plain text cannot start with", "put the text in quotes"),
+    (
+        r"block (mapping|sequence|collection|entry)",
+        "a line that does not match the lines around it",
+        "align the indentation",
+    ),
     (r"escape", "an unknown escape after a backslash", "double the backslash, or use single quotes"),
 )
 
 
 def _syntax_fault(error: yaml.YAMLError, text: str, place: Place) -> Fault:
     line: int | None = 1
-    what, fix = "not valid YAML", "fix the line; a YAML checker in the editor shows what is meant"
+    what, fix = "not valid YAML", "fix the line; a YAML checker in the editor shows the error"
     if isinstance(error, yaml.MarkedYAMLError):
-        said = f"{error.context or ''} {error.problem or ''}".strip()
-        # Something left open is found at the end of the file; the user looks for its beginning.
-        is_open = "end of stream" in said or "flow" in said or "quoted scalar" in said
+        message = f"{error.context or ''} {error.problem or ''}".strip()
+        # Something left open is detected at the end of the file; its beginning is more useful.
+        is_open = "end of stream" in message or "flow" in message or "quoted scalar" in message
         mark = (error.context_mark if is_open else None) or error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         for pattern, meaning, advice in _SYNTAX:
-            if re.search(pattern, said):
+            if re.search(pattern, message):
                 what, fix = f"{what}: {meaning}", advice
                 break
     elif isinstance(error, yaml.reader.ReaderError):
@@ -127,35 +130,32 @@ def _on_line(place: Place, line: int | None) -> Place:
 
 
 def parse_yaml(text: str, place: Place, faults: Faults, path: KeyPath = ()) -> Located | None:
-    """Parse one YAML document.
+    """Parses one YAML document.
 
     Args:
-        text: the document.
-        place: its source; a line in it makes every value's place its own line.
-        faults: takes what is wrong.
-        path: the key path that the document is the value of.
+        text: The document.
+        place: Its source; if it has a line, every value gets its own.
+        faults: Collects faults.
+        path: The key path whose value the document is.
 
     Returns:
-        The tree; none where the text is no YAML (which is then a fault) or holds nothing.
+        The tree; None if the text is not valid YAML (a fault) or is empty.
     """
+    loader: _Loader | None = None
     try:
-        # Its constructor reads already: control characters are refused there.
-        loader = _Loader(text)
-    except yaml.YAMLError as error:
-        faults.found.append(_syntax_fault(error, text, place))
-        return None
-    try:
+        loader = _Loader(text)  # refuses control characters
         node = loader.get_single_node()
     except yaml.YAMLError as error:
         faults.found.append(_syntax_fault(error, text, place))
         return None
     except (ValueError, OverflowError):
-        # PyYAML hands `"\UFFFFFFFF"` to chr() as it is.
-        line = _on_line(place, loader.line + 1)
+        # PyYAML passes `"\UFFFFFFFF"` to chr() unchecked.
+        line = _on_line(place, loader.line + 1) if loader else place
         faults.add(line, (), "not valid YAML: an escape for a character that does not exist", "correct the escape")
         return None
     finally:
-        loader.dispose()
+        if loader:
+            loader.dispose()
     if node is None:
         return None
     builder = _Builder(place, faults)
@@ -164,7 +164,7 @@ def parse_yaml(text: str, place: Place, faults: Faults, path: KeyPath = ()) -> L
 
 
 class _Builder:
-    """Turns composed nodes into `Located` values, and notes what a recipe may not hold."""
+    """Turns composed nodes into `Located` values, and adds faults for what a recipe cannot contain."""
 
     def __init__(self, place: Place, faults: Faults) -> None:
         self._place = place
@@ -178,7 +178,7 @@ class _Builder:
         self._values += 1
         if not self.is_endless and (self._values > MAX_VALUES or id(node) in self._around):
             self.is_endless = True
-            what = "aliases (`*…`) that unfold to too many values, or to themselves"
+            what = "aliases (`*…`) that expand to too many values, or to themselves"
             self._faults.add(place, path[:1], what, "write the values out")
         if self.is_endless:
             return Located(None, place)
@@ -205,12 +205,12 @@ class _Builder:
                 self._faults.secrets.add(key)
             is_secret = secret or is_secret_key(key) or is_secret_value(key)
             if is_secret and not secret:
-                what = f"`{key}` is no recipe key: a recipe holds no secrets (its value is not shown)"
+                what = f"`{key}` is not a recipe key: a recipe must not contain secrets (its value is not shown)"
                 self._faults.add(place, (*path, key), what, SECRET_FIX, hides_others=True)
             item = self.build(value_node, (*path, key), place, is_secret)
             if key in items:
-                what = f"given twice, on line {items[key].place.line} and on line {place.line}"
-                what = what if place.line is not None else "given twice"
+                lines = f", on line {items[key].place.line} and on line {place.line}"
+                what = f"given twice{lines if place.line is not None else ''}"
                 self._faults.add(place, (*path, key), what, "keep one of them")
             else:
                 items[key] = item
@@ -218,30 +218,30 @@ class _Builder:
 
     def _key(self, node: yaml.Node, path: KeyPath, place: Place) -> str | None:
         if not isinstance(node, yaml.ScalarNode):
-            self._faults.add(place, path, "a key that is a list or a mapping; keys are text", "write `key: value`")
+            self._faults.add(place, path, "a key that is a list or a mapping; keys must be text", "write `key: value`")
             return None
         if node.style is None and node.value == "<<":
-            what = "`<<` merges nothing: it is no part of YAML 1.2"
+            what = "`<<` does not merge anything: it is not part of YAML 1.2"
             fix = "put the shared keys into a file and name it with `extends: base.yaml`"
             self._faults.add(place, path, what, fix)
             return None
         text = _paired(node.value)
         if _UNUSABLE.search(text):
-            self._faults.add(place, path, "a key with a character that no text has (NUL or half a surrogate)")
+            self._faults.add(place, path, "a key with an invalid character (NUL or half a surrogate)")
             return None
         try:
             key = parse_scalar(text) if node.style is None else text
         except ValueError:
             key = 0
         if not isinstance(key, str):
-            what = f"the key `{text[:MAX_DIGITS]}` is no text"
-            self._faults.add(place, path, what, "put it in quotes if it is meant")
+            what = f"the key `{text[:MAX_DIGITS]}` is not text"
+            self._faults.add(place, path, what, "put it in quotes if it is intended")
             return None
         return key
 
 
 def _paired(text: str) -> str:
-    r"""Join the halves of characters that JSON escapes in two, as in `\ud83d\ude42`; PyYAML leaves them apart."""
+    r"""Joins surrogate pairs, as JSON escapes some characters (`\ud83d\ude42`); PyYAML leaves them apart."""
     if not _UNUSABLE.search(text):
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
@@ -250,15 +250,15 @@ def _paired(text: str) -> str:
 def check_scalar(
     text: str, is_plain: bool, path: KeyPath, place: Place, faults: Faults, is_secret: bool = False
 ) -> str | int | float | bool | None:
-    """Return what a scalar means, and note what a recipe may not hold.
+    """The value of a scalar; adds faults for what a recipe cannot contain.
 
     Args:
-        text: the scalar without its quotes.
-        is_plain: whether it had none, so that `true` is a boolean.
-        path: its key path.
-        place: where it was written.
-        faults: takes what is wrong.
-        is_secret: whether it lies below a key that is refused for being a secret's.
+        text: The scalar without its quotes.
+        is_plain: Whether it had no quotes, so that `true` is a boolean.
+        path: Its key path.
+        place: Where it is written.
+        faults: Collects faults.
+        is_secret: Whether it is below a key that is refused as a secret.
     """
     text = _paired(text)
     key = next((part for part in reversed(path) if isinstance(part, str)), "")
@@ -266,10 +266,10 @@ def check_scalar(
         faults.secrets.add(text)
     elif is_secret_value(text, key):
         faults.secrets.add(text)
-        what = "holds what looks like a secret (it is not shown)"
+        what = "contains what looks like a secret (it is not shown)"
         faults.add(place, path, what, SECRET_FIX, hides_others=True)
     elif _UNUSABLE.search(text):
-        what = "holds a character that no text has (NUL or half a surrogate)"
+        what = "contains an invalid character (NUL or half a surrogate)"
         faults.add(place, path, what, "delete it", hides_others=True)
     try:
         return parse_scalar(text) if is_plain else text
@@ -279,13 +279,13 @@ def check_scalar(
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that YAML 1.1 or 1.2 would read as something else, and repeats instead of using anchors."""
+    """Quotes every text that YAML 1.1 or 1.2 would read as something else, and never writes anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        # PyYAML reads its own plain U+0085 and U+2028 back as line ends; escaped they stay.
+        # PyYAML reads plain U+0085 and U+2028 as line ends; escapes prevent that.
         style = None if text.replace("\n", "").isprintable() else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -297,5 +297,5 @@ for _tag, _pattern in (("int", _INT), ("int", _OCTAL), ("int", _HEX), ("float", 
 
 
 def dump_yaml(value: Mapping[str, Any]) -> str:
-    """Write a mapping as YAML that means the same to 1.1 and 1.2 readers."""
+    """Writes YAML with the same meaning in versions 1.1 and 1.2."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

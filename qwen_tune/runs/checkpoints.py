@@ -1,8 +1,7 @@
-"""Checkpoints as directories: written whole, proven by a manifest, found again, and rotated.
+"""Checkpoint directories: written atomically, verified by a manifest, listed, and rotated.
 
 A checkpoint is made under a temporary name, its files are flushed to the disk, the manifest with the sha256 of each is
-written last, and only then is it renamed to `step-N`. A directory of that name without a manifest that holds is never
-resumed from.
+written last, and only then is it renamed to `step-N`. A run never resumes from one whose manifest does not match.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from qwen_tune.errors import first_line
 
 MANIFEST = "manifest.json"
 OWN_HASH = "manifest_sha256"
-"""Of all other keys of the manifest, so that a bit that flips in it shows as well."""
+"""sha256 of all other keys, so that a flipped bit in the manifest is detected as well."""
 STEP_NAME = re.compile(r"step-(\d+)")
 
 
@@ -32,8 +31,8 @@ def save_checkpoint(folder: Path, step: int, facts: dict[str, Any], write: Calla
     Args:
         folder: The run's checkpoints.
         step: Optimizer steps done.
-        facts: What the manifest says beside the files.
-        write: Writes the checkpoint's files into the directory that it is given.
+        facts: Further keys of the manifest.
+        write: Writes the checkpoint's files into a directory.
     """
     target = folder / f"step-{step}"
     temporary = folder / f".step-{step}.{os.getpid()}.tmp"
@@ -43,12 +42,12 @@ def save_checkpoint(folder: Path, step: int, facts: dict[str, Any], write: Calla
         write(temporary)
         contents = {"step": step, **facts, "files": _flushed(temporary)}
         manifest = temporary / MANIFEST
-        manifest.touch(mode=0o600)  # as recipe.yaml, whose words are in it
+        manifest.touch(mode=0o600)  # as recipe.yaml, which it contains
         manifest.write_text(json.dumps({**contents, OWN_HASH: _hash_of(contents)}, indent=2) + "\n", encoding="utf-8")
         flush(manifest)
         flush(temporary)
     except BaseException:
-        # Where the disk is full, what is left of it would be in the way of everything else.
+        # On a full disk, the rest of it would take room that everything else needs.
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if target.exists():  # of the same step, from before a resume
@@ -59,9 +58,9 @@ def save_checkpoint(folder: Path, step: int, facts: dict[str, Any], write: Calla
 
 
 def _flushed(directory: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file, which is on the disk then."""
+    """Flushes every file to the disk; returns size and sha256 of each."""
     paths = sorted(directory.iterdir())
-    # While the disk works on one thread, the other computes the hashes.
+    # One thread waits for the disk while the other computes hashes.
     with ThreadPoolExecutor(1) as disk:
         flushed = [disk.submit(flush, path) for path in paths]
         entries = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
@@ -72,8 +71,8 @@ def _flushed(directory: Path) -> dict[str, dict[str, Any]]:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The directories named `step-N`, oldest first, whole or not."""
-    there = folder.iterdir() if folder.is_dir() else ()
-    found = [path for path in there if STEP_NAME.fullmatch(path.name) and not path.is_symlink()]
+    entries = folder.iterdir() if folder.is_dir() else ()
+    found = [path for path in entries if STEP_NAME.fullmatch(path.name) and not path.is_symlink()]
     return sorted(found, key=step_of)
 
 
@@ -84,10 +83,10 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest.
+    """Reads and checks the manifest.
 
     Raises:
-        ValueError: There is none, or it is not one.
+        ValueError: It is missing, invalid, or not as it was written.
     """
     path = checkpoint / MANIFEST
     if not path.exists():
@@ -97,9 +96,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"its {MANIFEST} cannot be read ({first_line(error)})") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise ValueError(f"its {MANIFEST} is not one")
+        raise ValueError(f"its {MANIFEST} is not valid")
     if manifest.pop(OWN_HASH, None) != _hash_of(manifest) or manifest.get("step") != step_of(checkpoint):
-        raise ValueError(f"its {MANIFEST} is not as it was written")
+        raise ValueError(f"its {MANIFEST} has been changed")
     return manifest
 
 
@@ -108,7 +107,7 @@ def _hash_of(manifest: Mapping[str, Any]) -> str:
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be trusted; None when every file is as it was written."""
+    """Why a checkpoint cannot be used; None if every file matches the manifest."""
     try:
         manifest = read_manifest(checkpoint)
         for name, entry in manifest["files"].items():
@@ -116,14 +115,14 @@ def fault_of(checkpoint: Path) -> str | None:
             if Path(name).name != name or not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
-                return f"{name} is not as it was written"
+                return f"{name} has been changed"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return first_line(error)
     return None
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that holds, and what is wrong with those that are newer."""
+    """The newest undamaged checkpoint, and the faults of newer ones."""
     skipped: list[str] = []
     for checkpoint in reversed(list_checkpoints(folder)):
         fault = fault_of(checkpoint)
@@ -134,7 +133,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def rotate(folder: Path, *, keep: int, best_step: int | None) -> None:
-    """Deletes the oldest checkpoints but for `keep` and the best one."""
+    """Deletes checkpoints, except for the newest `keep` and the best one."""
     for checkpoint in list_checkpoints(folder)[:-keep]:
         if step_of(checkpoint) != best_step:
             shutil.rmtree(checkpoint)

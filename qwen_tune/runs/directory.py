@@ -1,7 +1,6 @@
-"""The run directory: what a run wrote, and what the commands after it read.
+"""The run directory: written by a run, read by later commands; docs/run-directory.md describes its files.
 
-run.json and metrics.jsonl have the layout that docs/run-directory.md describes. A run that is alive holds a lock on
-`.lock`; the system takes it off when the process ends, however it ends.
+A live run holds a lock on `.lock`, which the system releases when the process ends in any way.
 """
 
 from __future__ import annotations
@@ -22,193 +21,147 @@ from qwen_tune.errors import Problem, QwenTuneError, RunError, first_line
 from qwen_tune.recipe.files import to_yaml
 from qwen_tune.recipe.schema import Recipe
 from qwen_tune.runs.checkpoints import list_checkpoints, read_manifest, step_of
-from qwen_tune.runs.drift import allowed_drift, extends_run, recipe_drift, refuse
+from qwen_tune.runs.drift import allowed_drift, changed_keys, changes_end, require_allowed
 from qwen_tune.runs.resume import Plan, choose_checkpoint
 
 OWN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl", "answers.jsonl", "merge.json", "report.html", ".lock")
 OWN_FOLDERS = ("adapter", "merged", "checkpoints", "export", "logs")
 
+ANOTHER = "set another run directory with run.dir="
+
 RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
 
 
 class RunDir:
-    """One run's directory. Facts go in through `record`, which is kept in run.json."""
+    """One run's directory. Facts are added with `record`, which writes them to run.json."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.recipe = path / "recipe.yaml"  # resolved
+        self.run_json = path / "run.json"
+        self.metrics = path / "metrics.jsonl"
+        self.answers = path / "answers.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.logs = path / "logs"  # output of the processes after the first, and trackers' local files
+        self.adapter = path / "adapter"
+        self.merged = path / "merged"
         self.facts: dict[str, Any] = {}
         self._lock: IO[bytes] | None = None
 
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe."""
-        return self.path / "recipe.yaml"
-
-    @property
-    def run_json(self) -> Path:
-        """The record of the run."""
-        return self.path / "run.json"
-
-    @property
-    def metrics(self) -> Path:
-        """A JSON line for each logged step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def answers(self) -> Path:
-        """A JSON line for each answer to one of the recipe's prompts."""
-        return self.path / "answers.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The checkpoints' folder; each is a directory `step-N`."""
-        return self.path / "checkpoints"
-
-    @property
-    def logs(self) -> Path:
-        """What processes beside the first said, and trackers' local files."""
-        return self.path / "logs"
-
-    @property
-    def adapter(self) -> Path:
-        """The trained adapter with tokenizer, template and card."""
-        return self.path / "adapter"
-
-    @property
-    def merged(self) -> Path:
-        """The full model."""
-        return self.path / "merged"
-
     @classmethod
     def open(cls, path: Path) -> RunDir:
-        """A run that is there.
+        """An existing run.
 
         Raises:
-            RunError: The directory holds no run.
+            RunError: The directory does not exist or does not contain a run.
         """
         run = cls(path)
         if not path.is_dir():
-            raise RunError(Problem(str(path), "the directory is not there; expected a run, an adapter or a model"))
+            raise RunError(Problem(str(path), "the directory does not exist; expected a run, an adapter or a model"))
         run.facts = run._read_facts()
         return run
 
     def check(self, recipe_yaml: str, *, overwrite: bool, resume: str) -> Plan:
-        """Looks whether and from where a recipe may run here; what is there stays as it is.
+        """Decides whether a recipe may run here and where it starts, without changing the directory.
 
         Args:
             recipe_yaml: The resolved recipe.
-            overwrite: Whether a run that is there may be replaced.
+            overwrite: Whether an existing run may be replaced.
             resume: The recipe's `train.resume`.
 
         Raises:
-            RunError: Another process is at work here, files would be lost, the run that is there is another one's, or
-                nothing can be written here.
+            RunError: Another process uses the directory, files would be lost, it contains a different run, or it
+                cannot be written.
         """
-        if is_main_process():  # the others write nothing here, and their folders would meet with its clearing up
-            self._try_to_write()
+        if is_main_process():  # the others write nothing here, and their trial folders would be in the way of clearing
+            self._require_writable()
         if self._is_locked():
-            raise RunError(
-                Problem(
-                    str(self.path),
-                    "the run directory is in use by a process that is still running",
-                    "wait for it, or set another one with run.dir=",
-                )
-            )
+            what = "the run directory is in use by a process that is still running"
+            raise RunError(Problem(str(self.path), what, f"wait for it, or {ANOTHER}"))
         return self._plan(recipe_yaml, overwrite=overwrite, resume=resume)
 
-    def _try_to_write(self) -> None:
-        """Makes a folder where the run would begin, and takes it away: permissions alone do not tell."""
-        fix = "set another run directory with run.dir="
+    def _require_writable(self) -> None:
+        """Makes and removes a folder where the run would be: permissions alone do not decide."""
         try:
             existing = next(path for path in (self.path, *self.path.resolve().parents) if path.exists())
             if not existing.is_dir():
-                raise RunError(Problem(str(self.path), f"{existing} is no directory", fix))
+                raise RunError(Problem(str(self.path), f"{existing} is not a directory", ANOTHER))
             tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=existing).cleanup()
         except OSError as error:
-            what = f"nothing can be written there ({error.strerror or first_line(error)})"
-            raise RunError(Problem(str(self.path), what, fix)) from None
+            what = f"the run directory cannot be written ({error.strerror or first_line(error)})"
+            raise RunError(Problem(str(self.path), what, ANOTHER)) from None
 
     def _plan(self, recipe_yaml: str, *, overwrite: bool, resume: str) -> Plan:
         unused = self._is_unused()
         if (unused or overwrite) and resume not in ("auto", "never"):
-            what = "there is no run here to resume with" if unused else "--overwrite would delete the run it belongs to"
-            raise RunError(Problem("train.resume", f"got {resume}, and {what}", "write train.resume=auto"))
+            what = "there is no run here to resume" if unused else "--overwrite would delete the run that it belongs to"
+            raise RunError(Problem("train.resume", f"got {resume}, but {what}", "write train.resume=auto"))
         if unused or overwrite:
             return Plan()
         state = self.recorded_facts().get("state")
         if resume == "never":
-            raise self._refusal(state, "train.resume is never")
-        begun_with = self.recipe.read_text(encoding="utf-8") if self.recipe.exists() else None
-        is_done = state == FINISHED and resume == "auto" and begun_with is not None
-        if is_done and not extends_run(begun_with or "", recipe_yaml):
-            if drift := recipe_drift(begun_with or "", recipe_yaml):
-                raise self._refusal(state, f"of another recipe ({'; '.join(map(str, drift))})")
+            raise self._refusal(state, "; train.resume is never")
+        started_with = self.recipe.read_text(encoding="utf-8") if self.recipe.exists() else None
+        is_done = state == FINISHED and resume == "auto"
+        if is_done and started_with is not None and not changes_end(started_with, recipe_yaml):
+            if drift := changed_keys(started_with, recipe_yaml):
+                raise self._refusal(state, f" of another recipe ({'; '.join(map(str, drift))})")
             return Plan(nothing_to_do=True)
         checkpoint, notes = choose_checkpoint(self.checkpoints, resume)
         if checkpoint is None and state != FINISHED and not self.adapter.exists() and resume == "auto" and not notes:
-            # Before its first checkpoint: nothing is lost, and whatever starts jobs again need not know.
-            return Plan(begins_anew=True)
+            # Before its first checkpoint nothing is lost, and whatever restarts jobs need not know.
+            return Plan(starts_over=True)
         if checkpoint is None:
-            raise self._refusal(state, "; ".join(["it has no checkpoint to resume from", *notes]))
-        # Compared with what the checkpoint was written under: recipe.yaml may be that of a start that came to nothing.
-        written_under = read_manifest(checkpoint).get("recipe") or begun_with or ""
-        drift, allowed = recipe_drift(written_under, recipe_yaml), allowed_drift(recipe_yaml)
-        refuse(drift, allowed)
+            raise self._refusal(state, "; ".join(["", "it has no checkpoint to resume from", *notes]))
+        # The checkpoint's own recipe counts: recipe.yaml may be that of a start which saved no checkpoint.
+        written_under = read_manifest(checkpoint).get("recipe") or started_with or ""
+        drift, allowed = changed_keys(written_under, recipe_yaml), allowed_drift(recipe_yaml)
+        require_allowed(drift, allowed)
         return Plan(checkpoint=checkpoint, notes=tuple(notes), drift=tuple(drift), allowed=tuple(allowed))
 
     def _is_unused(self) -> bool:
-        """Whether nothing is here, or nothing but what a killed save left.
+        """Whether the directory is empty, except for what a killed save left.
 
         Raises:
-            RunError: There are files that are no run's.
+            RunError: There are files that do not belong to a run.
         """
         entries = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
         entries = {name for name in entries if name != ".lock" and not is_temporary(name)}
         is_run = self.run_json.exists() or self.recipe.exists()
         if foreign := sorted(entries - {*OWN_FILES, *OWN_FOLDERS} if is_run else entries):
-            raise RunError(
-                Problem(
-                    str(self.path),
-                    f"the directory holds files that are no run's ({', '.join(foreign[:3])})",
-                    "set another one with run.dir=",
-                )
-            )
+            what = f"the directory contains files that do not belong to a run ({', '.join(foreign[:3])})"
+            raise RunError(Problem(str(self.path), what, ANOTHER))
         return not entries
 
     def _refusal(self, state: Any, reason: str) -> RunError:
-        what = {
-            FINISHED: "the run directory holds a finished run",
-            FAILED: "the run directory holds a run that failed",
-            INTERRUPTED: "the run directory holds a run that was interrupted",
-        }.get(str(state), "the run directory holds an unfinished run")
-        glue = " " if reason.startswith("of ") else "; "
-        fix = "keep it and set another one with run.dir=, or replace it with --overwrite"
-        return RunError(Problem(str(self.path), f"{what}{glue}{reason}", fix))
+        kind = {FINISHED: "a finished", FAILED: "a failed", INTERRUPTED: "an interrupted"}.get(
+            str(state), "an unfinished"
+        )
+        fix = f"keep it and {ANOTHER}, or replace it with --overwrite"
+        return RunError(Problem(str(self.path), f"the run directory contains {kind} run{reason}", fix))
 
     def begin(
         self, recipe_yaml: str, plan: Plan | None = None, *, overwrite: bool = False, resume: str = "auto"
     ) -> None:
-        """Takes the directory: locks it, clears what the plan does not keep, and writes recipe.yaml and run.json.
+        """Locks the directory, deletes what the plan does not keep, and writes recipe.yaml and run.json.
 
         Raises:
-            RunError: Another process took it, or changed it, since the plan was made.
+            RunError: Another process locked or changed it since the plan was made.
         """
         plan = plan or Plan()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             what = f"the run directory cannot be made ({error.strerror})"
-            raise RunError(Problem(str(self.path), what, "set another one with run.dir=")) from None
+            raise RunError(Problem(str(self.path), what, ANOTHER)) from None
         with ExitStack() as undo:
             lock = undo.enter_context((self.path / ".lock").open("ab"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RunError(
-                    Problem(str(self.path), "another process took the run directory", "set another one with run.dir=")
-                ) from None
+                raise RunError(Problem(str(self.path), "another process uses the run directory", ANOTHER)) from None
             if self._plan(recipe_yaml, overwrite=overwrite, resume=resume) != plan:
-                raise RunError(Problem(str(self.path), "another process has used it in the meantime", "start again"))
+                raise RunError(Problem(str(self.path), "another process has changed it in the meantime", "start again"))
             undo.pop_all()
         self._lock = lock
         try:
@@ -220,7 +173,7 @@ class RunDir:
             write_atomically(self.recipe, recipe_yaml, private=True)
             self.record({"state": RUNNING, "exit": None})
         except OSError as error:
-            self._let_go()
+            self._unlock()
             if not is_full(error):
                 raise
             what = f"the disk is full ({error.strerror})"
@@ -234,12 +187,15 @@ class RunDir:
                 entry.unlink()
 
     def _rewind_to(self, checkpoint: Path) -> None:
-        """Takes away what was done after a checkpoint: later checkpoints, and the lines of later steps."""
+        """Deletes what came after a checkpoint: later checkpoints, and the lines of later steps."""
         step = step_of(checkpoint)
         for later in list_checkpoints(self.checkpoints):
             if step_of(later) > step:
                 shutil.rmtree(later)
-        for left in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):  # of killed saves; the lock is ours
+        for left in (
+            *self.path.glob(".*.tmp"),
+            *self.checkpoints.glob(".*.tmp"),
+        ):  # of killed saves, since the lock is ours
             if left.is_dir():
                 shutil.rmtree(left)
         for path in (self.metrics, self.answers):
@@ -256,7 +212,7 @@ class RunDir:
     def recording(
         self, recipe_yaml: str, plan: Plan | None = None, *, overwrite: bool = False, resume: str = "auto"
     ) -> Iterator[None]:
-        """Holds the directory for the length of a run, and records how it ended however it ends; see `begin`."""
+        """Holds the directory for the length of a run, and records how the run ended; see `begin`."""
         self.begin(recipe_yaml, plan, overwrite=overwrite, resume=resume)
         state, code = FAILED, 1
         try:
@@ -269,27 +225,21 @@ class RunDir:
             code = 2
             raise
         finally:
-            self.end(state, code)
+            try:
+                self.record({"state": state, "exit": code})
+            except OSError as error:
+                # On a full disk the record stays as it was, as after a kill; the run has reported its own error.
+                if not is_full(error):
+                    raise
+            self._unlock()
 
-    def end(self, state: str, exit_code: int) -> None:
-        """Records how the run ended and lets the directory go.
-
-        On a full disk the record stays as it was, as after a kill: what the run ended of is reported before that.
-        """
-        try:
-            self.record({"state": state, "exit": exit_code})
-        except OSError as error:
-            if not is_full(error):
-                raise
-        self._let_go()
-
-    def _let_go(self) -> None:
+    def _unlock(self) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def recorded_facts(self) -> dict[str, Any]:
-        """run.json as it is; empty where there is none."""
+        """The contents of run.json; empty if there is none."""
         return self._read_facts() if self.run_json.exists() else {}
 
     def _is_locked(self) -> bool:
@@ -323,7 +273,7 @@ def open_run(recipe: Recipe, *, overwrite: bool) -> tuple[RunDir, Plan]:
 
 
 def _step_of_line(line: str) -> float:
-    """The step of a line of metrics; that of one which a crash has cut off or zeroed is after every other."""
+    """The step of a line of metrics; infinite for a line that a crash has cut off or zeroed."""
     try:
         return float(parse_json(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError):

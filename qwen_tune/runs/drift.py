@@ -1,8 +1,8 @@
-"""Whether a run that goes on is still the run that was begun, and what of it may be another one.
+"""What may change between the start of a run and its resumption.
 
-A run is the same while everything that decides its result is: base, rows, template, tokenizer, processes, versions, and
-the recipe but for the keys in `HARMLESS`. What differs is refused by its name, unless the recipe's `train.allow_drift`
-names it.
+Everything that affects the result must stay the same: base, examples, template, tokenizer, processes, versions, and the
+recipe except for the keys in `HARMLESS`. A change is refused by its name, unless the recipe's `train.allow_drift` names
+it.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ from qwen_tune.errors import Problem, RunError
 from qwen_tune.recipe.errors import known_sections
 from qwen_tune.recipe.rules import FACTS
 
-LENGTH = ("train.num_train_epochs", "train.max_steps")
-"""How long a run goes on; a run may be made longer, also when it has finished."""
-
 ENDS = (
-    *LENGTH,
+    "train.num_train_epochs",
+    "train.max_steps",
     "train.early_stopping_patience",
     "train.early_stopping_threshold",
     "train.load_best_model_at_end",
 )
-"""What decides where a run ends and with which adapter: a finished one goes on when they change."""
+"""Where a run ends, and with which adapter: a finished run is resumed when one of these changes."""
 
 ALLOWED = "train.allow_drift"
 
@@ -39,26 +37,23 @@ HARMLESS = (
     "tracking",
     "export",
     "hub",
-    "train.num_processes",  # the number that runs is compared, not the one that is asked for
-    "train.per_device_train_batch_size",  # the rows of a step stay the same
+    "train.num_processes",  # the number of running processes is compared instead
+    "train.per_device_train_batch_size",  # the packs of a step stay the same
     "train.gradient_checkpointing",
     "train.logging_steps",
     "train.eval_steps",
     "train.eval_prompts",
-    "train.early_stopping_patience",
-    "train.early_stopping_threshold",
-    "train.load_best_model_at_end",
     "train.save_steps",
     "train.save_total_limit",
     "train.max_hours",
-    "train.on_bad_step",  # a run that met one has stopped there, and resumes from before it
+    "train.on_bad_step",  # a run that met one has stopped, and resumes from before it
     "train.resume",
     *(f"train.trainer_args.dataloader_{name}" for name in ("num_workers", "prefetch_factor", "pin_memory")),
     "train.trainer_args.dataloader_persistent_workers",
     ALLOWED,
-    *LENGTH,
+    *ENDS,
 )
-"""Keys that may change between the parts of a run; a section's name stands for all of its keys."""
+"""Keys that may change when a run is resumed; a section's name stands for all of its keys."""
 
 SHAPES = (
     "lora.r",
@@ -74,49 +69,45 @@ SHAPES = (
     "train.optim",
     "train.loraplus_lr_ratio",  # with one there are more parameter groups
 )
-"""Keys that decide which tensors a checkpoint holds: with others it cannot be read, whatever is allowed."""
+"""Keys that determine the tensors of a checkpoint: if one changes, it cannot be read, whatever is allowed."""
 
 
 @dataclass(frozen=True)
 class Drift:
-    """One field that is not as it was when the run was begun; `what` says what it is where its name does not."""
+    """A field that changed since the run was started; `what` describes it if its name does not."""
 
     field: str
     was: Any
     now: Any
     what: str = ""
 
-    def is_in(self, names: Iterable[str]) -> bool:
-        """Whether one of some names stands for this field: its own, or that of something that holds it."""
-        return any(is_within(self.field, name) for name in names)
-
     def __str__(self) -> str:
         return f"{self.field} was {_shown(self.was)}, now {_shown(self.now)}"
 
 
-def is_within(field: str, name: str) -> bool:
-    """Whether a name is a field's own, or that of something that holds it."""
-    return field == name or field.startswith((f"{name}.", f"{name}["))
+def _is_in(field: str, names: Iterable[str]) -> bool:
+    """Whether one of the names is the field's own, or that of a section or list around it."""
+    return any(field == name or field.startswith((f"{name}.", f"{name}[")) for name in names)
 
 
-def recipe_drift(begun_with: str, recipe_yaml: str) -> list[Drift]:
-    """The keys in which a recipe would make another run of the one that is there; texts are resolved recipes."""
-    old, new = _flat(begun_with), _flat(recipe_yaml)
+def changed_keys(started_with: str, recipe_yaml: str) -> list[Drift]:
+    """The keys that affect the result and differ between two resolved recipes."""
+    old, new = _flat(started_with), _flat(recipe_yaml)
     return [
         Drift(key, old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not _is_harmless(key)
+        if old.get(key) != new.get(key) and not _is_in(key, HARMLESS)
     ]
 
 
-def same_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Of run.json's facts those that a run has to be the same in, each under its own name."""
+def fixed_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of run.json that must not change during a run, by their dotted names."""
     return {field: _fact(facts, field) for field in FACTS}
 
 
-def fact_drift(recorded: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Drift]:
-    """The facts in which a run would be another one than it was; `recorded` is what `same_facts` gave."""
-    now = same_facts(facts)
+def changed_facts(recorded: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Drift]:
+    """The fixed facts that differ from those recorded."""
+    now = fixed_facts(facts)
     return [
         Drift(field, recorded[field], now[field], FACTS[field])
         for field in FACTS
@@ -125,63 +116,57 @@ def fact_drift(recorded: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Dr
 
 
 def allowed_drift(recipe_yaml: str) -> list[str]:
-    """What a resolved recipe allows."""
     return list(_flat(recipe_yaml).get(ALLOWED) or ())
 
 
-def refuse(drift: Sequence[Drift], allowed: Iterable[str]) -> None:
-    """Refuses what is not allowed, or cannot be.
+def require_allowed(drift: Sequence[Drift], allowed: Sequence[str]) -> None:
+    """Refuses changes that are not allowed, or cannot be.
 
     Raises:
-        RunError: A line for every such field: what it was, what it is, and how to go on.
+        RunError: One problem for each such field: what it was, what it is now, and how to resume.
     """
-    allowed = list(allowed)
-    open_fields = [found for found in drift if found.is_in(SHAPES) or not found.is_in(allowed)]
-    # A bracket would end the list that the names are proposed in.
-    names = dict.fromkeys([*allowed, *(f.field.split("[")[0] for f in open_fields if not f.is_in(SHAPES))])
+    refused = [found for found in drift if _is_in(found.field, SHAPES) or not _is_in(found.field, allowed)]
+    # A bracket would end the proposed list.
+    names = dict.fromkeys([*allowed, *(f.field.split("[")[0] for f in refused if not _is_in(f.field, SHAPES))])
     problems = []
-    for found in open_fields:
-        fix = "put it back to go on (its checkpoints have no tensors for another), or begin another run with run.dir="
-        if not found.is_in(SHAPES):
-            fix = f"put it back, allow it with {ALLOWED}=[{', '.join(names)}], or begin another run with run.dir="
-        problems.append(Problem(found.field, _told(found), fix))
+    for found in refused:
+        fix = "change it back to resume (the checkpoints have no tensors for another value), or start another run with "
+        if not _is_in(found.field, SHAPES):
+            fix = f"change it back, allow it with {ALLOWED}=[{', '.join(names)}], or start another run with "
+        was, now = _shown(found.was), _shown(found.now)
+        what = f"got {now}; the run in this directory was started with {was}"
+        if found.what:
+            what = f"{found.what} changed since the run was started: was {was}, now {now}"
+        problems.append(Problem(found.field, what, f"{fix}run.dir="))
     if problems:
         raise RunError(problems)
 
 
-def extends_run(begun_with: str, recipe_yaml: str) -> bool:
-    """Whether a recipe differs in where the run ends, or with which adapter."""
-    old, new = _flat(begun_with), _flat(recipe_yaml)
+def changes_end(started_with: str, recipe_yaml: str) -> bool:
+    """Whether two resolved recipes differ in where the run ends, or with which adapter."""
+    old, new = _flat(started_with), _flat(recipe_yaml)
     return any(old.get(key) != new.get(key) for key in ENDS)
 
 
 def run_fingerprint(recipe_yaml: str, facts: Mapping[str, Any]) -> str:
-    """sha256 over everything that decides a run's result; a checkpoint's manifest carries it."""
-    recipe = {key: value for key, value in _flat(recipe_yaml).items() if not _is_harmless(key)}
-    text = json.dumps([recipe, same_facts(facts)], sort_keys=True)
+    """sha256 over everything that affects a run's result."""
+    recipe = {key: value for key, value in _flat(recipe_yaml).items() if not _is_in(key, HARMLESS)}
+    text = json.dumps([recipe, fixed_facts(facts)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _told(found: Drift) -> str:
-    if found.what:
-        return f"{found.what} changed since the run was begun: was {_shown(found.was)}, now {_shown(found.now)}"
-    return f"got {_shown(found.now)}; the run in this directory was begun with {_shown(found.was)}"
-
-
-def _is_harmless(key: str) -> bool:
-    return any(is_within(key, harmless) for harmless in HARMLESS)
 
 
 def _flat(recipe_yaml: str) -> dict[str, Any]:
     try:
         return dict(_leaves("", yaml.safe_load(recipe_yaml) or {}))
     except yaml.YAMLError:
-        what = "the recipe of the run that is there cannot be read any more"
-        raise RunError(Problem("recipe.yaml", what, "set another directory with run.dir=, or --overwrite")) from None
+        what = "the recipe of the existing run cannot be read"
+        raise RunError(
+            Problem("recipe.yaml", what, "set another run directory with run.dir=, or replace the run with --overwrite")
+        ) from None
 
 
 def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key of the recipe and its value; what is a mapping by itself, such as a rank_pattern, is one value."""
+    """Every key of the recipe and its value; a mapping with free keys, such as a rank_pattern, is one value."""
     section = re.sub(r"\[\d+\]", "[]", prefix)
     if isinstance(value, dict) and value and (section in known_sections() or section == "train.trainer_args"):
         for key, item in value.items():

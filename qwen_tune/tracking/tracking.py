@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qwen_tune.console import report, say
+from qwen_tune.console import print_once, report
 from qwen_tune.disk import make_private_folder, parse_json, write_atomically
 from qwen_tune.distributed.world import is_main_process
 from qwen_tune.errors import Problem, RunError
@@ -138,7 +138,7 @@ def check_trackers(tracking: TrackingSpec) -> list[str]:
 def warn_of_trackers(tracking: TrackingSpec) -> None:
     """Warns of what `check_trackers` finds, once for all processes."""
     for warning in check_trackers(tracking) if is_main_process() else ():
-        say(f"warning: {warning}")
+        print_once(f"warning: {warning}")
 
 
 def start_trackers(

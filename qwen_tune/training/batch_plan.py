@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwen_tune.disk import is_full
-from qwen_tune.distributed.process import available_memory_bytes
-from qwen_tune.distributed.world import world_size
+from qwen_tune.distributed.world import available_memory_bytes, world_size
 from qwen_tune.errors import Problem, QwenTuneError, RecipeError, TrainingError, first_line
 from qwen_tune.hardware import GIB, Dtype
 from qwen_tune.machine import uses_gpu

@@ -25,7 +25,7 @@ from qwen_tune.disk import is_full
 from qwen_tune.errors import Problem, TrainingError, first_line
 from qwen_tune.runs.checkpoints import fault_of, list_checkpoints, rotate, save_checkpoint
 from qwen_tune.runs.directory import RunDir
-from qwen_tune.runs.drift import same_facts
+from qwen_tune.runs.drift import fixed_facts
 
 TENSORS = "optimizer.safetensors"
 VALUES = "optimizer.json"
@@ -163,7 +163,7 @@ class SavedCheckpoints:
         self.settle()
         written_under = {
             "recipe": self._run.recipe.read_text(encoding="utf-8"),
-            "facts": same_facts(self._run.facts),
+            "facts": fixed_facts(self._run.facts),
         }
         try:
             path = save_checkpoint(self._run.checkpoints, step, written_under, write)

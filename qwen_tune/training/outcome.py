@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 
-from qwen_tune.console import say, shown_path
-from qwen_tune.distributed.process import prepare_process
-from qwen_tune.distributed.world import is_main_process
+from qwen_tune.console import print_once, shown_path
+from qwen_tune.distributed.world import is_main_process, prepare_process
 from qwen_tune.recipe.schema import Recipe
 from qwen_tune.runs.directory import RunDir
 from qwen_tune.runs.resume import Plan
@@ -18,7 +17,7 @@ def warn_of_push(recipe: Recipe) -> None:
         from qwen_tune.publishing.push import check_push
 
         for warning in check_push(recipe):
-            say(f"warning: {warning}")
+            print_once(f"warning: {warning}")
 
 
 def finish(recipe: Recipe, run: RunDir, plan: Plan, *, dry_run: bool = False) -> None:
@@ -37,7 +36,7 @@ def finish(recipe: Recipe, run: RunDir, plan: Plan, *, dry_run: bool = False) ->
     if not is_main_process():
         return
     if plan.nothing_to_do:
-        say(f"{shown_path(run.path)}: this recipe has finished here; nothing to do")
+        print_once(f"{shown_path(run.path)}: this recipe has finished here; nothing to do")
     if recipe.export.merge and not (dry_run or run.merged.exists()):
         prepare_process()
         from qwen_tune.merging.merge import merge
@@ -52,7 +51,7 @@ def finish(recipe: Recipe, run: RunDir, plan: Plan, *, dry_run: bool = False) ->
         from qwen_tune.publishing.push import push_commands
 
         for command in push_commands(run.path, recipe.hub):
-            say(f"to push it: {command}")
+            print_once(f"to push it: {command}")
     elif recipe.hub:
         from qwen_tune.publishing.push import push_after_training
 

@@ -62,7 +62,7 @@ def show_job(job: Job) -> None:
         "machine": device_name() + (f", DDP over {world_size()} processes" if world_size() > 1 else ", one process"),
         "run": shown_path(run.path)
         + (f", resuming from {plan.checkpoint.name}" if plan.checkpoint else "")
-        + (", begun anew: it ended before its first checkpoint" if plan.begins_anew else ""),
+        + (", started over: it ended before its first checkpoint" if plan.starts_over else ""),
     }
     console = _console()
     console.print(recipe.name, style="bold", markup=False, highlight=False)

@@ -119,7 +119,7 @@ def train_ours(
     case: Case, base: Path, rows: Path, probe: Sequence[Row], folder: Path, *, compiled: bool, watcher: Any = None
 ) -> dict[str, Any]:
     """The package's own entry, with gauges on the trainer that it builds, and a callback where one is given."""
-    from qwen_tune.distributed.process import prepare_process
+    from qwen_tune.distributed.world import prepare_process
 
     prepare_process()
     import qwen_tune.training.trainer as trainers
