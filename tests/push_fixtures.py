@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
+from fakes.hub_write_server import serve_hub
 from fork_server import fork_server
-from hub_write_server import serve_hub
 from pushing import TOKEN, client
 
 LICENSED = "---\nlicense: apache-2.0\nlanguage: [en]\n---\n# Tiny\n"

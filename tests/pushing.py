@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from conftest import environment
-from hub_write_server import ServedHub
+from fakes.hub_write_server import ServedHub
 
 TOKEN = "hf_" + "CanaryTokenOfTheTests" + "0123456789"
 BASE = ("--base-id", "qwen/tiny")

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 from conftest import TINY, environment, make_workspace
+from fakes.hub_write_server import serve_hub
+from fakes.wandb_server import serve
 from fork_server import MODULES, fork_server
-from hub_write_server import serve_hub
-from wandb_server import serve
 
 HUB = "hf_" + "CanaryOfTheHub" + "0123456789abcdef"
 SECRETS = {

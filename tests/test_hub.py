@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
-from hub_server import COMMIT, serve
+from fakes.hub_server import COMMIT, serve
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, environment
-from hub_write_server import ServedHub, serve_hub
+from fakes.hub_write_server import ServedHub, serve_hub
 
 CLIENT = """
 import json, sys

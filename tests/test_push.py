@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, make_workspace
-from hub_write_server import ServedHub, serve_hub
+from fakes.hub_write_server import ServedHub, serve_hub
 from pushing import BASE, TOKEN, client, writes
 
 pytest_plugins = ("push_fixtures",)
@@ -248,7 +248,7 @@ def test_the_owners_words_are_kept(hub, push, run):
 
 
 def put(hub: ServedHub, id: str, name: str, text: str) -> None:
-    from hub_store import Blob
+    from fakes.hub_store import Blob
 
     repository = hub.repository(id)
     repository.commit("refs/heads/main", "by hand", {**repository.at("main").files, name: Blob(text.encode())}, "me")

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
 
-import modelscope_server
 import pytest
-from modelscope_server import PRIVATE, PUBLIC, Repository, State
+from fakes import modelscope_server
+from fakes.modelscope_server import PRIVATE, PUBLIC, Repository, State
 
 from qwen_tune.errors import PublishError
 from qwen_tune.publishing.modelscope import ModelScope

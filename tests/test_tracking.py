@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from conftest import environment
+from fakes.wandb_server import wandb_records
 from test_house import loaded_modules
-from wandb_server import wandb_records
 
 from qwen_tune.errors import RunError
 from qwen_tune.recipe.schema import LoraSpec, TrackingSpec, TrainSpec

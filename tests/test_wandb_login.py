@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+from fakes.wandb_server import serve
 from test_tracking import KEY, LOSSES, long_names, run_job
-from wandb_server import serve
 
 from qwen_tune.errors import RunError
 from qwen_tune.recipe.schema import TrackingSpec

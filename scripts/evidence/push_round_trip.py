@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from hub_write_server import serve_hub  # noqa: E402
+from fakes.hub_write_server import serve_hub  # noqa: E402
 
 TOKEN = "hf_evidence"
 GET = "import sys, huggingface_hub as h; print(h.snapshot_download(sys.argv[1]))"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, parse_qsl, unquote, urlsplit
 
-from hub_store import Blob, Commit, Hub, HubError, Json, MovedError, PullRequest, Repository, User, now, sha1
+from fakes.hub_store import Blob, Commit, Hub, HubError, Json, MovedError, PullRequest, Repository, User, now, sha1
 
 
 @dataclass

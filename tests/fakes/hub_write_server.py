@@ -23,8 +23,8 @@ from threading import Event, RLock, Thread
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from hub_answers import Answer, Request, Rules, answer, json_answer
-from hub_store import Hub
+from fakes.hub_answers import Answer, Request, Rules, answer, json_answer
+from fakes.hub_store import Hub
 
 HOLD_SECONDS = 60.0  # a test that forgets to let go does not wait for ever
 
