@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwen_tune.errors import Problem, RunError
 from qwen_tune.runs.checkpoints import fault_of, newest_whole, read_manifest, step_of
 from qwen_tune.runs.drift import Drift, changed_facts, require_allowed
-
-if TYPE_CHECKING:
-    from qwen_tune.runs.directory import RunDir
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,12 @@ def choose_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]
     return folder / chosen.resolve().name, []
 
 
-def check_resume(plan: Plan, run: RunDir, facts: Mapping[str, Any], max_steps: int) -> dict[str, Any]:
+def check_resume(plan: Plan, recorded: Mapping[str, Any], facts: Mapping[str, Any], max_steps: int) -> dict[str, Any]:
     """Compares the facts that a checkpoint was written under with those that the run would resume with.
 
     Args:
         plan: Where it would resume.
-        run: The run, with what it has recorded.
+        recorded: What run.json says now.
         facts: The facts that run.json would get.
         max_steps: The optimizer steps that the recipe asks for.
 
@@ -85,5 +82,5 @@ def check_resume(plan: Plan, run: RunDir, facts: Mapping[str, Any], max_steps: i
         {"step": step, "field": found.field, "was": found.was, "now": found.now} for found in [*plan.drift, *drift]
     ]
     # Changes after this checkpoint were compared just now, or have been undone.
-    earlier = [entry for entry in run.recorded_facts().get("drift") or [] if entry["step"] < step]
+    earlier = [entry for entry in recorded.get("drift") or [] if entry["step"] < step]
     return {"drift": [*earlier, *changes]}

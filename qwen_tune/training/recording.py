@@ -1,18 +1,13 @@
-"""A run's processes: one writes and prints, the others keep a log each; all stop together when asked to."""
+"""A run's processes: one writes and prints, the others keep a log each; all leave together."""
 
 from __future__ import annotations
 
-import math
 import os
-import signal
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from qwen_tune.console import report
@@ -20,7 +15,6 @@ from qwen_tune.disk import make_private_folder
 from qwen_tune.distributed.engine import gather_objects, leave_group
 from qwen_tune.distributed.world import is_main_process, rank
 from qwen_tune.errors import Interrupted, Problem, QwenTuneError, RunError
-from qwen_tune.machine import on_stop_signals, started_at
 from qwen_tune.recipe.files import to_yaml
 from qwen_tune.runs.resume import Plan
 
@@ -34,7 +28,7 @@ if TYPE_CHECKING:
 def recording(job: Job, facts: Mapping[str, Any], accelerator: Accelerator, *, overwrite: bool) -> Iterator[None]:
     """Holds the run directory for the length of a run; see `RunDir.recording`.
 
-    The first process takes the directory and records the facts, then all go on. What the others say goes to
+    The first process takes the directory and records the facts, then all continue. What the others print goes to
     `logs/rank-N.log`.
 
     Raises:
@@ -114,48 +108,3 @@ def _point_at(output: int, errors: int) -> None:
     sys.stderr.flush()
     os.dup2(output, 1)
     os.dup2(errors, 2)
-
-
-# A launcher passes one Ctrl-C on several times within a moment; a person presses it again after reading.
-SECONDS_OF_ONE_REQUEST = 1.0
-
-
-class StopRequest:
-    """Whether SIGINT or SIGTERM has asked this process to stop, or its time is up.
-
-    Args:
-        max_hours: Hours after the start of this process, or None for no limit.
-    """
-
-    def __init__(self, max_hours: float | None = None) -> None:
-        self._signalled = False
-        self._first = 0.0
-        self._end = math.inf if max_hours is None else started_at() + max_hours * 3600
-
-    @property
-    def requested(self) -> bool:
-        """Whether the step that runs is the last."""
-        return self._signalled or time.time() >= self._end
-
-    @contextmanager
-    def listening(self, *, quiet: bool = False) -> Iterator[None]:
-        """Turns signals into a request for as long as this lasts; a second Ctrl-C ends the process at once.
-
-        Args:
-            quiet: Whether to say nothing when one comes (processes beside the first).
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python delivers signals to the main thread alone
-            return
-
-        def on_signal(number: int, frame: FrameType | None) -> None:
-            now = time.monotonic()
-            if not self._signalled:
-                self._signalled, self._first = True, now
-                if not quiet:
-                    report("\nstopping after this step; Ctrl-C again stops without saving")
-            elif number == signal.SIGINT and now - self._first > SECONDS_OF_ONE_REQUEST:
-                raise KeyboardInterrupt
-
-        with on_stop_signals(on_signal):
-            yield

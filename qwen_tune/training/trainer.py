@@ -39,8 +39,7 @@ from qwen_tune.training.checkpointing import (
 from qwen_tune.training.evaluation import Evaluations
 from qwen_tune.training.loss import add_supervised_loss
 from qwen_tune.training.progress import Display, MetricsLog
-from qwen_tune.training.recording import StopRequest
-from qwen_tune.training.steps import Steps, TokenCounts
+from qwen_tune.training.steps import Steps, StopRequest, TokenCounts
 from qwen_tune.training.trainer_config import fuse_layers, sft_config, try_trainer_args
 
 if TYPE_CHECKING:
