@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_tune.errors import MergeError, Problem, first_line
-from qwen_tune.model.base import TOKENIZER_FILES, BaseCheckpoint, find_base, read_json
+from qwen_tune.model.base import METADATA_PATTERNS, BaseCheckpoint, find_base, read_json
 from qwen_tune.model.tensor_files import FINGERPRINT_KEY, read_metadata
 from qwen_tune.runs.checkpoints import list_checkpoints
 from qwen_tune.runs.directory import RunDir
@@ -100,7 +100,7 @@ def _folder_of(path: Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=[*TOKENIZER_FILES, ADAPTER_FILE]))
+        return Path(snapshot_download(str(path), allow_patterns=[*METADATA_PATTERNS, ADAPTER_FILE]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         what = f"neither a directory nor an adapter that the Hub gives us ({first_line(error)})"
         fix = "check the name; for a private adapter run `hf auth login`"

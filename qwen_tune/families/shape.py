@@ -145,6 +145,17 @@ class Shape:
         return sum(self.modules.values()) - (self.head if self.tied else 0)
 
 
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that the output matrix is the embeddings."""
+    return bool(config.get("tie_word_embeddings", False))
+
+
+def stored_quantization(config: Mapping[str, Any]) -> str | None:
+    """How the weights beside a config.json are quantized; None for not at all."""
+    stored = config.get("quantization_config")
+    return str(stored.get("quant_method", "unknown") if isinstance(stored, Mapping) else stored) if stored else None
+
+
 def read_shape(config: Mapping[str, Any], where: str) -> Shape:
     """The sizes that a config.json states, with Transformers' defaults for its architecture.
 
@@ -187,7 +198,7 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
         kv_heads=size("num_key_value_heads", heads if "num_key_value_heads" in config else family.kv_heads),
         head_dim=size("head_dim", family.head_dim or hidden // heads),
         vocabulary=size("vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=is_tied(config),
         qkv_bias=bias(family.qkv_bias),
         output_bias=bias(family.output_bias),
         activation=str(config.get("hidden_act", "silu")),

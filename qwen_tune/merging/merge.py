@@ -16,6 +16,7 @@ from qwen_tune.artifacts.metadata_files import write_metadata_files
 from qwen_tune.console import make_console
 from qwen_tune.disk import key_of, sha256, write_atomically
 from qwen_tune.errors import MergeError, Problem
+from qwen_tune.families.shape import is_tied, stored_quantization
 from qwen_tune.machine import usable_cores
 from qwen_tune.merging.planning import plan_merge
 from qwen_tune.merging.safetensors_writer import PROGRESS, Shard, ShardFacts, ShardWriter, divide, index_of
@@ -89,7 +90,7 @@ def open_stream(adapters: Sequence[AdapterDir]) -> MergeStream:
         _check_base(adapter, first, fingerprint)
     tensors = _base_tensors(first.base)
     stored = [(adapter, read_spans(adapter.path / ADAPTER_FILE)) for adapter in adapters]
-    plan = plan_merge(stored, tensors, is_tied=bool(first.base.config.get("tie_word_embeddings")))
+    plan = plan_merge(stored, tensors, is_tied=is_tied(first.base.config))
     _check_types(first.base, plan, tensors)
     return MergeStream(tensors, plan, BaseWeights(tensors, _quantization(first)))
 
@@ -190,8 +191,7 @@ def _base_tensors(base: BaseCheckpoint) -> dict[str, TensorSpan]:
     """
     tensors = base.tensors()
     embedding = embedding_of(tensors)
-    is_tied = base.config.get("tie_word_embeddings") and HEAD in tensors and embedding
-    if is_tied and embedding and same_bytes(tensors[HEAD], tensors[embedding]):
+    if is_tied(base.config) and HEAD in tensors and embedding and same_bytes(tensors[HEAD], tensors[embedding]):
         del tensors[HEAD]
     return tensors
 
@@ -219,8 +219,7 @@ def _check_base(adapter: AdapterDir, first: AdapterDir, fingerprint: str) -> Non
 
 
 def _check_types(base: BaseCheckpoint, plan: MergePlan, tensors: Mapping[str, TensorSpan]) -> None:
-    if stored := base.config.get("quantization_config"):
-        method = stored.get("quant_method", "unknown") if isinstance(stored, Mapping) else stored
+    if method := stored_quantization(base.config):
         what = f"its weights are quantized ({method}), so nothing can be added to them"
         raise MergeError(Problem(base.id, what, "give the checkpoint that it was made from with --base"))
     for name in plan.steps:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from qwen_tune.disk import parse_json
 from qwen_tune.errors import ModelError, Problem, first_line
 from qwen_tune.families.known import family_of
-from qwen_tune.families.shape import Shape, read_shape
+from qwen_tune.families.shape import Shape, read_shape, stored_quantization
 from qwen_tune.model.tensor_files import TensorSpan, read_spans
 
 if TYPE_CHECKING:
     from qwen_tune.recipe.schema import ModelSpec
 
-TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt")
+METADATA_PATTERNS = ("*.json", "*.jinja", "*.txt")
 WEIGHT_FILES = ("*.safetensors",)
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -155,8 +155,7 @@ def check_unquantized(base: BaseCheckpoint) -> None:
     Raises:
         ModelError: They are quantized already.
     """
-    if stored := base.config.get("quantization_config"):
-        method = stored.get("quant_method", "unknown") if isinstance(stored, Mapping) else stored
+    if method := stored_quantization(base.config):
         raise ModelError(
             Problem(
                 base.id,
@@ -197,7 +196,7 @@ def _hub_base(id: str, revision: str | None, *, weights: bool) -> BaseCheckpoint
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*TOKENIZER_FILES, *(WEIGHT_FILES if weights else ())]
+    patterns = [*METADATA_PATTERNS, *(WEIGHT_FILES if weights else ())]
     try:
         path = Path(snapshot_download(id, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -14,6 +14,7 @@ from qwen_tune.chatml.template import END_OF_TURN
 from qwen_tune.disk import UnreadableError, read_text_file
 from qwen_tune.errors import ModelError, Problem, first_line
 from qwen_tune.families.family import EMBEDDING, HEAD
+from qwen_tune.families.shape import is_tied
 from qwen_tune.model.base import BaseCheckpoint, read_json
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def trained_tokens(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
     propose the end of a turn.
     """
     ids = sorted(int(tokenizer.convert_tokens_to_ids(token)) for token in CONTROL_TOKENS)
-    modules = [EMBEDDING] if config.get("tie_word_embeddings") else [EMBEDDING, HEAD]
+    modules = [EMBEDDING] if is_tied(config) else [EMBEDDING, HEAD]
     return dict.fromkeys(modules, ids)
 
 
