@@ -204,5 +204,6 @@ def test_what_is_trained_is_told_with_its_size_and_who_can_serve_it(workspace, m
     told = " ".join(capsys.readouterr().out.split())
     assert "q_proj 4 x 4,224" in told
     assert "modules_to_save adds 128 parameters" in told
-    assert "vLLM does not load adapters with modules trained as a whole or DoRA or trained biases: serve the" in told
-    assert "Transformers 5.23 drops DoRA's magnitudes" in told
+    refused = "fully trained modules (modules_to_save) or DoRA or trained biases"
+    assert f"vLLM does not load {refused}: serve the merged model" in told
+    assert "Transformers 5.23 leaves DoRA's magnitudes out" in told

@@ -26,6 +26,7 @@ from qwen_tune.model.base import find_base
 from qwen_tune.planner.adapter import read_adapter
 from qwen_tune.planner.estimate import estimate
 from qwen_tune.publishing import card, content
+from qwen_tune.training import summary
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 
@@ -77,7 +78,7 @@ def test_planner_and_card_read_the_same_gpus(monkeypatch):
 
 
 def test_training_and_card_read_the_same_list_of_what_vllm_refuses():
-    assert adapter.parts_vllm_refuses is card.parts_vllm_refuses
+    assert summary.unsupported_by_vllm is card.unsupported_by_vllm
 
 
 def test_the_files_of_a_tokenizer_are_those_that_transformers_writes(tmp_path):

@@ -120,7 +120,7 @@ def test_a_client_that_is_told_to_stay_offline_says_so(hub, run, tmp_path, qwen_
     offline = client(hub, tmp_path, HF_HUB_OFFLINE="1")
     result = qwen_tune("push", str(run), "me/x", *BASE, cwd=tmp_path, **offline)
     assert result.returncode == 2
-    assert "the Hub's client is reported to stay offline (HF_HUB_OFFLINE). Fix: unset it" in result.stderr
+    assert "the Hub's client is set to offline mode (HF_HUB_OFFLINE). Fix: unset it" in result.stderr
 
 
 def test_a_dry_run_says_all_and_writes_nothing(hub, push, own_run):
@@ -128,11 +128,11 @@ def test_a_dry_run_says_all_and_writes_nothing(hub, push, own_run):
     (own_run / "adapter" / "notes.docx").write_text("mine")
     result = push(own_run, "me/x", "--dry-run", *BASE)
     assert result.returncode == 0, result.stderr
-    assert "the Hub: me/x (private, will be made), as me" in result.stdout
+    assert "the Hub: me/x (private, will be created), as me" in result.stdout
     assert re.search(r"MB|kB", result.stdout)
     for name in ("adapter_model.safetensors", "README.md", "recipe.yaml", "loss.png"):
         assert name in result.stdout
-    assert "training_args.bin: it holds settings of the trainer, tokens among them" in result.stdout
+    assert "training_args.bin: it holds settings of the trainer, which can include tokens" in result.stdout
     assert "notes.docx: not known as a part of a model" in result.stdout
     assert writes(hub) == []
 
@@ -142,7 +142,7 @@ def test_a_public_repository_is_no_place_for_what_is_not_said_to_be_public(hub, 
     before = hub.repository("me/open").refs["refs/heads/main"]
     result = push(run, "me/open", *BASE)
     assert result.returncode == 2
-    assert "me/open: this repository is public, and what is pushed would be, too" in result.stderr
+    assert "me/open: this repository is public, and the push would be public as well" in result.stderr
     assert hub.repository("me/open").refs["refs/heads/main"] == before
     assert push(run, "me/open", "--public", "--what", "merged", *BASE).returncode == 0
 
@@ -152,7 +152,7 @@ def test_weights_of_others_are_never_deleted(hub, push, run):
     model = hub.repository("me/x").files()
     refused = push(run, "me/x", *BASE)
     assert refused.returncode == 2
-    assert "me/x: it holds a full model in its root, where the adapter is to be" in refused.stderr
+    assert "me/x: it holds a full model in its root, where the adapter would go" in refused.stderr
     # In folders they lie beside it, and nothing at the root is touched.
     put(hub, "me/x", "consolidated.safetensors", "by hand")
     both = push(run, "me/x", "--what", "merged", "--what", "adapter", "--what", "adapter", *BASE)
@@ -173,7 +173,7 @@ def test_a_part_has_one_place(hub, push, run):
     assert push(run, "me/x", "--what", "merged", "--what", "adapter", *BASE).returncode == 0
     refused = push(run, "me/x", *BASE)
     assert refused.returncode == 2
-    assert "me/x: an earlier push put this part into adapter/; at the root there would be another one" in refused.stderr
+    assert "me/x: an earlier push put this part into adapter/; there would be another one at the root" in refused.stderr
 
 
 def test_a_model_does_not_go_where_an_adapter_is(hub, push, run):
@@ -181,7 +181,7 @@ def test_a_model_does_not_go_where_an_adapter_is(hub, push, run):
     hub.forget()
     refused = push(run, "me/x", "--what", "merged", "--create-pr", "--dry-run", *BASE)
     assert refused.returncode == 2
-    assert "it holds an adapter in its root, where the full model is to be" in refused.stderr
+    assert "it holds an adapter in its root, where the full model would go" in refused.stderr
     assert writes(hub) == []
 
 
@@ -320,7 +320,7 @@ def test_a_hub_that_stays_away_is_told(hub, push, run):
     hub.fail("GET /api/whoami", status=503, headers={"Retry-After": "3600"}, times=math.inf)
     result = push(run, "me/x", *BASE)
     assert result.returncode == 2
-    assert "the Hub is busy or has a fault (503)" in result.stderr
+    assert "the Hub is busy or has an error (503)" in result.stderr
     assert writes(hub) == []
 
 

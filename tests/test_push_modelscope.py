@@ -139,20 +139,21 @@ def test_weights_of_an_earlier_push_go(server: State, folder: Path, secrecy: lis
 
 def test_a_link_to_nothing_is_refused(server: State, folder: Path, secrecy: list[str]) -> None:
     (folder / "gone").symlink_to(folder / "nowhere")
-    assert "gone: is a link to nothing" in refusal(secrecy, push, folder)
+    assert "gone: is a broken link" in refusal(secrecy, push, folder)
 
 
 def test_a_repository_that_comes_out_public_is_refused(server: State, secrecy: list[str]) -> None:
     server.always_public = True
     message = refusal(secrecy, ModelScope().create, NAME, private=True)
-    assert "was asked for alice/adapter as a private repository, and it is not private; nothing was uploaded" in message
+    created = "alice/adapter was to be created as a private repository, and it is not private; nothing was uploaded"
+    assert created in message
     assert ModelScope().create("alice/open", private=False).private is False
 
 
 def test_the_upload_makes_no_repository(server: State, folder: Path, secrecy: list[str]) -> None:
     gone = Found(NAME, True, "")
     message = refusal(secrecy, ModelScope().upload, gone, folder, revision=None, create_pr=False, title="A push")
-    assert "it is not there" in message
+    assert "it does not exist" in message
     assert server.repositories == {}
     assert server.asked("POST /api/v1/models$") == []
 
@@ -179,7 +180,7 @@ def test_account_and_card(server: State, tmp_path: Path, capfd: pytest.CaptureFi
 
 def test_branches_tags_and_pull_requests(server: State, folder: Path, secrecy: list[str]) -> None:
     message = refusal(secrecy, push, folder, revision="next")
-    assert "there is no branch next, and ModelScope's client cannot make one" in message
+    assert "there is no branch next, and ModelScope's client cannot create one" in message
     server.repositories[NAME].branches["next"] = {}
     push(folder, revision="next")
     assert server.repositories[NAME].branches == {"master": {}, "next": FILES}
@@ -191,7 +192,7 @@ def test_branches_tags_and_pull_requests(server: State, folder: Path, secrecy: l
     hub.tag(found, "v1", None)
     assert server.repositories[NAME].tags == {"v1": "next"}
     options = {"revision": None, "create_pr": True, "title": "A push"}
-    assert "takes no pull requests" in refusal(secrecy, hub.upload, found, folder, **options)
+    assert "cannot open pull requests" in refusal(secrecy, hub.upload, found, folder, **options)
 
 
 @pytest.mark.parametrize(
@@ -199,9 +200,9 @@ def test_branches_tags_and_pull_requests(server: State, folder: Path, secrecy: l
     [
         (401, "the token is not accepted (HTTP 401: refused by the test, for ***). Fix: run `modelscope login`, or"),
         (403, "the token may not do that (HTTP 403"),
-        (404, "it is not there, or the account may not see it (HTTP 404"),
-        (409, "there is one already, or somebody else is changing it (HTTP 409"),
-        (418, "its client gives up (HTTP 418"),
+        (404, "it does not exist, or the account cannot see it (HTTP 404"),
+        (409, "it exists already, or somebody else is changing it (HTTP 409"),
+        (418, "its client gave up (HTTP 418"),
         (429, "there were too many requests (HTTP 429"),
         (500, "it does not answer (HTTP 500"),
         (None, "there is no connection (Connection"),
@@ -210,7 +211,7 @@ def test_branches_tags_and_pull_requests(server: State, folder: Path, secrecy: l
 def test_refusals(server: State, folder: Path, secrecy: list[str], status: int | None, expected: str) -> None:
     server.fail("POST /api/v1/models$", status, 100)
     message = refusal(secrecy, ModelScope().create, NAME, private=True)
-    assert message.startswith("ModelScope: cannot make alice/adapter; ")
+    assert message.startswith("ModelScope: cannot create alice/adapter; ")
     assert expected in message
     assert len(server.asked("POST /api/v1/models$")) == (5 if status in (None, 429, 500) else 1)
     server.faults.clear()
@@ -285,7 +286,7 @@ def test_an_answer_that_is_no_json(server: State, secrecy: list[str]) -> None:
     assert "does not say whose token it is" in refusal(secrecy, ModelScope().account)
     server.repositories[NAME] = Repository()
     server.fail("GET .*models/", 200, body=b"<html>")
-    assert "cannot look for alice/adapter; its client gives up" in refusal(secrecy, ModelScope().find, NAME)
+    assert "cannot look for alice/adapter; its client gave up" in refusal(secrecy, ModelScope().find, NAME)
 
 
 def test_no_server(monkeypatch: pytest.MonkeyPatch, server: State, secrecy: list[str]) -> None:
@@ -297,7 +298,7 @@ def test_tokens(monkeypatch: pytest.MonkeyPatch, server: State, secrecy: list[st
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", f" {TOKEN}\n")
     assert ModelScope().account().name == "alice"
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", TOKEN + "\nX")
-    assert "characters in it that no token has" in refusal(secrecy, ModelScope().account)
+    assert "the token has invalid characters" in refusal(secrecy, ModelScope().account)
     monkeypatch.delenv("MODELSCOPE_API_TOKEN")
     message = refusal(secrecy, ModelScope().account)
     assert message.startswith("ModelScope: there is no token. Fix: run `modelscope login`, or set MODELSCOPE_API_TOKEN")
@@ -334,7 +335,7 @@ def test_a_run_is_pushed_with_its_card(server: State, trained: tuple[Path, str],
     run = trained[0]
     planned = subprocess.run(command(run, "--dry-run"), cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert planned.returncode == 0, planned.stderr
-    assert f"ModelScope: {NAME} (private, will be made), as alice" in planned.stdout
+    assert f"ModelScope: {NAME} (private, will be created), as alice" in planned.stdout
     assert server.asked("PUT|POST") == []
     done = subprocess.run(command(run), cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -107,18 +107,22 @@ FAULTS = [
     (read_only, "the token of me can only read"),
     (narrow, "the token of me may write to no repository"),
     (unfinished, "the run has not finished (its state is interrupted)"),
-    (another_adapter, "this model was merged from another adapter than the run's. Fix: run `qwen-tune merge"),
+    (another_adapter, "this model was not merged from the run's adapter. Fix: run `qwen-tune merge"),
     (changed_weights, "model.safetensors: it is not the file that the merge wrote"),
     (cut_weights, "adapter_model.safetensors: the file has"),
     (not_merged, "the run has no merged/. Fix: run `qwen-tune merge"),
     (token_in_a_file, "generation_config.json: it holds something that looks like a token"),
     (path_in_a_file, "generation_config.json: it holds a path of this machine (/home/someone/models/qwen)"),
     (path_in_the_metadata, "adapter_model.safetensors (its metadata): it holds a path of this machine"),
-    (broken_metrics, "the record of the run is not as this version writes it (KeyError: 'trained')"),
-    (rank_of_words, "adapter_config.json: its rank (r, rank_pattern) is not finite"),
+    (
+        broken_metrics,
+        "the record of the run is not as this version writes it "
+        "(UndefinedError: 'dict object' has no attribute 'trained')",
+    ),
+    (rank_of_words, "adapter_config.json: its rank (r, rank_pattern) is not a number"),
     (odd_record_of_the_merge, "merge.json: it is not what this version writes"),
     (no_weights, "adapter_model.safetensors"),
-    (formats, "exported formats cannot be pushed so far"),
+    (formats, "exported formats cannot be pushed yet"),
 ]
 
 
@@ -136,9 +140,9 @@ def test_what_may_not_be_sent_is_told_before_anything_is(hub, push, own_run, fau
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("{run}", "lighthouse"), "lighthouse: this is no name for the repository; expected owner/name"),
+        (("{run}", "lighthouse"), "lighthouse: this is not a name for the repository; expected owner/name"),
         (("{run}", "others/x", *BASE), "others/x: me may not write under others"),
-        (("{run}", "me/x"), "it was made from a local base, which nobody else has. Fix: say which model"),
+        (("{run}", "me/x"), "its base is a local directory, which nobody else has. Fix: name the base"),
         (("{run}", "me/x", "--base-id", "qwen/unknown"), "the licence of qwen/unknown is not known"),
         (("{run}/nothing", "me/x", *BASE), "there is no such directory"),
         (("{run}/logs", "me/x", *BASE), "expected a run directory"),

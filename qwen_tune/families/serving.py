@@ -1,4 +1,4 @@
-"""What of an adapter other programs do not load, by its adapter_config.json. Light: torch is not imported."""
+"""What vLLM loads of an adapter."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def parts_vllm_refuses(config: Mapping[str, Any]) -> list[str]:
-    """What of an adapter vLLM does not load (its checks are in its `peft_helper.py`); merging helps.
+def unsupported_by_vllm(config: Mapping[str, Any]) -> list[str]:
+    """Names the parts of an adapter that vLLM refuses or ignores; its own checks are in its `peft_helper.py`.
 
     Args:
-        config: adapter_config.json, or PEFT's `LoraConfig.to_dict()`.
+        config: The content of adapter_config.json; `LoraConfig.to_dict()` has the same keys.
     """
     parts = {
-        "modules trained as a whole": config.get("modules_to_save"),
+        "fully trained modules (modules_to_save)": config.get("modules_to_save"),
         "DoRA": config.get("use_dora"),
         "trained biases": config.get("bias", "none") != "none",
         "trained token rows": config.get("trainable_token_indices"),
         "adapters of experts": config.get("target_parameters"),
     }
-    return [name for name, is_there in parts.items() if is_there]
+    return [name for name, is_used in parts.items() if is_used]

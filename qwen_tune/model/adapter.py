@@ -1,4 +1,4 @@
-"""The adapter's shape on a base: which modules it changes, how many parameters that is, and who can serve it."""
+"""The adapter's shape on a base: which modules it changes, and how many parameters that is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import nn
 from qwen_tune.errors import ModelError, Problem
 from qwen_tune.families.family import EMBEDDING, HEAD, Family
 from qwen_tune.families.known import family_of
-from qwen_tune.families.serving import parts_vllm_refuses
 from qwen_tune.model.targets import ends_with_any, listed_targets, wanted_modules
 from qwen_tune.recipe.schema import LoraSpec
 
@@ -103,19 +102,6 @@ def trained_modules(model: nn.Module) -> dict[str, TrainedModules]:
             modules, parameters = counts.get(module.rsplit(".", 1)[-1], (set(), 0))
             counts[module.rsplit(".", 1)[-1]] = ({*modules, module}, parameters + parameter.numel())
     return {name: TrainedModules(len(modules), parameters) for name, (modules, parameters) in sorted(counts.items())}
-
-
-def serving_notes(config: LoraConfig, trained: Mapping[str, TrainedModules]) -> list[str]:
-    """What of an adapter vLLM does not load, and what else is lost or grows."""
-    notes = []
-    if refused := parts_vllm_refuses(config.to_dict()):
-        notes.append(f"vLLM does not load adapters with {' or '.join(refused)}: serve the merged model")
-    if config.modules_to_save:
-        size = sum(trained[name].parameters for name in config.modules_to_save if name in trained)
-        notes.append(f"modules_to_save adds {size:,} parameters ({size * 4 / (1 << 30):.1f} GiB) to the adapter's file")
-    if config.use_dora:
-        notes.append("Transformers 5.23 drops DoRA's magnitudes when it loads an adapter; PEFT does not")
-    return notes
 
 
 def _token_rows(

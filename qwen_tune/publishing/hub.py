@@ -1,4 +1,4 @@
-"""What the Hub's client raises: whether another try is worth it, and what it means for the user."""
+"""The Hugging Face Hub, through its own client."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
-_GO_ON = "run the same command again: it resumes with what is not there yet"
+_RESUME = "run the same command again: it resumes the upload"
 LOG_IN = (
     "make a token that can write at https://huggingface.co/settings/tokens, then run `hf auth login` or set HF_TOKEN"
 )
@@ -32,7 +32,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def wait_of(error: Any) -> float | None:
-    """Seconds after which the same request may go well, 0 where nobody says; None where it will not."""
+    """Seconds after which the same request may succeed, 0 if the Hub does not say; None if it will not succeed."""
     from huggingface_hub.errors import HTTPError
 
     error = _cause(error)
@@ -45,15 +45,15 @@ def wait_of(error: Any) -> float | None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong below: the client wraps failed uploads and downloads in errors that say less."""
+    """Unwraps the errors of failed uploads and downloads, which say less than their cause."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     is_wrapped = isinstance(error, LocalEntryNotFoundError) or type(error) is RuntimeError
     return error.__cause__ if is_wrapped and error.__cause__ is not None else error
 
 
-def explained(error: BaseException) -> tuple[str, str]:
-    """What happened, and what the user can do."""
+def explain(error: BaseException) -> tuple[str, str]:
+    """Returns what happened, and what the user can do about it."""
     from huggingface_hub.errors import (
         HFValidationError,
         HTTPError,
@@ -67,21 +67,21 @@ def explained(error: BaseException) -> tuple[str, str]:
     status = _status(error)
     said = first_line(error)
     if isinstance(error, OfflineModeIsEnabled):
-        return "the Hub's client is reported to stay offline (HF_HUB_OFFLINE)", "unset it"
+        return "the Hub's client is set to offline mode (HF_HUB_OFFLINE)", "unset it"
     if isinstance(error, LocalTokenNotFoundError):
         return "there is no token on this machine", LOG_IN
     if isinstance(error, UnicodeEncodeError):
-        return "the token has characters in it that no token has", LOG_IN
+        return "the token has invalid characters", LOG_IN
     if isinstance(error, json.JSONDecodeError):
-        return "the answer is not the Hub's (a proxy may stand between)", "check HF_ENDPOINT and the network"
+        return "the answer is not from the Hub (there may be a proxy)", "check HF_ENDPOINT and the network"
     if type(error).__name__ in ("UnsupportedProtocol", "InvalidURL"):
-        return f"HF_ENDPOINT is no address ({said})", "write it with https://"
+        return f"HF_ENDPOINT is not an address ({said})", "write it with https://"
     if isinstance(error, ValueError) and "metadata" in said:
-        return f"the Hub does not take the card's front matter ({said})", "check --license, --language and --base-id"
+        return f"the Hub does not accept the card's front matter ({said})", "check --license, --language and --base-id"
     if isinstance(error, HFValidationError):
-        return f"this is no name of a repository ({said})", "give owner/name"
+        return f"this is not a name of a repository ({said})", "give owner/name"
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
-        return "the Hub does not accept the token", f"{LOG_IN} (HF_TOKEN goes before a saved login)"
+        return "the Hub does not accept the token", f"{LOG_IN} (HF_TOKEN takes precedence over a saved login)"
     if status == 403:
         return f"the token may not do this ({said})", LOG_IN
     if isinstance(error, RevisionNotFoundError):
@@ -89,26 +89,24 @@ def explained(error: BaseException) -> tuple[str, str]:
     if isinstance(error, RepositoryNotFoundError):
         return "there is no such repository, or the token may not see it", "check the name and the token's permissions"
     if status in (409, 412):
-        return f"somebody else is changing it ({said})", _GO_ON
+        return f"somebody else is changing it ({said})", _RESUME
     if status in _BUSY:
-        return f"the Hub is busy or has a fault ({status})", f"wait a little, then {_GO_ON}"
+        return f"the Hub is busy or has an error ({status})", f"wait a little, then {_RESUME}"
     if isinstance(error, HTTPError) and status is None:
-        return f"the connection to the Hub failed ({said})", _GO_ON
-    return said, _GO_ON
+        return f"the connection to the Hub failed ({said})", _RESUME
+    return said, _RESUME
 
 
 T = TypeVar("T")
 
 LONGEST_WAIT_S = 300
 SHORT_WAIT_S = 10
-"""For an answer, and where nobody is to be kept waiting. The client itself waits for ever."""
+"""Seconds to wait for an answer, without and with `patient=False`. The client has no limit of its own."""
 
 _WRITERS = ("admin", "write", "contributor")
 
 
 class HuggingFace:
-    """See `Remote`."""
-
     title = "the Hub"
     site = "hub"
 
@@ -136,18 +134,16 @@ class HuggingFace:
         self._secrets.add(self._token)
 
     def close(self) -> None:
-        """Gives the client back its own time limits: what downloads the base is in the same process."""
+        """Restores the client's own time limits: the same process downloads the base."""
         from huggingface_hub import set_client_factory
 
         set_client_factory(_default_client_factory())
 
     @property
     def token(self) -> str | None:
-        """See `Remote`."""
         return self._token
 
     def account(self) -> Account:
-        """See `Remote`."""
         if self._token is None or not self._token.strip():
             raise PublishError(Problem("the Hub", "there is no token on this machine", LOG_IN))
         answer = self._call("the Hub", self._api.whoami)
@@ -160,7 +156,7 @@ class HuggingFace:
         owners = {name} | {str(org.get("name")) for org in organizations if org.get("roleInOrg", "write") in _WRITERS}
         if role == "read":
             what = f"the token of {name} can only read"
-            raise PublishError(Problem("the Hub", what, f"{LOG_IN} (HF_TOKEN goes before a saved login)"))
+            raise PublishError(Problem("the Hub", what, f"{LOG_IN} (HF_TOKEN takes precedence over a saved login)"))
         if role == "fineGrained":
             owners = _may_write(token.get("fineGrained") or {}, owners)
             if not owners:
@@ -168,7 +164,6 @@ class HuggingFace:
         return Account(name, frozenset(owners))
 
     def find(self, repo_id: str) -> Repository | None:
-        """See `Remote`."""
         from huggingface_hub.errors import RepositoryNotFoundError
 
         try:
@@ -176,47 +171,44 @@ class HuggingFace:
         except RepositoryNotFoundError:
             return None
         except Exception as error:
-            raise self._told(repo_id, error) from None
+            raise self._explained(repo_id, error) from None
         return Repository(str(info.id), bool(info.private), f"{self._api.endpoint}/{info.id}")
 
     def create(self, repo_id: str, *, private: bool) -> Repository:
-        """See `Remote`."""
         self._call(repo_id, lambda: self._api.create_repo(repo_id, private=private, exist_ok=True))
         made = self.find(repo_id)
         if made is None or made.private != private:
-            what = f"it was to be made {'private' if private else 'public'}, and is not"
-            raise PublishError(Problem(repo_id, what, "make it on the website, and push again"))
+            what = f"the new repository is not {'private' if private else 'public'}"
+            raise PublishError(Problem(repo_id, what, "create it on the website, and push again"))
         return made
 
     def read_card(self, repo_id: str, revision: str | None = None) -> str | None:
-        """See `Remote`."""
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
-        # Not the cache: where the Hub does not answer, that would give an older card for the newest.
+        # Not from the cache: if the Hub does not answer, that would return an old card as the newest.
         with tempfile.TemporaryDirectory() as folder:
             try:
                 path = self._retried(lambda: hf_hub_download(repo_id, "README.md", revision=revision, local_dir=folder))
                 return Path(path).read_text(encoding="utf-8")
             except UnicodeDecodeError:
-                what = "its README.md is not UTF-8, and would be lost"
+                what = "its README.md is not UTF-8 and would be lost"
                 raise PublishError(Problem(repo_id, what, "save it as UTF-8")) from None
             except RevisionNotFoundError:
                 return self.read_card(repo_id) if revision else None
             except RepositoryNotFoundError:
                 return None
             except EntryNotFoundError as error:
-                if isinstance(error, FileNotFoundError):  # no answer, rather than none of that name
-                    raise self._told(repo_id, error) from None
+                if isinstance(error, FileNotFoundError):  # the Hub did not answer
+                    raise self._explained(repo_id, error) from None
                 return None
             except Exception as error:
-                raise self._told(repo_id, error) from None
+                raise self._explained(repo_id, error) from None
 
     def check_target(self, repository: Repository | None, revision: str | None, *, create_pr: bool) -> None:
-        """See `Remote`. Branches are made, and everyone who sees a repository may open a pull request."""
+        """Always possible: branches are created, and everyone who sees a repository may open a pull request."""
 
     def files(self, repository: Repository, revision: str | None) -> set[str]:
-        """See `Remote`."""
         from huggingface_hub.errors import RevisionNotFoundError
 
         def names() -> set[str]:
@@ -237,7 +229,6 @@ class HuggingFace:
         title: str,
         delete: Sequence[str] = (),
     ) -> str:
-        """See `Remote`."""
         id = repository.id
         number = self._draft(id, title) if create_pr else None
         target = f"refs/pr/{number}" if number else revision
@@ -259,13 +250,12 @@ class HuggingFace:
         return repository.url if target in (None, "main") else f"{repository.url}/tree/{target}"
 
     def tag(self, repository: Repository, name: str, revision: str | None) -> None:
-        """See `Remote`. A tag that is there stays where it is: at the commit that first held this run."""
         self._call(
             repository.id, lambda: self._api.create_tag(repository.id, tag=name, revision=revision, exist_ok=True)
         )
 
     def _draft(self, repo_id: str, title: str) -> int:
-        """A pull request to push to: the one that a push of ours began before this one, or a new one."""
+        """Returns the number of a pull request: one that an earlier push left as a draft, or a new one."""
 
         def found_or_made() -> int:
             for one in self._api.get_repo_discussions(repo_id, discussion_type="pull_request"):
@@ -276,24 +266,23 @@ class HuggingFace:
         return self._call(repo_id, found_or_made)
 
     def _call(self, where: str, call: Callable[[], T]) -> T:
-        """A call with its second tries; what it raises in the end is reported in our words."""
         try:
             return self._retried(call)
-        except Exception as error:  # of the client, of the HTTP library below it, of the transfer library beside it
-            raise self._told(where, error) from None
+        except Exception as error:  # of the client, the HTTP library or the transfer library
+            raise self._explained(where, error) from None
 
     def _retried(self, call: Callable[[], T]) -> T:
         if not self._patient:
             return call()
         return retrying(call, wait_of, title="the Hub", say=lambda line: report(self._secrets.redact(line)))
 
-    def _told(self, where: str, error: BaseException) -> PublishError:
-        what, fix = explained(error)
+    def _explained(self, where: str, error: BaseException) -> PublishError:
+        what, fix = explain(error)
         return PublishError(Problem(where, self._secrets.redact(what), fix))
 
 
 def _default_client_factory() -> Callable[[], Any]:
-    """How the client makes its HTTP session, with the headers and hooks that it wants."""
+    """The function with which the client makes its HTTP session, with its own headers and hooks."""
     from huggingface_hub.utils import _http
 
     factory: Callable[[], Any] = _http.default_client_factory
@@ -301,7 +290,7 @@ def _default_client_factory() -> Callable[[], Any]:
 
 
 def _may_write(permissions: Mapping[str, Any], owners: set[str]) -> set[str]:
-    """The owners and single repositories that a fine-grained token may write to."""
+    """Returns the owners and single repositories that a fine-grained token can write to."""
     allowed: set[str] = set()
     for scope in permissions.get("scoped", []):
         entity = scope.get("entity", {})

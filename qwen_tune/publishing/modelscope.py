@@ -1,4 +1,4 @@
-"""ModelScope, through its own client (`modelscope`, most of which is in the package `modelscope_hub`)."""
+"""ModelScope, through its own client (`modelscope`; most of it is in the package `modelscope_hub`)."""
 
 from __future__ import annotations
 
@@ -37,8 +37,6 @@ _LONGEST_REASON = 200
 
 
 class ModelScope:
-    """A `Remote`. It needs a token for everything; where it comes from is `_token`'s to tell."""
-
     title = TITLE
     site = "modelscope"
 
@@ -46,30 +44,24 @@ class ModelScope:
         try:
             import modelscope_hub  # noqa: F401
         except ImportError:
-            raise PublishError(
-                Problem(TITLE, "its client is not installed", "pip install 'qwen-tune[modelscope]'")
-            ) from None
+            fix = "pip install 'qwen-tune[modelscope]'"
+            raise PublishError(Problem(TITLE, "its client is not installed", fix)) from None
 
     @property
     def token(self) -> str | None:
-        """See `Remote`."""
         try:
             return self._token
-        except PublishError:  # `account` tells why
+        except PublishError:  # `account` reports why
             return None
 
     def account(self) -> Account:
-        """Who the token belongs to.
-
-        Neither ModelScope's API nor its client tells the organizations that an account may write for.
-        """
+        # Neither ModelScope's API nor its client lists the organizations that an account can write for.
         name = self._ask("read whose token it is", self._hub.whoami).username
         if not name:
             raise PublishError(Problem(TITLE, "does not say whose token it is", LOG_IN))
         return Account(name, None)
 
     def find(self, repo_id: str) -> Repository | None:
-        """The repository, if there is one that the account may see."""
         from modelscope_hub import NotExistError
 
         def look() -> Any:
@@ -82,15 +74,13 @@ class ModelScope:
         if found is None:
             return None
         if not isinstance(found.visibility, int):
-            raise PublishError(
-                Problem(TITLE, f"does not say whether {repo_id} is private", f"look at {self._url(repo_id)}")
-            )
+            what = f"does not say whether {repo_id} is private"
+            raise PublishError(Problem(TITLE, what, f"look at {self._url(repo_id)}"))
         # Only one of its two interfaces puts owner and name into the id.
         name = found.id if "/" in str(found.id) else f"{found.owner}/{found.name}"
         return Repository(name, found.visibility == PRIVATE, self._url(name))
 
     def create(self, repo_id: str, *, private: bool) -> Repository:
-        """Makes a repository and looks at what was made: one that is more open than asked is refused."""
         from modelscope_hub.errors import AlreadyExistsError
 
         tries = 0
@@ -105,29 +95,25 @@ class ModelScope:
             except AlreadyExistsError:
                 if tries == 1:
                     raise
-                # An earlier try arrived; only its answer did not.
+                # An earlier try succeeded; its answer was lost.
 
-        self._ask(f"make {repo_id}", lambda: self._retried(make))
+        self._ask(f"create {repo_id}", lambda: self._retried(make))
         made = self.find(repo_id)
         if made is None:
-            raise PublishError(Problem(TITLE, f"made {repo_id} but does not show it", "run the same command again"))
+            what = f"{repo_id} was created but cannot be found"
+            raise PublishError(Problem(TITLE, what, "run the same command again"))
         if made.private != private:
             asked, got = ("private", "not private") if private else ("public", "private")
-            raise PublishError(
-                Problem(
-                    TITLE,
-                    f"was asked for {repo_id} as a {asked} repository, and it is {got}; nothing was uploaded",
-                    f"set its visibility at {made.url}, or delete it and run the same command again",
-                )
-            )
+            what = f"{repo_id} was to be created as a {asked} repository, and it is {got}; nothing was uploaded"
+            fix = f"set its visibility at {made.url}, or delete it and run the same command again"
+            raise PublishError(Problem(TITLE, what, fix))
         return made
 
     def read_card(self, repo_id: str, revision: str | None = None) -> str | None:
-        """README.md of any model; None where there is none."""
         from modelscope_hub import NotExistError
 
         def read() -> str | None:
-            # Its `download_file` shows progress in any case, keeps locks in its cache and has a copy there.
+            # Its `download_file` always shows progress, and leaves locks and a copy in its cache.
             legacy = self._hub.legacy
             try:
                 answer = legacy.download_stream(repo_id, "model", "README.md", revision=revision or DEFAULT_BRANCH)
@@ -138,21 +124,19 @@ class ModelScope:
         return self._ask(f"read the card of {repo_id}", lambda: self._retried(read))
 
     def check_target(self, repository: Repository | None, revision: str | None, *, create_pr: bool) -> None:
-        """Whether there can be pushed to a branch: its client makes none, and opens no pull requests."""
+        # Its client creates no branches and opens no pull requests.
         if create_pr:
-            raise PublishError(
-                Problem(TITLE, "takes no pull requests from its client", "push without --create-pr, or to a branch")
-            )
+            what = "its client cannot open pull requests"
+            raise PublishError(Problem(TITLE, what, "push without --create-pr, or to a branch"))
         if revision in (None, DEFAULT_BRANCH):
             return
         if repository is None or revision not in self._revisions(repository.id):
             where = repository.url if repository else "the website"
-            what = f"there is no branch {revision}, and ModelScope's client cannot make one"
-            fix = f"make the branch at {where}, or push to {DEFAULT_BRANCH}"
+            what = f"there is no branch {revision}, and ModelScope's client cannot create one"
+            fix = f"create the branch at {where}, or push to {DEFAULT_BRANCH}"
             raise PublishError(Problem(f"{TITLE}: {repository.id}" if repository else TITLE, what, fix))
 
     def files(self, repository: Repository, revision: str | None) -> set[str]:
-        """The names of all files."""
         return set(self._files(repository.id, revision or DEFAULT_BRANCH))
 
     def upload(
@@ -165,11 +149,6 @@ class ModelScope:
         title: str,
         delete: Sequence[str] = (),
     ) -> str:
-        """Sends a folder's files (links are followed), and deletes some; what is there already is not sent again.
-
-        Returns:
-            Where to look at it.
-        """
         self.check_target(repository, revision, create_pr=create_pr)
         branch = revision or DEFAULT_BRANCH
         there, ours = self._files(repository.id, branch), _files_of(folder)
@@ -178,7 +157,7 @@ class ModelScope:
             self._send(repository.id, changed, branch, title)
         if gone := sorted(set(delete) & there.keys()):
             self._ask(
-                f"take old weights out of {repository.id}",
+                f"delete old weights of {repository.id}",
                 lambda: self._hub.delete_files(
                     repository.id, "model", gone, commit_message="Remove weights of an earlier push", revision=branch
                 ),
@@ -186,23 +165,22 @@ class ModelScope:
         return repository.url
 
     def tag(self, repository: Repository, name: str, revision: str | None) -> None:
-        """Gives what was uploaded a name that lasts. A tag that is there stays where it is."""
         from modelscope_hub.errors import AlreadyExistsError
 
         def make() -> None:
-            with suppress(AlreadyExistsError):  # made by a try whose answer got lost
+            with suppress(AlreadyExistsError):  # created by a try whose answer was lost
                 self._hub.create_repo_tag(repository.id, "model", name, revision=revision)
 
         if name not in self._revisions(repository.id):
-            self._ask(f"give {repository.id} the tag {name}", lambda: self._retried(make))
+            self._ask(f"tag {repository.id} as {name}", lambda: self._retried(make))
 
     def _revisions(self, repo_id: str) -> set[str]:
-        """Its branches and tags."""
+        """Returns the names of branches and tags."""
         listed = self._ask(f"list the branches of {repo_id}", lambda: self._hub.list_repo_revisions(repo_id, "model"))
         return {str(each.get("Revision")) for each in listed}
 
     def _files(self, repo_id: str, branch: str) -> dict[str, tuple[int, str | None]]:
-        """Size and sha256 of what is in the repository, by path."""
+        """Returns size and sha256 of each file in the repository, by path."""
         from modelscope_hub import NotExistError
 
         def list_files() -> Any:
@@ -220,14 +198,14 @@ class ModelScope:
         def refuse(*arguments: Any, **options: Any) -> None:
             from modelscope_hub import NotSupportedError
 
-            raise NotSupportedError("repositories are made by create()")
+            raise NotSupportedError("repositories are created by create()")
 
-        # Its upload begins with making the repository, a public one, and passes over any error of that
+        # Its upload first creates the repository, a public one, and ignores any error in that
         # (modelscope_hub 0.5.1, `HubApi._create_repo_exist_ok`).
         hub.create_repo = refuse
         with TemporaryDirectory(prefix="qwen-tune-") as scratch:
-            # A folder of links to what is sent: its client passes over linked folders, and leaves notes in the folder
-            # it is given unless they have another place.
+            # A folder of links to the files: its client skips linked folders, and its tracker would be written into the
+            # folder of the upload.
             staging = Path(scratch, "files")
             for name, file in files.items():
                 link = staging / name
@@ -253,46 +231,46 @@ class ModelScope:
         return self._open()
 
     def _open(self) -> Any:
-        """Its client. A new one for each instance, as the client keeps the environment of its first use."""
+        # A new client each time, as a client keeps the environment of its first use.
         from modelscope_hub import HubApi, HubConfig
 
         return HubApi(HubConfig(token=self._token))
 
     @cached_property
     def _token(self) -> str:
-        """From the environment, or what `modelscope login` has left."""
+        """The token from the environment or from `modelscope login`."""
         from modelscope_hub import HubConfig
 
         token = os.environ.get(TOKEN_VARIABLE, "").strip()
         if not token:
             try:
                 token = (HubConfig(token="").load_token() or "").strip()
-            except Exception as error:  # a pickle: what a damaged one raises can be anything
+            except Exception as error:  # the login is a pickle, and a damaged one can raise anything
                 what = f"the saved login cannot be read ({type(error).__name__})"
                 raise PublishError(Problem(TITLE, what, LOG_IN)) from None
         if not token:
             raise PublishError(Problem(TITLE, "there is no token", LOG_IN))
-        if not re.fullmatch(r"[!-~]+", token):  # what cannot be in a header is quoted by the error about it
-            raise PublishError(Problem(TITLE, "the token has characters in it that no token has", LOG_IN))
+        if not re.fullmatch(r"[!-~]+", token):  # the error about an invalid header would quote it
+            raise PublishError(Problem(TITLE, "the token has invalid characters", LOG_IN))
         return token
 
     def _url(self, repo_id: str) -> str:
         return f"{self._hub.legacy.endpoint}/models/{repo_id}"
 
     def _ask(self, doing: str, call: Callable[[], T]) -> T:
-        """What its client answers; whatever it raises is a PublishError without the token in it."""
+        """Calls the client; its errors become a PublishError without the token."""
         from modelscope_hub import HubError
         from requests import RequestException
 
-        with capture_client_log(self._say) as told:
+        with capture_client_log(self._say) as logged:
             try:
                 return call()
-            # An answer that is no JSON is a ValueError, and of batches that fail it makes a RuntimeError.
+            # An answer that is not JSON is a ValueError, and failed batches are a RuntimeError.
             except (HubError, RequestException, OSError, ValueError, RuntimeError) as error:
-                raise self._refusal(doing, cause(error, told)) from None
+                raise self._refusal(doing, cause(error, logged)) from None
 
     def _retried(self, call: Callable[[], T]) -> T:
-        """For what its client does not try again by itself: a POST, a stream."""
+        """Retries what the client does not retry: a POST, a stream."""
         return retrying(call, wait_of, title=TITLE, say=self._say)
 
     def _refusal(self, doing: str, error: BaseException) -> PublishError:
@@ -317,12 +295,12 @@ def _is_same(file: Path, there: tuple[int, str | None] | None) -> bool:
 
 
 def _files_of(folder: Path) -> dict[str, Path]:
-    """A folder's files by their path in the repository, also those after links."""
+    """Returns a folder's files, through links, by their paths in the repository."""
     found = {}
     for parent, _, names in os.walk(folder, followlinks=True):
         for name in names:
             file = Path(parent, name)
             if not file.is_file():
-                raise PublishError(Problem(str(file), "is a link to nothing, or no file", "take it out of the folder"))
+                raise PublishError(Problem(str(file), "is a broken link, or not a file", "remove it from the folder"))
             found[file.relative_to(folder).as_posix()] = file
     return dict(sorted(found.items()))

@@ -1,4 +1,4 @@
-"""What ModelScope's client raises and logs: whether another try is worth it, and what it means for the user."""
+"""The errors and the log of ModelScope's client: which errors are tried again, and what they mean for the user."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TITLE = "ModelScope"
 TOKEN_VARIABLE = "MODELSCOPE_API_TOKEN"
 LOG_IN = f"run `modelscope login`, or set {TOKEN_VARIABLE} to a token from https://modelscope.cn/my/myaccesstoken"
 
-# What it, and urllib3 below it, log before they wait.
+# The messages that it and urllib3 log before they wait.
 _TRIES_AGAIN = re.compile(r"^Retrying (?!\()|^Incremented Retry|retry(ing)? in |honoring Retry-After")
 
 
@@ -29,25 +29,25 @@ def wait_of(error: Exception) -> float | None:
 
 
 def meaning(error: BaseException) -> tuple[str, str]:
-    """What an error of its client says about the request, and what to do about it."""
+    """Returns what an error of the client means, and what the user can do about it."""
     from modelscope_hub import errors
     from requests import exceptions
 
-    later = "run the same command later; what has arrived is not sent again"
+    later = "run the same command later; files that have arrived are not sent again"
     cut = (errors.NetworkError, exceptions.ConnectionError, exceptions.Timeout, exceptions.ChunkedEncodingError)
     meanings: list[tuple[type[BaseException], str, str]] = [
         (errors.AuthenticationError, "the token is not accepted", LOG_IN),
-        (errors.QuotaExceededError, "the account has no room left", "make room, or ask ModelScope for more"),
+        (errors.QuotaExceededError, "the account has no space left", "free some space, or ask ModelScope for more"),
         (
             errors.PermissionDeniedError,
             "the token may not do that",
-            "use a token that may write, and an owner that the account may write for",
+            "use a token that can write, and an owner that the account can write for",
         ),
-        (errors.NotExistError, "it is not there, or the account may not see it", "check the name and the account"),
+        (errors.NotExistError, "it does not exist, or the account cannot see it", "check the name and the account"),
         (
             errors.AlreadyExistsError,
-            "there is one already, or somebody else is changing it",
-            "take another name, or run the same command again",
+            "it exists already, or somebody else is changing it",
+            "choose another name, or run the same command again",
         ),
         (errors.RateLimitError, "there were too many requests", later),
         *((kind, "there is no connection", f"check the network, and {later}") for kind in cut),
@@ -56,20 +56,20 @@ def meaning(error: BaseException) -> tuple[str, str]:
     for kind, what, fix in meanings:
         if isinstance(error, kind):
             return what, fix
-    return "its client gives up", later
+    return "its client gave up", later
 
 
-def cause(error: BaseException, told: list[BaseException]) -> BaseException:
-    """The error that an error comes from: of an upload its client raises only how many files failed."""
-    answers = [each for each in [*told, error] if getattr(each, "status_code", None)]
+def cause(error: BaseException, logged: list[BaseException]) -> BaseException:
+    """Returns the cause of an error: a failed upload itself says only how many files failed."""
     if getattr(error, "status_code", None) or type(error).__name__ not in ("StorageError", "RuntimeError"):
         return error
-    return (answers or told or [error])[-1]
+    answers = [each for each in logged if getattr(each, "status_code", None)]
+    return (answers or logged or [error])[-1]
 
 
 @contextmanager
 def capture_client_log(say: Callable[[str], None]) -> Iterator[list[BaseException]]:
-    """Keeps its client's log off the terminal, but for one line whenever it waits and tries again.
+    """Keeps the client's log off the terminal, except for a line each time that it waits and tries again.
 
     Yields:
         The errors in the log.

@@ -19,7 +19,7 @@ ADAPTER, MERGED, EXPORT = "adapter", "merged", "export"
 
 @dataclass(frozen=True)
 class Part:
-    """An adapter or a merged model on the disk, with the run that it comes from if there is one."""
+    """An adapter or a merged model on the disk, with its run if it is in one."""
 
     kind: str
     folder: Path
@@ -27,34 +27,34 @@ class Part:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """The run's record; empty where there is none."""
+        """The run's record; empty without a run."""
         return self.run.facts if self.run else {}
 
 
 @dataclass(frozen=True)
 class PublishedBase:
-    """The base as others find it."""
+    """The base by its public name."""
 
     id: str
     revision: str | None = None
 
 
 def find_part(path: Path, kind: str | None = None) -> Part:
-    """What a path means: of a run its adapter or its merged model, or a directory that is one.
+    """Finds the adapter or the merged model that a path names.
 
     Args:
         path: A run directory, an adapter directory or a merged model.
-        kind: `adapter` or `merged`; of a run it is the adapter where nothing is said.
+        kind: `adapter` or `merged`; None means the adapter of a run, or whatever the directory is.
 
     Raises:
-        PublishError: There is no such thing, or the run has not finished.
+        PublishError: There is no such part, or the run has not finished.
         RunError: The run's record cannot be read.
     """
     if kind == EXPORT:
-        what = "exported formats cannot be pushed so far; expected adapter or merged"
+        what = "exported formats cannot be pushed yet; expected adapter or merged"
         raise PublishError(Problem(str(path), what, "upload them with `hf upload`"))
     path = path.expanduser()
-    path = path.resolve() if path.name in ("", "..") else path  # `.` has no name to go by
+    path = path.resolve() if path.name in ("", "..") else path  # `.` has no name
     for candidate in (path, path.absolute().parent):
         if not (candidate / "run.json").is_file():
             continue
@@ -68,7 +68,7 @@ def find_part(path: Path, kind: str | None = None) -> Part:
         folder = candidate / kind
         if run.facts.get("state") != FINISHED:
             what = f"the run has not finished (its state is {run.facts.get('state')})"
-            raise PublishError(Problem(str(candidate), what, "finish it first: the same `qwen-tune train` goes on"))
+            raise PublishError(Problem(str(candidate), what, "finish it first: the same `qwen-tune train` resumes it"))
         if not folder.is_dir():
             fix = f"run `qwen-tune merge {candidate}` first" if kind == MERGED else suggest_adapter(candidate)
             raise PublishError(Problem(str(candidate), f"the run has no {kind}/", fix))
@@ -76,7 +76,7 @@ def find_part(path: Path, kind: str | None = None) -> Part:
     is_adapter = (path / "adapter_config.json").is_file()
     found = ADAPTER if is_adapter else MERGED if (path / "config.json").is_file() else None
     if (path / "trainer_state.json").is_file() and is_adapter:
-        what = "a checkpoint of a run is not pushed; expected a run, an adapter or a merged model"
+        what = "a checkpoint of a run cannot be pushed; expected a run, an adapter or a merged model"
         raise PublishError(Problem(str(path), what, "give the run's directory"))
     if found is None:
         what = "expected a run directory, or one with adapter_config.json or config.json" + (
@@ -84,24 +84,23 @@ def find_part(path: Path, kind: str | None = None) -> Part:
         )
         raise PublishError(Problem(str(path), what, "check the path"))
     if kind and kind != found:
-        raise PublishError(
-            Problem(str(path), f"this is no {kind} directory; it looks like {found}", "leave out --what")
-        )
+        what = f"expected {kind}, but the directory looks like {found}"
+        raise PublishError(Problem(str(path), what, "leave out --what"))
     return Part(found, path)
 
 
 def published_base(part: Part, base_id: str | None = None) -> PublishedBase:
-    """The Hub id of the base that a part belongs to.
+    """Returns the Hub id of a part's base.
 
     Raises:
-        PublishError: It was a local one, and nobody says what it is called elsewhere.
+        PublishError: The base was local, and `base_id` does not name it.
     """
     recorded = _recorded_base(part)
     if base_id is not None:
         return PublishedBase(base_id, recorded.revision if recorded and recorded.id == base_id else None)
     if recorded is None:
-        what = "it was made from a local base, which nobody else has"
-        fix = "say which model that is with --base-id, such as --base-id Qwen/Qwen2.5-Coder-7B-Instruct"
+        what = "its base is a local directory, which nobody else has"
+        fix = "name the base with --base-id, such as --base-id Qwen/Qwen2.5-Coder-7B-Instruct"
         raise PublishError(Problem(str(part.folder), what, fix))
     return recorded
 
@@ -115,7 +114,7 @@ def _recorded_base(part: Part) -> PublishedBase | None:
         named = {"id": config.get("base_model_name_or_path"), "revision": config.get("revision")}
     if not isinstance(named, Mapping) or not isinstance(named.get("id"), str):
         return None
-    # What the Hub gave has a commit; a folder may have a name of the same form.
+    # A base from the Hub has a commit; a folder can have a name of the same form.
     is_local = named.get("revision") is None and (part.run is not None or Path(named["id"]).exists())
     if is_local or not re.match(REPO_ID_PATTERN, named["id"]):
         return None

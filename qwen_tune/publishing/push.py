@@ -1,4 +1,4 @@
-"""A push from start to end: everything is looked at before anything is sent."""
+"""A push from start to end: everything is checked before anything is sent."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from qwen_tune.console import print_once, report
 from qwen_tune.errors import Problem, PublishError, first_line
 from qwen_tune.publishing.card import licence_of
-from qwen_tune.publishing.remote import Account, Remote
-from qwen_tune.publishing.upload_plan import Options, UploadPlan, describe, prepare, resolve_existing_weights
+from qwen_tune.publishing.remote import Account, Remote, Repository
+from qwen_tune.publishing.upload_plan import Options, UploadPlan, add_card, plan_upload, resolve_existing_weights
 from qwen_tune.recipe.schema import HubSpec, Recipe
 
 HUB, MODELSCOPE = "hub", "modelscope"
@@ -24,45 +24,37 @@ def push(
 
     Args:
         path: A run directory, an adapter directory or a merged model.
-        repo_id: The repository, `owner/name`; made if it is not there.
-        kinds: `adapter` or `merged`, or both, each in a folder then; nothing for what the path holds.
+        repo_id: The repository, `owner/name`; it is created if it does not exist.
+        kinds: `adapter`, `merged`, or both, each in a folder then; empty for what the path holds.
         options: Visibility, branch, names.
         to: `hub` or `modelscope`.
-        dry_run: Only check, and say what would be sent.
+        dry_run: Whether to check everything and send nothing.
 
     Returns:
-        What to print: where it is, or what would be sent.
+        The text to print: the address, or what would be sent.
 
     Raises:
-        PublishError: Something may not be sent, the other side does not take it, or cannot be reached. What was sent
-            before stays there; the same call goes on.
+        PublishError: A file must not be sent, or the other side refuses it or cannot be reached. Files that were sent
+            stay there; the same call resumes.
     """
     remote = _remote(to)
-    secrets = [remote.token] if remote.token else []
-    plan = prepare(path, repo_id, kinds, options, secrets)
-    _refuse(plan.content.problems)
+    plan = plan_upload(path, repo_id, kinds, options, secrets=[remote.token] if remote.token else [])
+    plan.content.check()
     account = remote.account()
-    check_repository(plan, account, options, remote)
-    describe(
-        plan,
-        options,
-        secrets,
-        base_card=remote.read_card(plan.base.id),
-        card=remote.read_card(plan.repository.id, options.revision) if plan.repository else None,
-        site=remote.site,
-    )
-    _refuse(plan.content.problems)
-    return _plan(plan, account, options, remote) if dry_run else _send(plan, options, remote)
+    check_repository(plan, account, remote)
+    add_card(plan, remote)
+    plan.content.check()
+    return _describe(plan, account, remote) if dry_run else _send(plan, remote)
 
 
-def check_repository(plan: UploadPlan, account: Account, options: Options, remote: Remote) -> None:
-    """Whether the account may write there, it is as visible as was asked for, and what lies there leaves room.
+def check_repository(plan: UploadPlan, account: Account, remote: Remote) -> None:
+    """Finds the repository, and checks rights, branch, visibility and the weights that it has.
 
     Raises:
-        PublishError: It is not so.
+        PublishError: One of them does not allow the push.
     """
-    repo_id = plan.repo_id
-    if not options.create_pr:  # others may propose something, too
+    repo_id, options = plan.repo_id, plan.options
+    if not options.create_pr:  # anyone may open a pull request
         refuse_foreign(repo_id, account)
     found = plan.repository = remote.find(repo_id)
     remote.check_target(found, options.revision, create_pr=options.create_pr)
@@ -71,12 +63,12 @@ def check_repository(plan: UploadPlan, account: Account, options: Options, remot
             fix = "push once without --create-pr"
             raise PublishError(Problem(repo_id, "there is no such repository to open a pull request in", fix))
         return
-    refuse_public(found.id, is_private=found.private, options=options)
+    refuse_public(found, options)
     resolve_existing_weights(plan, remote.files(found, options.revision))
 
 
 def refuse_foreign(repo_id: str, account: Account) -> None:
-    """Raises PublishError where the account may not write."""
+    """Raises PublishError if the account cannot write to the repository."""
     owner, name = repo_id.split("/")
     if account.owners is None or {owner, repo_id} & account.owners:
         return
@@ -84,12 +76,12 @@ def refuse_foreign(repo_id: str, account: Account) -> None:
     raise PublishError(Problem(repo_id, what, f"push to {account.name}/{name}, or use another token"))
 
 
-def refuse_public(repo_id: str, *, is_private: bool, options: Options) -> None:
-    """Raises PublishError where something would be published that nobody said should be."""
-    if not is_private and options.private is not False:
-        what = "this repository is public, and what is pushed would be, too"
-        fix = "say so with --public (in a recipe: hub.private=false), or push to another one"
-        raise PublishError(Problem(repo_id, what, fix))
+def refuse_public(repository: Repository, options: Options) -> None:
+    """Raises PublishError if a push would be public and nobody asked for that."""
+    if not repository.private and options.private is not False:
+        what = "this repository is public, and the push would be public as well"
+        fix = "allow it with --public (in a recipe: hub.private=false), or push to another one"
+        raise PublishError(Problem(repository.id, what, fix))
 
 
 def _remote(to: str) -> Remote:
@@ -102,27 +94,20 @@ def _remote(to: str) -> Remote:
     return HuggingFace()
 
 
-def _refuse(problems: Sequence[Problem]) -> None:
-    if problems:
-        raise PublishError(problems)
-
-
-def _plan(plan: UploadPlan, account: Account, options: Options, remote: Remote) -> str:
-    """What would be sent, in lines."""
-    content, there = plan.content, plan.repository
-    sizes = {name: content.size(name) for name in content.files} | {
-        name: len(data) for name, data in plan.pictures.items()
-    }
-    is_private = there.private if there else options.private is not False
-    state = f"{'private' if is_private else 'public'}, {'exists' if there else 'will be made'}"
+def _describe(plan: UploadPlan, account: Account, remote: Remote) -> str:
+    """Says in lines what would be sent."""
+    content, options, repository = plan.content, plan.options, plan.repository
+    sizes = {name: content.size(name) for name in content.files}
+    is_private = repository.private if repository else options.private is not False
+    state = f"{'private' if is_private else 'public'}, {'exists' if repository else 'will be created'}"
     where = " as a pull request" if options.create_pr else f", branch {options.revision}" if options.revision else ""
     lines = [
-        f"{remote.title}: {there.id if there else plan.repo_id} ({state}){where}, as {account.name}",
+        f"{remote.title}: {repository.id if repository else plan.repo_id} ({state}){where}, as {account.name}",
         f"would send {len(sizes)} files, {_size(sum(sizes.values()))}:",
         *(f"  {_size(size):>9}  {name}" for name, size in sorted(sizes.items())),
     ]
     if plan.recipe and plan.recipe.data.system:
-        lines.append("recipe and card hold the system message")
+        lines.append("recipe and card contain the system message")
     if plan.delete:
         lines += ["would delete, as weights of an earlier push:", *(f"  {name}" for name in plan.delete)]
     if content.left_out:
@@ -130,19 +115,17 @@ def _plan(plan: UploadPlan, account: Account, options: Options, remote: Remote) 
     return "\n".join(lines)
 
 
-def _send(plan: UploadPlan, options: Options, remote: Remote) -> str:
+def _send(plan: UploadPlan, remote: Remote) -> str:
+    options = plan.options
     repository = plan.repository or remote.create(plan.repo_id, private=options.private is not False)
     if options.private is False and repository.private:
-        report(f"{repository.id} is private and stays so; {repository.url}/settings makes it public")
+        report(f"{repository.id} is private and stays private; {repository.url}/settings makes it public")
     title = f"{' and '.join(plan.folders)} of {plan.name}"
-    with tempfile.TemporaryDirectory(prefix="qwen-tune-push-") as temporary:
-        folder = Path(temporary)
-        plan.content.write(folder)
-        for file, data in plan.pictures.items():
-            (folder / file).write_bytes(data)
+    with tempfile.TemporaryDirectory(prefix="qwen-tune-push-") as folder:
+        plan.content.write(Path(folder))
         address = remote.upload(
             repository,
-            folder,
+            Path(folder),
             revision=options.revision,
             create_pr=options.create_pr,
             title=f"Upload {title}",
@@ -151,14 +134,14 @@ def _send(plan: UploadPlan, options: Options, remote: Remote) -> str:
     if plan.tag and not options.create_pr:
         try:
             remote.tag(repository, plan.tag, options.revision)
-        except PublishError as error:  # all is there; only its name is missing
-            report(f"warning: the tag {plan.tag} could not be made: {error}")
+        except PublishError as error:  # the files are there; only the tag is missing
+            report(f"warning: the tag {plan.tag} could not be created: {error}")
     deleted = f", {len(plan.delete)} old weight files deleted" if plan.delete else ""
     return f"pushed {title}: {address}{' (private)' if repository.private else ''}{deleted}"
 
 
 def _size(count: int) -> str:
-    """Bytes in decimal units, as hubs show them."""
+    """Bytes in decimal units, as the Hub shows them."""
     amount, unit = float(count), "B"
     for unit in ("B", "kB", "MB", "GB"):
         if amount < 1000 or unit == "GB":
@@ -168,7 +151,7 @@ def _size(count: int) -> str:
 
 
 def push_after_training(run: Path, spec: HubSpec) -> None:
-    """Pushes what the recipe's `hub:` asks for. What fails is reported with the command to resume: the run is done."""
+    """Pushes what the recipe's `hub:` asks for. A failure is only reported, with the command to resume."""
     options = _options(spec)
     for repo_id, kinds in _repositories(spec).items():
         try:
@@ -176,18 +159,18 @@ def push_after_training(run: Path, spec: HubSpec) -> None:
         except KeyboardInterrupt:
             print_once(f"the push was interrupted; resume with: {_command(run, repo_id, kinds, options)}")
             raise
-        except Exception as error:  # also a bug of ours: hours of training do not end in it
+        except Exception as error:  # a bug too: hours of training must not end in a traceback
             print_once(f"warning: not pushed to {repo_id}: {first_line(error)}")
             print_once(f"         the run is complete; resume with: {_command(run, repo_id, kinds, options)}")
 
 
 def push_commands(run: Path, spec: HubSpec) -> list[str]:
-    """The command lines that push what the recipe asks for."""
+    """Returns the command lines that push what the recipe asks for."""
     return [_command(run, repo_id, kinds, _options(spec)) for repo_id, kinds in _repositories(spec).items()]
 
 
 def check_push(recipe: Recipe) -> list[str]:
-    """What would keep the push after training from succeeding, as far as it shows now; nobody waits for it long."""
+    """Returns warnings of what would make the push after training fail; does not wait for a busy server."""
     spec = recipe.hub
     if spec is None:
         return []
@@ -200,9 +183,9 @@ def check_push(recipe: Recipe) -> list[str]:
         for repo_id in _repositories(spec):
             refuse_foreign(repo_id, account)
             if found := remote.find(repo_id):
-                refuse_public(found.id, is_private=found.private, options=options)
+                refuse_public(found, options)
                 cards.append(remote.read_card(found.id, spec.revision))
-    except Exception as error:  # whatever it is, training does not need it
+    except Exception as error:  # training does not need the Hub
         return [f"the push after training would fail: {first_line(error)}"]
     finally:
         remote.close()
@@ -229,7 +212,6 @@ def _options(spec: HubSpec) -> Options:
 
 
 def _command(run: Path, repo_id: str, kinds: Sequence[str], options: Options) -> str:
-    """The command line of a push."""
     words = ["qwen-tune", "push", str(run), repo_id]
     words += [word for kind in kinds for word in ("--what", kind)]
     words += ["--public"] if options.private is False else []

@@ -1,4 +1,4 @@
-"""What a place that models are pushed to can do; `hub` and `modelscope` are such places."""
+"""The interface of a site that models are pushed to, which `hub` and `modelscope` implement, and its retries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwen_tune.errors import first_line
 
 @dataclass(frozen=True)
 class Account:
-    """Whose token it is, and the owners or single repositories that it may write to; None where nobody tells."""
+    """The owner of a token, and the owners or single repositories that it can write to; None if that is not known."""
 
     name: str
     owners: frozenset[str] | None
@@ -22,7 +22,7 @@ class Account:
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository by the name that it has now, which may not be the one it was asked for by."""
+    """A repository by its present name, which differs from the requested one if it was renamed."""
 
     id: str
     private: bool
@@ -30,10 +30,7 @@ class Repository:
 
 
 class Remote(Protocol):
-    """A place for models. Every call raises PublishError with what the user can do about it.
-
-    What may succeed the next time (a busy server, a cut connection) is tried again first.
-    """
+    """A site for models. Busy servers and broken connections are tried again; other failures are a PublishError."""
 
     title: str
     """Its name in a sentence: `the Hub`."""
@@ -43,25 +40,28 @@ class Remote(Protocol):
 
     @property
     def token(self) -> str | None:
-        """The account's token, so that it is found in whatever is sent; None without one."""
+        """The account's token, so that no file with it is sent."""
 
     def account(self) -> Account:
-        """Who the token belongs to; it can write."""
+        """Returns the owner of the token; raises PublishError if the token cannot write."""
 
     def find(self, repo_id: str) -> Repository | None:
-        """The repository, if there is one that the account may see."""
+        """Returns the repository; None if it does not exist or the account cannot see it."""
 
     def create(self, repo_id: str, *, private: bool) -> Repository:
-        """Makes a repository."""
+        """Creates a repository and checks its visibility."""
 
     def read_card(self, repo_id: str, revision: str | None = None) -> str | None:
-        """README.md of any model; None where there is none."""
+        """Returns README.md of any model; None if it has none."""
 
     def check_target(self, repository: Repository | None, revision: str | None, *, create_pr: bool) -> None:
-        """Whether a branch takes a push, or the repository a pull request; None for one that is yet to be made."""
+        """Raises PublishError if a push to a branch, or a pull request, is not possible.
+
+        `repository` is None if it does not exist yet.
+        """
 
     def files(self, repository: Repository, revision: str | None) -> set[str]:
-        """The names of all files; those of the default branch where the branch is yet to be made."""
+        """Returns the names of all files; those of the default branch if the branch does not exist yet."""
 
     def upload(
         self,
@@ -73,21 +73,21 @@ class Remote(Protocol):
         title: str,
         delete: Sequence[str] = (),
     ) -> str:
-        """Sends a folder's files (links are followed), and deletes some; what is there already is not sent again.
+        """Sends the files of a folder, through links, and deletes others; files that are there are not sent again.
 
         Returns:
-            Where to look at it.
+            The address of the result.
         """
 
     def tag(self, repository: Repository, name: str, revision: str | None) -> None:
-        """Gives what was uploaded a name that lasts."""
+        """Tags the commit of the upload. A tag that exists is not moved."""
 
 
 T = TypeVar("T")
 
 BACK_OFF_S = (1.0, 2.0, 4.0, 8.0)
 LONGEST_WAIT_S = 300.0
-"""A server that asks for more patience than this is left to the user."""
+"""If a server asks for a longer wait, its error is raised."""
 
 
 def retrying(
@@ -97,10 +97,14 @@ def retrying(
     title: str,
     say: Callable[[str], None] = report,
 ) -> T:
-    """What `call` returns, in at most five tries; the last try's error is raised as it is.
+    """Calls up to five times and returns the result, or raises the last error.
 
-    `wait_of` says of an error how many seconds the server asked to wait (0: it did not say), or None if another try is
-    no use. `title` is who does not answer, at the start of a sentence.
+    Args:
+        call: The request.
+        wait_of: Returns for an error how many seconds the server asks to wait, 0 if it does not say, or None if
+            another try is useless.
+        title: The server's name at the start of a message.
+        say: Takes the message about each wait.
     """
     for pause in BACK_OFF_S:
         try:

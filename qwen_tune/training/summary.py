@@ -11,6 +11,7 @@ from rich.padding import Padding
 
 from qwen_tune.console import make_console, print_pairs, shown_path
 from qwen_tune.distributed.world import is_main_process, world_size
+from qwen_tune.families.serving import unsupported_by_vllm
 from qwen_tune.machine import device_name
 from qwen_tune.planner.choice import Choice
 from qwen_tune.preview.audit import Audit, audit
@@ -23,10 +24,11 @@ from qwen_tune.runs.resume import Plan
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from rich.console import Console
 
     from qwen_tune.fused.install import Fused
+    from qwen_tune.model.adapter import TrainedModules
     from qwen_tune.training.job import Job
 
 GIB = 1 << 30
@@ -93,8 +95,8 @@ def _show_drift(run: RunDir, plan: Plan, facts: Mapping[str, Any]) -> None:
 
 
 def show_adapter(model: PeftModel, fused: Fused | None) -> None:
-    """What is trained, module by module, what of it goes the fused way, and where it cannot be served."""
-    from qwen_tune.model.adapter import serving_notes, trained_modules
+    """Lists the trained modules, what of them is fused, and what of the adapter cannot be served."""
+    from qwen_tune.model.adapter import trained_modules
 
     console = _console()
     modules = trained_modules(model)
@@ -104,8 +106,21 @@ def show_adapter(model: PeftModel, fused: Fused | None) -> None:
     total = sum(counts.parameters for counts in modules.values())
     print_pairs(console, [("trained", f"{total:,} parameters: {parts}")])
     print_pairs(console, [("kernels", str(fused) if fused else "off")])
-    for note in serving_notes(model.peft_config["default"], modules):
-        console.print(f"  [yellow]warning[/] {escape(note)}", highlight=False)
+    for warning in _serving_warnings(model.peft_config["default"], modules):
+        console.print(f"  [yellow]warning[/] {escape(warning)}", highlight=False)
+
+
+def _serving_warnings(config: LoraConfig, trained: Mapping[str, TrainedModules]) -> list[str]:
+    warnings = []
+    if parts := unsupported_by_vllm(config.to_dict()):
+        warnings.append(f"vLLM does not load {' or '.join(parts)}: serve the merged model")
+    if config.modules_to_save:
+        size = sum(trained[name].parameters for name in config.modules_to_save if name in trained)
+        gib = size * 4 / GIB
+        warnings.append(f"modules_to_save adds {size:,} parameters ({gib:.1f} GiB) to the adapter's file")
+    if config.use_dora:
+        warnings.append("Transformers 5.23 leaves DoRA's magnitudes out when it loads an adapter; PEFT does not")
+    return warnings
 
 
 def show_end(run: RunDir) -> None:
