@@ -30,7 +30,6 @@ BEGIN = "<!-- qwen-tune: what stands from here to the next marker is yours, and 
 END = "<!-- qwen-tune: end of your text -->"
 
 TAGS = ("qwen", "lora", "chatml", "qwen-tune")
-GIB = 1 << 30
 
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 

@@ -13,14 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qwen_tune.console import make_console
+from qwen_tune.hardware import GIB
 from qwen_tune.machine import memory_bytes
 from qwen_tune.runs.directory import RunDir
 from qwen_tune.training.steps import Steps
 
 if TYPE_CHECKING:
     from qwen_tune.tracking.tracking import Tracker
-
-GIB = 1 << 30
 
 
 class MetricsLog(TrainerCallback):

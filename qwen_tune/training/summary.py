@@ -12,6 +12,7 @@ from rich.padding import Padding
 from qwen_tune.console import make_console, print_pairs, shown_path
 from qwen_tune.distributed.world import is_main_process, world_size
 from qwen_tune.families.serving import unsupported_by_vllm
+from qwen_tune.hardware import GIB
 from qwen_tune.machine import device_name
 from qwen_tune.planner.choice import Choice
 from qwen_tune.preview.audit import Audit, audit
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from qwen_tune.model.adapter import TrainedModules
     from qwen_tune.training.job import Job
 
-GIB = 1 << 30
 SOURCES_SHOWN = 8
 LONGEST_RUN = 160  # characters of a sample between two control tokens
 
