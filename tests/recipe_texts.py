@@ -1,4 +1,4 @@
-"""Recipes that several test files write down, and what is reported about them."""
+"""Recipes for several test files, and what is reported about them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ export: {merge: true}
 
 
 def mapping(**sections: Any) -> dict[str, Any]:
-    """A minimal recipe with sections laid over it."""
+    """A minimal recipe, overridden by sections."""
     return {
         "name": "job",
         "model": {"base": "Qwen/Qwen3-0.6B"},
@@ -76,16 +76,16 @@ def load(text: str, *overrides: str) -> Recipe:
     return load_recipe(write(text), overrides)
 
 
-def told(text: str | bytes, *overrides: str) -> list[str]:
-    """What is said about a recipe, a line a problem."""
+def problems_of(text: str | bytes, *overrides: str) -> list[str]:
+    """The problems of a recipe, one line each."""
     if isinstance(text, bytes):
         Path("job.yaml").write_bytes(text)
     else:
         write(text)
-    return told_of("job.yaml", *overrides)
+    return problems_of_file("job.yaml", *overrides)
 
 
-def told_of(path: str, *overrides: str) -> list[str]:
+def problems_of_file(path: str, *overrides: str) -> list[str]:
     with pytest.raises(RecipeError) as error:
         load_recipe(path, overrides)
     assert error.value.__cause__ is None

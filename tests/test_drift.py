@@ -49,7 +49,7 @@ def test_changed_rows_or_weights_are_noticed(uninterrupted, tmp_path, monkeypatc
     rows = folder / "rows.jsonl"
     lines = rows.read_text().splitlines(keepends=True)
     rows.write_text("".join(lines[1:]))
-    with pytest.raises(RunError, match=r"data_fingerprint: the rows \(.*\) changed since the run"):
+    with pytest.raises(RunError, match=r"data_fingerprint: the examples \(.*\) changed since the run"):
         run(folder, monkeypatch)
     rows.write_text("".join(lines))
     # The same recipe in another folder has checkpoints of another run.
@@ -125,7 +125,7 @@ OTHER_FACTS = {
     "tokenizer_sha256": ("f" * 64, "the tokenizer"),
     "base.weights_fingerprint": ("f" * 64, "the base's weights"),
     "base.config_sha256": ("f" * 64, "the base's config.json"),
-    "dtype": ("bfloat16", "the type that the base is held in"),
+    "dtype": ("bfloat16", "the base's number type"),
     "world_size": (2, "the number of processes"),
 }
 

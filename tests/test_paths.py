@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, environment
-from recipe_texts import mapping, told
+from recipe_texts import mapping, problems_of
 
 from qwen_tune.disk import TEXT_LIMIT_BYTES, UnreadableError, path_fault, read_text_file
 from qwen_tune.errors import DataError, RunError
@@ -75,9 +75,9 @@ KEYS = {
 @pytest.mark.parametrize("text", WORDS)
 @pytest.mark.parametrize("key", KEYS)
 def test_keys_that_hold_a_path(key, text):
-    [problem] = told(json.dumps(mapping(**KEYS[key](text))))
+    [problem] = problems_of(json.dumps(mapping(**KEYS[key](text))))
     assert f"{key}: got " in problem
-    assert f"no usable path ({path_fault(text)})" in problem
+    assert f"not a usable path ({path_fault(text)})" in problem
     assert len(problem) < 500
 
 

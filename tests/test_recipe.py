@@ -66,13 +66,15 @@ def test_every_field_explains_itself(section: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["max_length_tokens", "fraction", "max_hours", "eval_steps", "rows", "warmup_steps"])
 def test_quantities_name_their_unit(name: str) -> None:
-    unit = {"max_length_tokens": "tokens", "fraction": "Share", "max_hours": "Hours", "rows": "Rows"}.get(name, "teps")
+    unit = {"max_length_tokens": "tokens", "fraction": "Fraction", "max_hours": "Hours", "rows": "Examples"}.get(
+        name, "teps"
+    )
     field = next(model.model_fields[name] for model in SECTIONS.values() if name in model.model_fields)
     assert unit in (field.description or "")
 
 
 def test_null_means_the_default() -> None:
-    """A field that took None beside another default could not be told from one that was unset."""
+    """A field that took None beside another default could not be distinguished from an unset one."""
     for model in SECTIONS.values():
         for name, field in model.model_fields.items():
             takes_none = type(None) in typing.get_args(field.annotation) or field.annotation is types.NoneType

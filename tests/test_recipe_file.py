@@ -15,7 +15,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from recipe_texts import FULL, MINIMAL, load, recipe, told, told_of, write
+from recipe_texts import FULL, MINIMAL, load, problems_of, problems_of_file, recipe, write
 
 from qwen_tune.errors import RecipeError
 from qwen_tune.recipe.errors import known_sections
@@ -39,23 +39,25 @@ def test_a_recipe_loads() -> None:
 def test_the_file_names_the_recipe() -> None:
     assert load_recipe(write(MINIMAL, "recipes/coder.v2.yaml")).run_dir == Path("runs/coder.v2")
     assert load("name: null\n" + MINIMAL).name == "job"
-    (problem,) = told_of(write(MINIMAL, "my recipe.yaml"))
+    (problem,) = problems_of_file(write(MINIMAL, "my recipe.yaml"))
     assert problem.startswith("my recipe.yaml:1: name: is missing")
     assert problem.endswith("Fix: add `name: my-recipe`")
 
 
-def test_missing_files_suggest_the_nearest() -> None:
+def test_missing_files_suggest_the_nearest_name() -> None:
     write(MINIMAL, "recipes/qwen3/coder-lora.yaml")
     write(MINIMAL, "recipes/chat-lora.yaml")
-    assert told_of("recipes/qwen3/coder-lra.yaml") == [
+    assert problems_of_file("recipes/qwen3/coder-lra.yaml") == [
         "recipes/qwen3/coder-lra.yaml: does not exist. Fix: did you mean recipes/qwen3/coder-lora.yaml?"
     ]
-    assert told_of("chat-lora")[0].endswith("did you mean recipes/chat-lora.yaml?")
-    assert "name one of recipes/chat-lora.yaml" in told_of("xyz.yaml")[0]
-    assert told_of("recipes")[0].startswith("recipes: is a folder; must be a recipe file. Fix: ")
-    assert told_of("recipes/chat-lora.yaml/x.yaml")[0].startswith("recipes/chat-lora.yaml/x.yaml: cannot be read")
-    assert "cannot be read" in told_of("\0")[0]
-    assert "cannot be read" in told_of("x" * 5000)[0]
+    assert problems_of_file("chat-lora")[0].endswith("did you mean recipes/chat-lora.yaml?")
+    assert "name one of recipes/chat-lora.yaml" in problems_of_file("xyz.yaml")[0]
+    assert problems_of_file("recipes")[0].startswith("recipes: is a folder; must be a recipe file. Fix: ")
+    assert problems_of_file("recipes/chat-lora.yaml/x.yaml")[0].startswith(
+        "recipes/chat-lora.yaml/x.yaml: cannot be read"
+    )
+    assert "cannot be read" in problems_of_file("\0")[0]
+    assert "cannot be read" in problems_of_file("x" * 5000)[0]
 
 
 def test_loading_needs_nothing_heavy() -> None:
@@ -99,10 +101,10 @@ def test_extends_unsets_with_null() -> None:
 
 def test_extends_keeps_places() -> None:
     write(MINIMAL + "lora:\n  r: 0\n", "recipes/base.yaml")
-    assert told_of(write("extends: base.yaml\n", "recipes/job.yaml"))[0].startswith(
+    assert problems_of_file(write("extends: base.yaml\n", "recipes/job.yaml"))[0].startswith(
         "recipes/base.yaml:7: lora.r: got 0"
     )
-    (problem,) = told_of(write("extends: base.yaml\nlora:\n\n  r: -1\n", "recipes/job.yaml"))
+    (problem,) = problems_of_file(write("extends: base.yaml\nlora:\n\n  r: -1\n", "recipes/job.yaml"))
     assert problem.startswith("recipes/job.yaml:4: lora.r: got -1")
 
 
@@ -117,11 +119,11 @@ def test_extends_of_another_folder() -> None:
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("a: 1\nextends: bse.yaml\n", "job.yaml:2: extends: got bse.yaml; bse.yaml does not exist or is no file. Fix: did you mean base.yaml?"),
+        ("a: 1\nextends: bse.yaml\n", "job.yaml:2: extends: got bse.yaml; bse.yaml does not exist or is not a file. Fix: did you mean base.yaml?"),
         ("extends: [base.yaml]\n", "job.yaml:1: extends: got a list of 1; must be the name of one file"),
         ("extends: 3\n", "job.yaml:1: extends: got 3 (a whole number); must be the name of one file"),
         ("extends: ''\n", 'job.yaml:1: extends: got "" (text); must be the name of one file'),
-        ("extends: .\n", "job.yaml:1: extends: got .; . does not exist or is no file"),
+        ("extends: .\n", "job.yaml:1: extends: got .; . does not exist or is not a file"),
         ("extends: 'x\\0'\n", "job.yaml:1: extends: got x\\0;"),
         ("extends: job.yaml\n", "job.yaml:1: extends: a cycle: job.yaml → job.yaml"),
         ("name: x\nextends: base.yaml\n", "base.yaml:1: extends: a cycle: job.yaml → base.yaml → job.yaml"),
@@ -129,7 +131,7 @@ def test_extends_of_another_folder() -> None:
 )  # fmt: skip
 def test_extends_that_cannot_be_followed(text: str, what: str) -> None:
     write("extends: job.yaml\n", "base.yaml")
-    (problem,) = told(text)
+    (problem,) = problems_of(text)
     assert problem.startswith(what)
 
 
@@ -139,7 +141,7 @@ def test_extends_null_is_none() -> None:
 
 def test_extends_a_broken_file() -> None:
     write("model: [", "base.yaml")
-    (problem,) = told("extends: base.yaml\n")
+    (problem,) = problems_of("extends: base.yaml\n")
     assert problem.startswith("base.yaml:1: not valid YAML")
 
 
@@ -192,7 +194,7 @@ def test_later_overrides_win_and_mappings_merge() -> None:
     assert (recipe.lora.r, recipe.train.seed, recipe.train.max_steps) == (3, 7, 10)
 
 
-def test_the_later_layer_says_how_long_to_train(tmp_path):
+def test_the_later_layer_determines_how_long_to_train(tmp_path):
     (tmp_path / "base.yaml").write_text(MINIMAL + "train: {num_train_epochs: 3}\n")
     short = load_recipe(tmp_path / "base.yaml", ["train.max_steps=5"])
     assert short.train.max_steps == 5
@@ -200,7 +202,7 @@ def test_the_later_layer_says_how_long_to_train(tmp_path):
     assert load_recipe(tmp_path / "child.yaml").train.max_steps == 7
     again = load_recipe(tmp_path / "child.yaml", ["train.num_train_epochs=1"])
     assert (again.train.max_steps, again.train.num_train_epochs) == (None, 1)
-    with pytest.raises(RecipeError, match="each says how long to train"):
+    with pytest.raises(RecipeError, match="both set the length"):
         load_recipe(tmp_path / "base.yaml", ["train.max_steps=5", "train.num_train_epochs=1"])
 
 
@@ -213,25 +215,25 @@ def test_the_later_layer_says_how_long_to_train(tmp_path):
         ("data.eval={fraction: 3}", "command line: data.eval=…: data.eval.fraction: got 3; must be less than 1"),
         ("lora.init_lora_weights=eva", "command line: lora.init_lora_weights=eva: not yet: got eva"),
         ("nonsense", "command line: override 1 has no `=`"),
-        ("=3", "command line: override 1 names no key"),
-        ("a..b=3", "command line: override 1 names no key"),
-        (".a=3", "command line: override 1 names no key"),
-        ("a\n=3", "command line: override 1 names no key"),
-        ("a." * 200 + "a=3", "command line: override 1 names no key"),
-        ("lora.r.x=3", "command line: lora.r.x=3: lora.r is 8 (a whole number), and has no `x` in it"),
-        ("data.train.2.path=x", "command line: data.train.2.path=x: data.train is a list of 2, and has no item `2`. Fix: write a number from 0 to 1"),
-        ("data.train.x=3", "command line: data.train.x=3: data.train is a list of 2, and has no item `x`"),
+        ("=3", "command line: override 1 does not name a key"),
+        ("a..b=3", "command line: override 1 does not name a key"),
+        (".a=3", "command line: override 1 does not name a key"),
+        ("a\n=3", "command line: override 1 does not name a key"),
+        ("a." * 200 + "a=3", "command line: override 1 does not name a key"),
+        ("lora.r.x=3", "command line: lora.r.x=3: lora.r is 8 (a whole number), so it has no `x` in it"),
+        ("data.train.2.path=x", "command line: data.train.2.path=x: data.train is a list of 2 and has no item `2`. Fix: write a number from 0 to 1"),
+        ("data.train.x=3", "command line: data.train.x=3: data.train is a list of 2 and has no item `x`"),
         ("data.train.-1.path=x", "command line: data.train.-1.path=x: data.train is a list of 2"),
-        ("hub.0=3", "command line: hub.0=3: hub is null, and has no `0` in it"),
+        ("hub.0=3", "command line: hub.0=3: hub is null, so it has no `0` in it"),
         ("lora.target_modules=[a", "command line: lora.target_modules=…: not valid YAML: a bracket that is never closed"),
         ("data.system='a", "command line: data.system='a: not valid YAML: a quote that is never closed"),
-        ("extends=x.yaml", "command line: extends=x.yaml: the file alone says what it extends"),
+        ("extends=x.yaml", "command line: extends=x.yaml: `extends` cannot be overridden"),
         (f"train.seed={'9' * 200}", "command line: train.seed="),
-        ("data.system=\ud800", 'command line: data.system="\\ud800": holds a character that no text has'),
+        ("data.system=\ud800", 'command line: data.system="\\ud800": contains an invalid character'),
     ],
 )  # fmt: skip
 def test_wrong_overrides(override: str, what: str) -> None:
-    (problem,) = told(FULL, override)
+    (problem,) = problems_of(FULL, override)
     assert problem.startswith(what)
 
 
@@ -287,7 +289,7 @@ _SETTINGS = settings(
 )
 
 
-def loads_or_tells(overrides: list[str]) -> None:
+def loads_or_reports(overrides: list[str]) -> None:
     error = None
     try:
         recipe = load_recipe("job.yaml", overrides)
@@ -304,7 +306,7 @@ def loads_or_tells(overrides: list[str]) -> None:
 
 @_SETTINGS
 @given(data=st.data(), seed=st.integers(0, 2**32))
-def test_mutated_recipes_load_or_tell(data: st.DataObject, seed: int) -> None:
+def test_mutated_recipes_load_or_report(data: st.DataObject, seed: int) -> None:
     chance = random.Random(seed)
     mapping: Any = yaml.safe_load(FULL)
     for _ in range(chance.randint(1, 3)):
@@ -322,7 +324,7 @@ def test_mutated_recipes_load_or_tell(data: st.DataObject, seed: int) -> None:
                 break
             node = node[key]
     Path("job.yaml").write_text(dump_yaml(mapping), encoding="utf-8", errors="replace")
-    loads_or_tells([])
+    loads_or_reports([])
 
 
 @_SETTINGS
@@ -330,10 +332,10 @@ def test_mutated_recipes_load_or_tell(data: st.DataObject, seed: int) -> None:
 @example(position=0, cut=0, inserted="? ")
 @example(position=5, cut=0, inserted="&a ")
 @example(position=211, cut=20, inserted="¼")
-def test_mutated_text_loads_or_tells(position: int, cut: int, inserted: str) -> None:
+def test_mutated_text_loads_or_reports(position: int, cut: int, inserted: str) -> None:
     text = FULL[:position] + inserted + FULL[position + cut :]
     Path("job.yaml").write_bytes(text.encode("utf-8", errors="surrogatepass"))
-    loads_or_tells([])
+    loads_or_reports([])
 
 
 @_SETTINGS
@@ -345,4 +347,4 @@ def test_mutated_text_loads_or_tells(position: int, cut: int, inserted: str) -> 
 )
 def test_random_overrides_load_or_tell(path: list[str], value: str) -> None:
     Path("job.yaml").write_text(FULL, encoding="utf-8")
-    loads_or_tells([f"{'.'.join(path)}={value}"])
+    loads_or_reports([f"{'.'.join(path)}={value}"])

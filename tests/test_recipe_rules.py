@@ -1,4 +1,4 @@
-"""The rules over several keys, what has to wait, and the list of trainer arguments."""
+"""The rules over several keys, unsupported values, and the list of trainer arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rules(**sections: Any) -> list[Finding]:
     return [finding for finding in findings(recipe(**sections)) if not finding.what.startswith("not yet")]
 
 
-# One refused value for each key that has to wait, or had to: only what the table still holds is tried.
+# One refused value for each key that is or was unsupported: only those still in NOT_YET are tried.
 WAITING: dict[str, Any] = {
     "model.quantization": "nf4",
     "train.save_total_limit": 2,
@@ -75,7 +75,7 @@ def with_waiting(key: str, value: Any) -> tuple[dict[str, Any], str]:
 
 
 @pytest.mark.parametrize("key", [key for key in WAITING if key in {entry.key for entry in NOT_YET}])
-def test_what_has_to_wait_is_refused(key: str, tmp_path: Path) -> None:
+def test_unsupported_values_are_refused(key: str, tmp_path: Path) -> None:
     whole, path = with_waiting(key, WAITING[key])
     parsed = Recipe.model_validate(whole)
     waiting = [finding for finding in findings(parsed) if finding.what.startswith("not yet: ")]
@@ -88,7 +88,7 @@ def test_what_has_to_wait_is_refused(key: str, tmp_path: Path) -> None:
     assert [problem.what for problem in error.value.problems] == [f"{path}: {waiting[0].what}"]
 
 
-def test_everything_that_waits_has_an_example() -> None:
+def test_every_unsupported_key_has_an_example() -> None:
     assert {entry.key for entry in NOT_YET} <= set(WAITING)
 
 
@@ -104,7 +104,7 @@ def test_everything_that_waits_has_an_example() -> None:
         ("export", {"merge": True}),
     ],
 )
-def test_what_works_already_is_accepted(section: str, value: Any) -> None:
+def test_supported_values_are_accepted(section: str, value: Any) -> None:
     assert findings(recipe(**{section: value})) == []
 
 
@@ -116,18 +116,18 @@ def test_what_works_already_is_accepted(section: str, value: Any) -> None:
         ({"hub": {"repo_id": "me/job", "repo_ids": {"merged": "me/full"}}}, ("hub", "repo_ids", "merged")),
     ],
 )
-def test_what_can_never_be_pushed_is_told_before_training(sections: dict[str, Any], path: tuple[str, ...]) -> None:
+def test_impossible_pushes_are_refused_before_training(sections: dict[str, Any], path: tuple[str, ...]) -> None:
     (finding,) = rules(**sections)
     assert finding.path == path
     assert finding.fix
 
 
-def test_pushes_that_work_are_accepted() -> None:
+def test_possible_pushes_are_accepted() -> None:
     hub = {"repo_id": "me/job", "push": ["adapter", "merged"], "repo_ids": {"merged": "me/full"}, "base_id": "a/b"}
     assert findings(recipe(model={"base": "./tiny"}, export={"merge": True}, hub=hub)) == []
 
 
-def test_base_is_no_url() -> None:
+def test_base_is_not_a_url() -> None:
     (finding,) = rules(model={"base": "https://huggingface.co/Qwen/Qwen3-0.6B"})
     assert finding.path == ("model", "base")
 
@@ -153,14 +153,14 @@ def test_batch_leaves_no_remainder(train: dict[str, Any], remainder: str, fix: s
     assert not rules(train={**train, "global_batch_size": int(fix.split()[-1])})
 
 
-def test_compiled_layers_want_packs_and_fused_layers():
+def test_compiled_layers_need_packs_and_fused_layers():
     compiled = {"torch_compile": True}
     assert not rules(train=compiled)
     [unpacked] = rules(train=compiled, data={"train": [{"path": "rows.jsonl"}], "packing": False})
     [off] = rules(train=compiled, model={"base": "Qwen/Qwen3-0.6B", "kernels": "off"})
     assert unpacked.path == off.path == ("train", "torch_compile")
-    assert "each length of a row" in unpacked.what
-    assert "the layers that it turns off" in off.what
+    assert "every length of an example" in unpacked.what
+    assert "turns off the layers to compile" in off.what
 
 
 def test_epochs_and_steps_exclude_each_other() -> None:
@@ -170,7 +170,7 @@ def test_epochs_and_steps_exclude_each_other() -> None:
     assert finding.path == ("train", "max_steps")
 
 
-def test_warmup_is_a_share_or_whole() -> None:
+def test_warmup_is_a_fraction_or_a_whole_number() -> None:
     assert not rules(train={"warmup_steps": 10.0})
     (finding,) = rules(train={"warmup_steps": 1.5})
     assert finding.path == ("train", "warmup_steps")
@@ -192,7 +192,7 @@ def test_schedulers_get_what_they_need() -> None:
 
 
 def rules_without_waiting(monkeypatch: pytest.MonkeyPatch, **sections: Any) -> list[Finding]:
-    """The rules as they will be once nothing has to wait."""
+    """The rules as they will be once every value is supported."""
     monkeypatch.setattr("qwen_tune.recipe.rules.NOT_YET", ())
     return findings(recipe(**sections))
 
@@ -216,7 +216,7 @@ def test_evaluation_needs_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({}, "needs train.eval_steps and train.save_steps"),
         ({"eval_steps": 10}, "needs train.save_steps"),
-        ({"eval_steps": 10, "save_steps": 15}, "no multiple"),
+        ({"eval_steps": 10, "save_steps": 15}, "not a multiple"),
         ({"eval_steps": 10, "save_steps": 20}, ""),
     ],
 )
@@ -243,7 +243,7 @@ BAD_ARGUMENTS: list[tuple[str, Any, str]] = [
     ("output_dir", "out", "write run.dir"),
     ("bf16", True, "write model.dtype"),
     ("push_to_hub", True, "write hub"),
-    ("trust_remote_code", True, "leave it out: no key turns it on"),
+    ("trust_remote_code", True, "leave it out: it cannot be turned on"),
     ("eos_token", "<|im_end|>", "write model.chat_template"),
     ("adam_bta1", 0.9, "write adam_beta1"),
     ("xyz", 1, "delete it"),
@@ -310,7 +310,7 @@ def test_lists_agree_with_sft_config() -> None:
 @pytest.mark.parametrize(
     ("sections", "what"),
     [
-        ({"lora": {"init_lora_weights": "loftq"}}, "got loftq, which trains on a base that it changes first"),
+        ({"lora": {"init_lora_weights": "loftq"}}, "got loftq, which changes the base before training"),
         (
             {"lora": {"init_lora_weights": "pissa"}, "model": {"base": "a/b", "quantization": "nf4"}},
             "got pissa beside model.quantization; it needs the base's own weights",
@@ -320,7 +320,7 @@ def test_lists_agree_with_sft_config() -> None:
             {"lora": {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 4}}},
             "got pissa beside lora.use_rslora",
         ),
-        ({"lora": {"init_lora_weights": False}}, "got false, with which the adapter starts at random"),
+        ({"lora": {"init_lora_weights": False}}, "got false: the adapter would start at random"),
         ({"lora": {"init_lora_weights": "orthogonal", "r": 3}}, "got orthogonal with r: 3; it needs an even rank"),
         (
             {"lora": {"use_dora": True}, "model": {"base": "a/b", "quantization": "int8"}},
@@ -330,7 +330,7 @@ def test_lists_agree_with_sft_config() -> None:
         ({"train": {"early_stopping_patience": 2}}, "got 2, but nothing is evaluated while training"),
     ],
 )
-def test_adapters_and_stops_that_cannot_be(sections: dict[str, Any], what: str) -> None:
+def test_impossible_adapters_and_stops(sections: dict[str, Any], what: str) -> None:
     [finding] = rules(**sections)
     assert finding.what.startswith(what)
     assert finding.fix

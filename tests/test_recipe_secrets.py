@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from recipe_texts import MINIMAL, told, write
+from recipe_texts import MINIMAL, problems_of, write
 
 from qwen_tune.recipe.errors import known_sections
 from qwen_tune.recipe.secret_values import Secrets, is_secret_key, is_secret_value
@@ -52,7 +52,7 @@ def without(canary: str, problems: list[str]) -> None:
     ],
 )
 def test_secret_values_are_never_shown(canary: str, line: str) -> None:
-    problems = told(line.format(quoted=json.dumps(canary)) + "\nmodel: {base: x}\n")
+    problems = problems_of(line.format(quoted=json.dumps(canary)) + "\nmodel: {base: x}\n")
     without(canary, problems)
 
 
@@ -66,7 +66,7 @@ def test_secret_values_in_overrides(canary: str) -> None:
         canary,
         f"x={canary}",
     ]
-    problems = told(MINIMAL, *overrides)
+    problems = problems_of(MINIMAL, *overrides)
     without(canary, problems)
     assert sum("looks like a secret" in problem for problem in problems) >= 4
 
@@ -80,12 +80,12 @@ SECRET_KEYS = [
 @pytest.mark.parametrize("key", SECRET_KEYS)
 @pytest.mark.parametrize("section", ["{}", "hub: {{repo_id: a/b, {}}}", "train: {{trainer_args: {{{}}}}}"])
 def test_secret_keys_are_refused(key: str, section: str) -> None:
-    problems = told(MINIMAL + section.format(f"{key}: canary-pass-word") + "\n")
-    assert any("a recipe holds no secrets" in problem and "hf auth login" in problem for problem in problems)
+    problems = problems_of(MINIMAL + section.format(f"{key}: canary-pass-word") + "\n")
+    assert any("a recipe must not contain secrets" in problem and "hf auth login" in problem for problem in problems)
     assert all("unknown key" not in problem for problem in problems)
     without("canary-pass-word", problems)
-    (problem,) = told(MINIMAL, f"train.{key}=canary-pass-word")
-    assert problem.startswith(f"command line: train.{key}=…: a recipe holds no secrets")
+    (problem,) = problems_of(MINIMAL, f"train.{key}=canary-pass-word")
+    assert problem.startswith(f"command line: train.{key}=…: a recipe must not contain secrets")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_secret_keys_are_refused(key: str, section: str) -> None:
     ],
 )
 def test_what_secret_keys_hold_is_never_shown(line: str) -> None:
-    problems = told(
+    problems = problems_of(
         MINIMAL.replace("model", "modle") + line + "\n", "data={password: canary-pass-word, train: canary-pass-word}"
     )
     assert "canary" not in "".join(problems)
@@ -114,7 +114,7 @@ def test_what_secret_keys_hold_is_never_shown(line: str) -> None:
 
 def test_secrets_of_a_base_that_is_overridden() -> None:
     write(MINIMAL + "hub: {token: canary-pass-word}\n", "base.yaml")
-    (problem,) = told("extends: base.yaml\nhub: null\n")
+    (problem,) = problems_of("extends: base.yaml\nhub: null\n")
     assert problem.startswith("base.yaml:6: hub.token: ")
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from recipe_texts import MINIMAL, told, write
+from recipe_texts import MINIMAL, problems_of, write
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
-def test_every_fault_is_told_in_the_order_of_the_file() -> None:
+def test_every_fault_is_reported_in_the_order_of_the_file() -> None:
     write("lora: {r: 0}\nlearnin_rate: 3\nmodel: {attention: fast}\n", "base.yaml")
-    problems = told(
+    problems = problems_of(
         """\
 extends: base.yaml
 train:
@@ -51,12 +51,12 @@ model:
     ]
 
 
-def test_rules_leave_broken_keys_out() -> None:
-    """No conclusion from a value that is refused already."""
-    assert len(told(MINIMAL + "train: {global_batch_size: 10, per_device_train_batch_size: four}\n")) == 1
-    assert len(told(MINIMAL + "train: {max_steps: 0, num_train_epochs: 3}\n")) == 1
+def test_rules_skip_broken_keys() -> None:
+    """No finding depends on a refused value."""
+    assert len(problems_of(MINIMAL + "train: {global_batch_size: 10, per_device_train_batch_size: four}\n")) == 1
+    assert len(problems_of(MINIMAL + "train: {max_steps: 0, num_train_epochs: 3}\n")) == 1
 
 
 def test_a_rule_points_at_the_key_that_is_written() -> None:
-    (problem,) = told(MINIMAL + "train:\n  seed: 1\n  per_device_train_batch_size: 3\n")
+    (problem,) = problems_of(MINIMAL + "train:\n  seed: 1\n  per_device_train_batch_size: 3\n")
     assert problem.startswith("job.yaml:8: train.global_batch_size: got 16, which leaves a remainder of 1;")

@@ -1,4 +1,4 @@
-"""The YAML of recipes: words, numbers, what is no YAML of ours, and text that survives being written."""
+"""The YAML of recipes: scalars, numbers, invalid YAML, and text that survives being written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from recipe_texts import MINIMAL, load, told, write
+from recipe_texts import MINIMAL, load, problems_of, write
 
 from qwen_tune.recipe.files import load_recipe, to_yaml
 from qwen_tune.recipe.yaml_reader import dump_yaml, parse_scalar
@@ -55,7 +55,7 @@ pytestmark = pytest.mark.usefixtures("own_folder")
         ("-.inf", float("-inf")),
     ],
 )
-def test_words_mean_what_yaml_1_2_says(text: str, value: Any) -> None:
+def test_scalars_mean_what_yaml_1_2_says(text: str, value: Any) -> None:
     parsed = parse_scalar(text)
     assert parsed == value
     assert type(parsed) is type(value)
@@ -84,32 +84,32 @@ BROKEN: dict[str, tuple[str | bytes, str, str]] = {
     "comment": ("# nothing\n", "job.yaml:1: ", "an empty file"),
     "list": ("- a\n- b\n", "job.yaml:1: ", "got a list of 2; must be a mapping"),
     "text": ("hello\n", "job.yaml:1: ", "got hello (text); must be a mapping"),
-    "tab": ("model:\n\tbase: x\n", "job.yaml:2: ", "a tab; YAML wants spaces"),
+    "tab": ("model:\n\tbase: x\n", "job.yaml:2: ", "a tab; YAML needs spaces"),
     "open quote": (MINIMAL + "name: 'abc\nfoo: 1\n", "job.yaml:6: ", "a quote that is never closed"),
     "open bracket": ("data: 1\nmodel: {base: x\nlora: 3\n", "job.yaml:2: ", "a bracket that is never closed"),
     "two documents": (MINIMAL + "---\nname: x\n", "job.yaml:6: ", "a second document"),
     "two colons": (MINIMAL + "name: a: b\n", "job.yaml:6: ", "a second `: `"),
-    "indentation": ("model:\n  base: x\n data: 3\n", "job.yaml:3: ", "does not fit"),
+    "indentation": ("model:\n  base: x\n data: 3\n", "job.yaml:3: ", "does not match the lines around it"),
     "tag": (MINIMAL + "name: !!python/object/apply:os.system [ls]\n", "job.yaml:6: ", "a tag"),
     "own tag": (MINIMAL + "name: !env X\n", "job.yaml:6: ", "a tag"),
     "unknown alias": (MINIMAL + "name: *x\n", "job.yaml:6: ", "an alias"),
-    "at sign": (MINIMAL + "name: @x\n", "job.yaml:6: ", "a character that no plain text starts with"),
+    "at sign": (MINIMAL + "name: @x\n", "job.yaml:6: ", "a character that plain text cannot start with"),
     "unknown escape": (MINIMAL + 'name: "\\q"\n', "job.yaml:6: ", "an unknown escape"),
     "no such character": (MINIMAL + 'name: "\\UFFFFFFFF"\n', "job.yaml:6: ", "does not exist"),
     "control character": (MINIMAL + "name: a\x00b\n", "job.yaml:6: ", "the control character U+0000"),
     "NUL": (MINIMAL + 'name: "a\\0"\n', "job.yaml:6: ", "NUL"),
     "surrogate": (MINIMAL + 'name: "\\ud800"\n', "job.yaml:6: ", "surrogate"),
-    "merge key": (MINIMAL + "<<: {name: x}\n", "job.yaml:6: ", "`<<` merges nothing"),
-    "number as a key": (MINIMAL + "12: x\n", "job.yaml:6: ", "the key `12` is no text"),
-    "true as a key": (MINIMAL + "true: x\n", "job.yaml:6: ", "the key `true` is no text"),
+    "merge key": (MINIMAL + "<<: {name: x}\n", "job.yaml:6: ", "`<<` does not merge anything"),
+    "number as a key": (MINIMAL + "12: x\n", "job.yaml:6: ", "the key `12` is not text"),
+    "true as a key": (MINIMAL + "true: x\n", "job.yaml:6: ", "the key `true` is not text"),
     "list as a key": (MINIMAL + "? [a]\n: x\n", "job.yaml:6: ", "a key that is a list"),
     "key twice": (MINIMAL + "name: a\nname: b\n", "job.yaml:7: ", "name: given twice, on line 6 and on line 7"),
     "long number": (MINIMAL + f"train: {{seed: {'9' * 5000}}}\n", "job.yaml:6: ", "a number of 5000 digits"),
     "UTF-16": (MINIMAL.encode("utf-16"), "job.yaml:1: ", "must be UTF-8"),
     "UTF-16 without a mark": (MINIMAL.encode("utf-16-le"), "job.yaml:1: ", "must be UTF-8"),
     "Latin-1": (MINIMAL.encode() + "name: é\n".encode("latin-1"), "job.yaml:6: ", "the byte 0xe9 is not UTF-8"),
-    "deep": ("a: " + "[" * 100_000, "job.yaml:1: ", "inside each other"),
-    "deep block": ("\n".join(" " * depth + "a:" for depth in range(100)), "job.yaml:30: ", "inside each other"),
+    "deep": ("a: " + "[" * 100_000, "job.yaml:1: ", "levels of nesting"),
+    "deep block": ("\n".join(" " * depth + "a:" for depth in range(100)), "job.yaml:30: ", "levels of nesting"),
     "many": ("a: [" + "1," * 100_000 + "]\n", "job.yaml:1: ", "more than 5,000 values"),
     "large": ("a: " + "x" * 2_000_000, "job.yaml: ", "more than 1,000,000 bytes"),
     "bomb": (
@@ -118,17 +118,17 @@ BROKEN: dict[str, tuple[str | bytes, str, str]] = {
             f"{to}: &{to} [{', '.join(['*' + of] * 9)}]\n" for of, to in zip("abcdefgh", "bcdefghi", strict=True)
         ),
         "job.yaml:",
-        "unfold to too many values",
+        "expand to too many values",
     ),
     "alias of itself": ("a: &a [*a]\n", "job.yaml:1: ", "to themselves"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_files_are_told_once(case: str) -> None:
+def test_broken_files_are_reported_once(case: str) -> None:
     text, where, what = BROKEN[case]
     started = time.perf_counter()
-    (problem,) = told(text)
+    (problem,) = problems_of(text)
     assert time.perf_counter() - started < 2
     assert problem.startswith(where)
     assert what in problem

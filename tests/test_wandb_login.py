@@ -11,13 +11,13 @@ from test_tracking import KEY, LOSSES, long_names, run_job
 
 from qwen_tune.errors import RunError
 from qwen_tune.recipe.schema import TrackingSpec
+from qwen_tune.tracking.sinks import has_wandb_login, wandb_mode
 from qwen_tune.tracking.tracking import check_trackers
-from qwen_tune.tracking.wandb_login import has_wandb_login, wandb_mode
 
 
 @pytest.fixture
 def clean(monkeypatch, tmp_path) -> Path:
-    """An environment that no tracker was ever set up in. Returns its home."""
+    """An environment in which no tracker was ever set up. Returns its home."""
     for name in list(os.environ):
         if name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_")) or name == "NETRC":
             monkeypatch.delenv(name)
@@ -98,7 +98,7 @@ def test_wandb_gets_the_losses_online_and_nothing_else(tmp_path):
         assert result.stderr == ""
         [address] = json.loads(result.stdout.splitlines()[1])
         assert address.startswith(f"{wandb.address}/team/qwen-tune/runs/")
-    # Step 3 came twice and was sent once: the run was resumed under its name.
+    # Step 3 was logged twice and sent once: the run was resumed under its id.
     losses = [(line["_step"], line["loss"]) for line in wandb.lines["wandb-history.jsonl"]]
     assert losses == list(LOSSES.items())
     assert wandb.finished == [130, 0]

@@ -73,13 +73,7 @@ def visible_gpus() -> int:
 def launch(arguments: Sequence[str], processes: int, logs: Path) -> int:
     """Runs `qwen-tune` with these arguments in several processes, forwards SIGINT and SIGTERM, and waits.
 
-    Args:
-        arguments: The command line after `qwen-tune`.
-        processes: How many to start.
-        logs: Where all but the first write their output.
-
-    Returns:
-        0, or the exit code of the process that failed.
+    All but the first write their output to `logs`. Returns 0, or the exit code of the process that failed.
     """
     shared = {
         "WORLD_SIZE": str(processes),

@@ -1,7 +1,6 @@
-"""From what the schema refuses to what a user can do about it.
+"""Turns pydantic's errors into faults with a place, what was found, what is expected, and a fix.
 
-`schema_faults` turns pydantic's errors into faults with the place of the value, what was found, what is expected and a
-fix: the nearest known key, the section a key belongs to, the word of ours for another toolkit's.
+The fix is the nearest known key, the section that a key belongs to, or our name for another toolkit's key.
 """
 
 from __future__ import annotations
@@ -62,16 +61,25 @@ _ELSEWHERE: dict[str, str] = {
     "hub": "push_to_hub",
 }
 _OURS = {word: key for key, words in _ELSEWHERE.items() for word in words.split()}
-"""Another toolkit's word, then our key."""
+"""Another toolkit's key, then ours."""
+
+_HINTS = {
+    "load_in_4bit": ": nf4",
+    "qlora": ": nf4",
+    "load_in_8bit": ": int8",
+    "warmup_ratio": "; a number below 1 is a fraction of all steps",
+    **{key: "; the accumulation is derived from it" for key in _OURS if "accum" in key},
+}
+"""What to add to the fix for a key of another toolkit."""
 
 _NO_KEY = {
-    "trust_remote_code": "delete it; no key turns it on, so that a checkpoint cannot run code of its own",
+    "trust_remote_code": "delete it; it cannot be turned on, so that a checkpoint cannot run its own code",
     "finetuning_type": "delete it; every recipe trains an adapter, model.quantization: nf4 makes it QLoRA",
     "adapter": "delete it; every recipe trains an adapter, model.quantization: nf4 makes it QLoRA",
     "task_type": "delete it; every recipe trains a causal language model",
     "stage": "delete it; every recipe is supervised fine-tuning",
-    "deepspeed": "delete it; the configuration file of `accelerate launch` says it",
-    "fsdp": "delete it; the configuration file of `accelerate launch` says it",
+    "deepspeed": "delete it; set it in the configuration file of `accelerate launch`",
+    "fsdp": "delete it; set it in the configuration file of `accelerate launch`",
     "device_map": "delete it; each process takes one device",
     "extends": "move it to the top level of the file",
 }
@@ -102,10 +110,10 @@ _WORDS: dict[str, str] = {
     "false": "none off",
     "no": "none off",
 }
-"""Words for a choice that users know from elsewhere, then ours; the first that is a choice counts."""
+"""A value known from other tools, then ours; the first that is allowed for the key is proposed."""
 
 _PATTERNS = {
-    NAME_PATTERN: "letters, digits, `-`, `_` and `.`, beginning with a letter or digit",
+    NAME_PATTERN: "letters, digits, `-`, `_` and `.`, starting with a letter or digit",
     REPO_ID_PATTERN: "owner/name",
     PISSA_PATTERN: "pissa_niter_N",
     TEXT_PATTERN: "text that is not blank",
@@ -131,29 +139,28 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class TrainerArgs:
-    """What `train.trainer_args` may hold, from trainer_args.yaml."""
+    """The lists in trainer_args.yaml."""
 
     allowed: dict[str, str]
-    """Field of `SFTConfig`, then the kind of its value."""
+    """Accepted fields of `SFTConfig`, then the kind of value."""
 
     owned: dict[str, str]
-    """Field of `SFTConfig`, then the recipe key that says it, or why none does."""
+    """Fields of `SFTConfig` that we set, then the recipe key for it, or why there is none."""
 
     def owner(self, name: str) -> str:
-        """Return the advice for a field that the toolkit owns."""
+        """The fix for a field that we set."""
         owner = self.owned[name]
         return f"leave it out: {owner}" if " " in owner else f"write {owner}"
 
 
 @cache
 def load_trainer_args() -> TrainerArgs:
-    """Read the list of fields that `train.trainer_args` accepts, and of those that the toolkit owns."""
     lists = yaml.safe_load(Path(__file__).with_name("trainer_args.yaml").read_text(encoding="utf-8"))
     return TrainerArgs(**lists)
 
 
 def to_shown(value: Any, with_kind: bool = False) -> str:
-    """Write a value into a message as YAML would, without the contents of lists and mappings."""
+    """A value for a message, as YAML would write it, without the contents of lists and mappings."""
     if isinstance(value, list):
         return f"a list of {len(value)}" if value else "an empty list"
     if isinstance(value, dict):
@@ -181,7 +188,7 @@ def _is_other(text: str) -> bool:
 
 @cache
 def known_sections() -> dict[str, type[Section]]:
-    """Return every section of the recipe by its key path; `[]` stands for an item of a list."""
+    """Every section of the recipe by its key path; `[]` stands for an item of a list."""
 
     def sections(annotation: Any, path: str) -> Iterator[tuple[str, type[Section]]]:
         if isinstance(annotation, type) and issubclass(annotation, Section):
@@ -201,18 +208,18 @@ def known_sections() -> dict[str, type[Section]]:
 
 
 def schema_faults(error: ValidationError, tree: Located) -> list[Fault]:
-    """Return one fault for each value that the schema refuses, at the value's place."""
+    """One fault for each value that the schema refuses, at the value's place."""
     grouped: dict[KeyPath, list[dict[str, Any]]] = {}
     for item in error.errors(include_url=False):
         if item["type"] != "default_factory_not_called":
             grouped.setdefault(_path(item["loc"], item["type"], tree), []).append(dict(item))
-    # Of the alternatives of a union the one that got further into the value is the one that was meant.
+    # Among the alternatives of a union, the one that got furthest into the value is the intended one.
     paths = [path for path in grouped if not any(other[: len(path)] == path and other != path for other in grouped)]
     return [_fault(path, grouped[path], tree) for path in paths]
 
 
 def _path(loc: tuple[int | str, ...], kind: str, tree: Located) -> KeyPath:
-    """Return pydantic's location without the names that it gives to the alternatives of a union."""
+    """Pydantic's location without its names for the alternatives of a union."""
     path: list[str | int] = []
     node = tree
     for index, part in enumerate(loc):
@@ -228,7 +235,7 @@ def _fault(path: KeyPath, errors: list[dict[str, Any]], tree: Located) -> Fault:
     place = tree.nearest(path).place
     kinds = {item["type"] for item in errors}
     if "missing" in kinds:
-        return Fault(place, path, "is missing; a recipe needs it", _missing_fix(path))
+        return Fault(place, path, "is missing, but required", _missing_fix(path))
     if "extra_forbidden" in kinds:
         return Fault(place, path, "unknown key", _known_key_fix(path))
     value = tree.nearest(path).plain()
@@ -264,8 +271,8 @@ def _expected(item: dict[str, Any]) -> str:
 
 def _missing_fix(path: KeyPath) -> str:
     examples = {
-        "model": "add `model: {base: Qwen/Qwen3-0.6B}`, with the base that you want to tune",
-        "base": "add `base: Qwen/Qwen3-0.6B`, with the base that you want to tune",
+        "model": "add `model: {base: Qwen/Qwen3-0.6B}`, with the base that you want to train",
+        "base": "add `base: Qwen/Qwen3-0.6B`, with the base that you want to train",
         "data": "add `data: {train: [{path: data/rows.jsonl}]}`",
         "train": "add `train: [{path: data/rows.jsonl}]`",
         "path": "add `path: data/rows.jsonl`",
@@ -280,7 +287,7 @@ def _section_key(path: KeyPath) -> str:
 
 
 def _default_fix(path: KeyPath) -> str:
-    """Name the default of a key, where it has one that can be named."""
+    """The fix that names a key's default, if it has one."""
     section = known_sections().get(_section_key(path[:-1]))
     field = section.model_fields.get(str(path[-1])) if section else None
     if field is None or field.is_required() or field.default_factory is not None:
@@ -297,7 +304,7 @@ def _known_key_fix(path: KeyPath) -> str:
     if key in here:
         return f"write {key}"
     if ours := _OURS.get(key):
-        return f"write {ours}" + _hint(key)
+        return f"write {ours}" + _HINTS.get(key, "")
     if reason := _NO_KEY.get(key):
         return reason
     owners = [f"{other}.{key}".lstrip(".") for other, names in keys.items() if key in names]
@@ -318,16 +325,6 @@ def _known_key_fix(path: KeyPath) -> str:
     near = difflib.get_close_matches(key, here, n=1)
     place = section or "a recipe"
     return f"did you mean {near[0]}?" if near else f"delete it; the keys of {place} are {', '.join(here)}"
-
-
-def _hint(key: str) -> str:
-    if key in ("load_in_4bit", "qlora"):
-        return ": nf4"
-    if key == "load_in_8bit":
-        return ": int8"
-    if "accum" in key:
-        return ", from which the accumulation is derived"
-    return ", where a number below 1 is a share of all steps" if key == "warmup_ratio" else ""
 
 
 def _value_fix(path: KeyPath, value: Any, kinds: set[str], choices: list[str]) -> str:

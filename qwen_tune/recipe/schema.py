@@ -2,19 +2,19 @@
 
 Recipe
 ├── name
-├── run        RunSpec          where the run directory lies
+├── run        RunSpec          the run directory
 ├── model      ModelSpec        the base checkpoint and how it is loaded
-├── data       DataSpec         sources, evaluation, length, what is trained
+├── data       DataSpec         sources, evaluation, length, loss mask
 │   ├── train  [SourceSpec, …]
 │   └── eval   EvalSpec, or [SourceSpec, …], or nothing
-├── lora       LoraSpec         the adapter, in PEFT's words
-├── train      TrainSpec        the optimization, in Transformers' words
+├── lora       LoraSpec         the adapter, with PEFT's names
+├── train      TrainSpec        the optimization, with Transformers' names
 ├── tracking   TrackingSpec
 ├── export     ExportSpec
 └── hub        HubSpec, or nothing
 
 A field's docstring is its help text. No field accepts `None` unless `None` is its default: a `null` in a recipe means
-"take the default". `recipe_file.load_recipe` reads a recipe; `recipe_rules` holds what spans several keys.
+"use the default". `files.load_recipe` reads a recipe; `rules` checks what spans several keys.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ def _without_nulls(value: Any) -> Any:
 
 
 Unsettable = BeforeValidator(_without_nulls)
-"""For mappings with free keys: a `null` unsets the key, as everywhere in a recipe."""
+"""For mappings with free keys: `null` unsets a key, as everywhere in a recipe."""
 
 
 def to_name(text: str) -> str:
-    """Make a name of a text: everything but letters, digits, `_` and `.` becomes `-`. May be empty."""
-    # Not \w: Python's takes characters such as ¼ for letters, NAME_PATTERN (Rust's \w) does not.
+    """Makes a name from a text: everything but letters, digits, `_` and `.` becomes `-`. May be empty."""
+    # Not \w: Python's includes characters such as ¼, NAME_PATTERN's (Rust's \w) does not.
     kept = "".join(letter if letter.isalpha() or letter.isdecimal() or letter in "_." else "-" for letter in text)
     return re.sub(r"-+", "-", kept)[:100].strip("-.")
 
 
 def default_source_name(path: str) -> str:
-    """Name a source after its file's stem; a glob or a folder after the nearest part of the path that has letters."""
+    """The stem of a source's file; for a glob or a folder, the last part of the path that contains letters."""
     for part in reversed(re.split(r"[/\\]", path)):
         stem = part
         while ending := re.search(r"\.(jsonl?|ndjson|parquet|arrow|csv|tsv|txt|gz|zst)$", stem[-9:], re.IGNORECASE):
@@ -72,7 +72,7 @@ def default_source_name(path: str) -> str:
 
 
 class Section(BaseModel):
-    """A mapping of the recipe: no unknown keys, no conversions between types, and `null` for the default."""
+    """A mapping of the recipe: no unknown keys, no type conversions, and `null` for the default."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -80,7 +80,7 @@ class Section(BaseModel):
         strict=True,
         allow_inf_nan=False,
         hide_input_in_errors=True,
-        # Only the whole recipe is ever validated: its sections need no validators of their own.
+        # Only the whole recipe is validated, so its sections need no validators of their own.
         defer_build=True,
         use_attribute_docstrings=True,
     )
@@ -108,28 +108,28 @@ class ModelSpec(Section):
     """Base checkpoint: a folder if it starts with `.`, `/` or `~` or exists, else a Hub id like `Qwen/Qwen3-0.6B`."""
 
     revision: Text | None = None
-    """Hub branch, tag or commit of the base. Default: `main`; the commit it stands for is recorded."""
+    """Hub branch, tag or commit of the base. Default: `main`; its commit is recorded."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Number type of the base's weights. `auto`: bfloat16 on a GPU that has it, and on a CPU that multiplies in it if
-    the checkpoint is stored in 16 bits; else float32."""
+    """Number type of the base's weights. `auto`: bfloat16 on a GPU that supports it, and on a CPU with bfloat16
+    products if the checkpoint is stored in 16 bits; else float32."""
 
     quantization: Literal["none", "int8", "nf4"] = "none"
     """How the base is held in memory: unquantized, 8-bit integers, or 4-bit NormalFloat (QLoRA)."""
 
     attention: Literal["auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"] = "auto"
-    """Attention implementation; `auto` takes the fastest one that this machine has."""
+    """Attention implementation; `auto` chooses the fastest one on this machine."""
 
     kernels: Literal["auto", "off"] = "auto"
-    """Decoder layers with a backward of their own, which keep less than half, wherever they compute the same; `off` for
-    those of Transformers and PEFT."""
+    """`auto`: decoder layers with their own backward pass, which need less than half of the memory, if they compute the
+    same; `off`: those of Transformers and PEFT."""
 
     chat_template: Text | None = None
     """Path of a `.jinja` chat template. Default: the checkpoint's own."""
 
 
 class SourceSpec(Section):
-    """One source of rows: a file, a glob, a folder or a Hub data set."""
+    """One source of examples: a file, a glob, a folder or a Hub data set."""
 
     path: Text
     """File, glob, folder or Hub data set id, relative to the working directory."""
@@ -140,19 +140,19 @@ class SourceSpec(Section):
     format: Literal[
         "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "query_response", "text", "tokenized"
     ] = "auto"
-    """Form of the rows; `auto` recognises it by the first row. `text` and `tokenized` rows have no turns."""
+    """Format of the examples; `auto` detects it from the first one. `text` and `tokenized` examples have no turns."""
 
     columns: Annotated[dict[str, Text], Unsettable] = Field(default_factory=dict)
-    """Other names for columns: the expected name, then the name in the data, as in `messages: chat`."""
+    """Column names: the expected name, then the name in the data, as in `messages: chat`."""
 
     tools: Text | None = None
-    """Path of a JSON file of tools, for rows that carry none of their own."""
+    """Path of a JSON file of tools, for examples without tools of their own."""
 
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over this source per epoch; 0.5 draws half of its rows, by the seed. Excludes `rows`."""
+    """Passes over this source per epoch; 0.5 draws half of its examples, by the seed. Excludes `rows`."""
 
     rows: Annotated[int, Field(ge=1)] | None = None
-    """Rows to draw from this source per epoch. Excludes `weight`."""
+    """Examples to draw from this source per epoch. Excludes `weight`."""
 
     subset: Text | None = None
     """Configuration of a Hub data set."""
@@ -165,10 +165,10 @@ class SourceSpec(Section):
 
 
 class EvalSpec(Section):
-    """Evaluation on rows held out of the training sources."""
+    """Evaluation on examples held out of the training sources."""
 
     fraction: Annotated[float, Field(gt=0, lt=1)]
-    """Share of the training rows to hold out, drawn by the seed; between 0 and 1."""
+    """Fraction of the training examples to hold out, drawn by the seed; between 0 and 1."""
 
 
 def _eval_kind(value: Any) -> str | None:
@@ -184,13 +184,13 @@ Evaluation = Annotated[
 
 
 class DataSpec(Section):
-    """The rows, and how they become token ids and labels."""
+    """The examples, and how they become token ids and labels."""
 
     train: Annotated[list[SourceSpec], Field(min_length=1)]
     """Sources to train on, at least one."""
 
     eval: Evaluation | None = None
-    """Evaluation rows: `{fraction: 0.02}` of the training rows, or a list of sources. Default: no evaluation."""
+    """Evaluation data: `{fraction: 0.02}` of the training examples, or a list of sources. Default: no evaluation."""
 
     max_length_tokens: Annotated[int, Field(ge=8)] = 4096
     """Longest sample, and the length of a pack, in tokens."""
@@ -199,26 +199,26 @@ class DataSpec(Section):
     """What happens to samples above `max_length_tokens`; they are counted either way."""
 
     packing: bool = True
-    """Put several samples into one sequence of `max_length_tokens`, each attending only to itself."""
+    """Pack several samples into one sequence of `max_length_tokens`, each attending only to itself."""
 
     loss_on: Literal["assistant", "last_turn", "all"] = "assistant"
-    """Which tokens are trained: every assistant turn, the last assistant turn, or all of the text."""
+    """Supervised tokens: every assistant turn, the last assistant turn, or all of the text."""
 
     thinking: Literal["auto", "off", "require"] = "auto"
-    """Reasoning in assistant turns: as each row has it, refused where a row has some, or demanded of every turn."""
+    """Reasoning in assistant turns: as in each example, refused in every example, or required in every turn."""
 
     system: Text | None = None
-    """System message for rows that have none. Default: what the chat template does on its own."""
+    """System message for examples without one. Default: that of the chat template."""
 
     special_tokens_in_text: Literal["reject", "neutralize"] = "reject"
-    """What happens to rows whose text spells a control token: an error, or its characters as plain text."""
+    """What happens to examples whose text contains a control token: an error, or its characters as plain text."""
 
     deduplicate: bool | Literal["near"] = False
-    """Drop training rows that say what a row before them says; `near` also those that almost do."""
+    """Drop training examples that repeat an earlier one; `near` also drops those that almost repeat one."""
 
     streaming: bool = False
     """A source's `rows` are its first ones, and nothing after them is read or downloaded: for data too large to draw
-    from. Default: `rows` are drawn from all, by the seed."""
+    from. Default: `rows` are drawn from the whole source, by the seed."""
 
 
 class LoraSpec(Section):
@@ -231,7 +231,7 @@ class LoraSpec(Section):
     """Scale of the adapter: its output is multiplied by `lora_alpha / r`."""
 
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapter's inputs that is zeroed while training."""
+    """Fraction of the adapter's inputs that is zeroed while training."""
 
     target_modules: (
         Literal["all-linear", "attention", "mlp", "all-linear+embeddings"] | Annotated[list[Text], Field(min_length=1)]
@@ -242,14 +242,14 @@ class LoraSpec(Section):
     """Scale by `lora_alpha / sqrt(r)` instead."""
 
     use_dora: bool = False
-    """Learn magnitude and direction apart (DoRA)."""
+    """Learn magnitude and direction separately (DoRA)."""
 
     init_lora_weights: (
         bool
         | Literal["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica"]
         | Annotated[str, StringConstraints(pattern=PISSA_PATTERN)]
     ) = True
-    """How the adapter starts: `true` for PEFT's default (no change to the base), or one of its other methods."""
+    """Initialization: `true` for PEFT's default (no change to the base), or one of its other methods."""
 
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases are trained."""
@@ -261,7 +261,7 @@ class LoraSpec(Section):
     """Alphas for single layers: module name or regular expression, then alpha."""
 
     exclude_modules: list[Text] | None = None
-    """Module names that get no adapter although `target_modules` matches them."""
+    """Module names without an adapter although `target_modules` matches them."""
 
     modules_to_save: list[Text] | None = None
     """Modules that are trained and saved whole, beside the adapter."""
@@ -269,18 +269,18 @@ class LoraSpec(Section):
     trainable_token_indices: list[Annotated[int, Field(ge=0)]] | dict[str, list[Annotated[int, Field(ge=0)]]] | None = (
         None
     )
-    """Token ids whose embeddings are trained, or such a list for each embedding module. Default: none, but the two
-    control tokens of ChatML where the checkpoint is a base one; `[]` is none there too."""
+    """Token ids whose embeddings are trained, or such a list for each embedding module. Default: none; for a
+    pretrained-only checkpoint, ChatML's two control tokens, unless this is `[]`."""
 
     target_parameters: list[Text] | None = None
-    """Parameter names that get an adapter although they are no linear layer, such as the experts of a MoE."""
+    """Parameter names that get an adapter without being a linear layer, such as the experts of an MoE."""
 
 
 class TrainSpec(Section):
-    """The optimization. Names are those of Transformers and TRL, but for the batch."""
+    """The optimization. Names are those of Transformers and TRL, except for the batch."""
 
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
-    """Passes over the training data. Excludes `max_steps`, and means nothing where that is set."""
+    """Passes over the training data. Excludes `max_steps`."""
 
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps in all. Excludes `num_train_epochs`."""
@@ -303,24 +303,24 @@ class TrainSpec(Section):
     """How the learning rate falls; further settings go to `trainer_args.lr_scheduler_kwargs`."""
 
     warmup_steps: Annotated[float, Field(ge=0)] | Annotated[int, Field(ge=0)] = 0.03
-    """Steps over which the learning rate rises; below 1 it is a share of all steps."""
+    """Steps over which the learning rate rises; below 1, a fraction of all steps."""
 
     global_batch_size: Annotated[int, Field(ge=1)] = 16
     """Sequences per optimizer step over all processes: packs when packing, else samples. Accumulation is derived."""
 
     per_device_train_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Sequences per forward pass of one process; `auto` takes what memory allows."""
+    """Sequences per forward pass of one process; `auto` takes what fits in memory."""
 
     num_processes: Annotated[int, Field(ge=1)] | None = None
-    """Processes that the run must have; another number is an error. Default: whatever it is started with."""
+    """Processes that the run must have; any other number is an error. Default: as started."""
 
     gradient_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
-    """What is computed again in the backward pass to save memory: whole decoder layers, or gate and up projection of
-    fused ones (`selective`: most of the memory for a third of the work)."""
+    """What is recomputed in the backward pass to save memory: whole decoder layers (`full`), or gate and up projection
+    of fused ones (`selective`: most of the memory for a third of the work)."""
 
     torch_compile: bool = False
-    """Compile decoder layers, each as a whole, and fill every micro-batch up to one shape: fewer kernels to start where
-    micro-batches are small on a GPU, for a minute at the start. Needs packing and `model.kernels: auto`."""
+    """Compile each decoder layer and pad every micro-batch to one shape: fewer kernel launches for small micro-batches
+    on a GPU, at the cost of a minute at the start. Needs packing and `model.kernels: auto`."""
 
     optim: Literal[
         "adamw_torch",
@@ -341,10 +341,10 @@ class TrainSpec(Section):
         "rmsprop",
         "sgd",
     ] = "adamw_torch_fused"
-    """Optimizer, of those in Transformers that need no further package."""
+    """Optimizer; those of Transformers that need no further package."""
 
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
-    """LoRA+: the learning rate of the `B` matrices over that of the others. Default: one rate for all."""
+    """LoRA+: ratio of the learning rate of the `B` matrices to that of the others. Default: one rate for all."""
 
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Weight decay per step, in units of the learning rate."""
@@ -353,7 +353,7 @@ class TrainSpec(Section):
     """Gradients are scaled down to this norm; 0 leaves them as they are."""
 
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
-    """Strength of the noise that NEFTune adds to embeddings, for each sample by its own length. Default: none."""
+    """Strength of NEFTune's noise on embeddings, scaled by each sample's length. Default: none."""
 
     logging_steps: Annotated[int, Field(ge=1)] = 1
     """Optimizer steps between two lines of metrics."""
@@ -362,10 +362,10 @@ class TrainSpec(Section):
     """Optimizer steps between two evaluations. Default: none while training."""
 
     eval_prompts: list[Text] = Field(default_factory=list)
-    """Prompts that are answered at every evaluation, so that progress can be read; kept in the run's answers.jsonl."""
+    """Prompts to answer at every evaluation, to show progress; the answers go to the run's answers.jsonl."""
 
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
-    """Evaluations without a lower loss after which training ends. Needs `eval_steps`. Default: it goes to its end."""
+    """Evaluations without a lower loss after which training ends. Needs `eval_steps`. Default: never."""
 
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
     """How much lower, in nats/token, the evaluation loss must be to count as lower for early stopping."""
@@ -374,33 +374,33 @@ class TrainSpec(Section):
     """Optimizer steps between two checkpoints. Default: none while training."""
 
     save_total_limit: Annotated[int, Field(ge=1)] = 3
-    """Checkpoints that are kept."""
+    """Checkpoints to keep."""
 
     load_best_model_at_end: bool = False
-    """End with the checkpoint of the lowest evaluation loss. Needs `eval_steps` and `save_steps`."""
+    """End with the checkpoint with the lowest evaluation loss. Needs `eval_steps` and `save_steps`."""
 
     max_hours: Annotated[float, Field(gt=0)] | None = None
-    """Hours after which a run saves and ends with exit code 130, counted from its process's start; the same command
-    goes on, for as long again."""
+    """Hours after the start of the process at which a run saves and ends with exit code 130; the same command resumes
+    it, for as long again."""
 
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
-    """Seed of the adapter's start, the order of rows and dropout."""
+    """Seed of the adapter's initialization, the order of examples and dropout."""
 
     resume: Literal["auto", "never"] | Text = "auto"
-    """What happens in a used run directory: resume from the newest whole checkpoint, refuse, or a checkpoint's path."""
+    """In a used run directory: resume from the newest whole checkpoint, refuse, or resume from a checkpoint's path."""
 
     allow_drift: list[Text] = Field(default_factory=list)
-    """What may differ from what a run was begun with when it goes on: keys of the recipe (or a section of them), and
-    `base.weights_fingerprint`, `tokenizer_sha256`, `template_sha256`, `data_fingerprint`, `world_size`, `versions` (or
-    one of them, such as `versions.torch`). Default: nothing that decides the result."""
+    """What may have changed when a run is resumed: keys or sections of the recipe, and `base.weights_fingerprint`,
+    `tokenizer_sha256`, `template_sha256`, `data_fingerprint`, `world_size`, `versions` (or one of them, such as
+    `versions.torch`). Default: nothing that affects the result."""
 
     on_bad_step: Literal["stop", "skip"] = "stop"
     """What happens at a step whose loss or gradient is not finite, or whose loss is above twice that of guessing (the
-    logarithm of the vocabulary's size): the run ends, naming the step's rows, or the step changes nothing. Ten such
+    logarithm of the vocabulary's size): the run ends, naming the step's examples, or the step has no effect. Ten such
     steps in a row end it either way."""
 
     trainer_args: Annotated[dict[str, Any], Unsettable] = Field(default_factory=dict)
-    """Further fields of TRL's `SFTConfig`; `qwen_tune/recipe/trainer_args.yaml` lists those that are accepted."""
+    """Further fields of TRL's `SFTConfig`; `qwen_tune/recipe/trainer_args.yaml` lists the accepted ones."""
 
 
 class TrackingSpec(Section):
@@ -414,10 +414,10 @@ class TrackingSpec(Section):
 
 
 class ExportSpec(Section):
-    """What is made of the adapter when training has ended."""
+    """What to make of the adapter after training."""
 
     merge: bool = False
-    """Write base and adapter as one full model."""
+    """Merge base and adapter into one full model."""
 
     formats: list[Literal["gguf-f16", "gguf-bf16", "gguf-q8_0", "gguf-q4_k_m", "gguf-lora", "ollama", "onnx-int4"]] = (
         Field(default_factory=list)
@@ -432,19 +432,19 @@ class HubSpec(Section):
     """Repository, as `owner/name`."""
 
     private: bool = True
-    """Whether a repository that is made anew is private."""
+    """Whether a new repository is private."""
 
     push: Annotated[list[Literal["adapter", "merged", "export"]], Field(min_length=1)] = Field(default=["adapter"])
-    """What is pushed. Of several in one repository each lies in a folder of its name."""
+    """What is pushed. Several parts in one repository each get a folder of their name."""
 
     repo_ids: dict[Literal["adapter", "merged", "export"], RepoId] = Field(default_factory=dict)
-    """Repositories of their own for some parts: `{merged: owner/name}`."""
+    """Separate repositories for some parts: `{merged: owner/name}`."""
 
     revision: Text | None = None
     """Branch to push to. Default: `main`."""
 
     base_id: RepoId | None = None
-    """Hub id of the base, where `model.base` is a folder."""
+    """Hub id of the base, if `model.base` is a folder."""
 
     license: Text | None = None
     """Licence of what is pushed, as the Hub spells it. Default: the base's."""
@@ -454,7 +454,7 @@ class HubSpec(Section):
 
 
 class Recipe(Section):
-    """One fine-tuning job, whole."""
+    """One fine-tuning job."""
 
     name: SafeName
     """Name of the job and of its run directory: letters, digits, `-`, `_` and `.`. Default: the recipe file's stem."""
@@ -466,7 +466,7 @@ class Recipe(Section):
     """The base checkpoint and how it is loaded."""
 
     data: DataSpec
-    """The rows, and how they become token ids and labels."""
+    """The examples, and how they become token ids and labels."""
 
     lora: LoraSpec = Field(default_factory=LoraSpec)
     """The adapter."""
@@ -478,10 +478,10 @@ class Recipe(Section):
     """Where metrics go besides metrics.jsonl."""
 
     export: ExportSpec = Field(default_factory=ExportSpec)
-    """What is made of the adapter when training has ended."""
+    """What to make of the adapter after training."""
 
     hub: HubSpec | None = None
-    """What is pushed when training has ended, and where to. Default: nothing is pushed."""
+    """What is pushed after training, and where to. Default: nothing is pushed."""
 
     @property
     def run_dir(self) -> Path:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from qwen_tune.errors import Problem
 from qwen_tune.recipe.secret_values import Secrets
@@ -68,7 +69,7 @@ class Located:
         return node
 
     def merged(self, over: Located) -> Located:
-        """The value, overridden by another: mappings merge, everything else is replaced."""
+        """The value overridden by another one: mappings merge, everything else is replaced."""
         if not isinstance(self.value, dict) or not isinstance(over.value, dict):
             return over
         items = dict(self.value)
@@ -85,6 +86,12 @@ def to_text(path: KeyPath) -> str:
     return text
 
 
+def to_path(text: str) -> KeyPath:
+    """The key path of a text such as `data.train[0].path` or `data.train.0.path`."""
+    parts = re.sub(r"\[([0-9]+)\]", r".\1", text).split(".")
+    return tuple(int(part) if re.fullmatch(r"[0-9]{1,6}", part) else part for part in parts)
+
+
 @dataclass(frozen=True)
 class Fault:
     """One fault of a recipe, and the key path that it concerns."""
@@ -97,6 +104,10 @@ class Fault:
     """Whether other faults at or below its path are not reported."""
 
 
+class UnusableRecipeError(Exception):
+    """The faults found so far leave too little to validate."""
+
+
 @dataclass
 class Faults:
     """All faults of a recipe, and the secrets that no message may show."""
@@ -106,6 +117,11 @@ class Faults:
 
     def add(self, place: Place, path: KeyPath, what: str, fix: str = "", hides_others: bool = False) -> None:
         self.found.append(Fault(place, path, what, fix, hides_others))
+
+    def stop(self, place: Place, path: KeyPath, what: str, fix: str) -> NoReturn:
+        """Adds a fault after which there is too little left to validate."""
+        self.add(place, path, what, fix)
+        raise UnusableRecipeError
 
     def problems(self) -> list[Problem]:
         """What to report, in the order of the files and their lines."""

@@ -20,9 +20,11 @@ MAX_DEPTH = 30
 MAX_VALUES = 5_000
 MAX_DIGITS = 100
 
-_NULL = re.compile(r"(?:null|Null|NULL|~|)\Z")
-_TRUE = re.compile(r"(?:true|True|TRUE)\Z")
-_FALSE = re.compile(r"(?:false|False|FALSE)\Z")
+_WORDS = {
+    **dict.fromkeys(("null", "Null", "NULL", "~", "")),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
 _INT = re.compile(r"[-+]?[0-9]+\Z")
 _OCTAL = re.compile(r"0o[0-7]+\Z")
 _HEX = re.compile(r"0x[0-9a-fA-F]+\Z")
@@ -42,10 +44,8 @@ def parse_scalar(text: str) -> str | int | float | bool | None:
     Raises:
         ValueError: A number of more than `MAX_DIGITS` characters.
     """
-    if _NULL.match(text):
-        return None
-    if _TRUE.match(text) or _FALSE.match(text):
-        return bool(_TRUE.match(text))
+    if text in _WORDS:
+        return _WORDS[text]
     for pattern, base in ((_INT, 10), (_OCTAL, 8), (_HEX, 16)):
         if pattern.match(text):
             if len(text) > MAX_DIGITS:
@@ -130,13 +130,7 @@ def _on_line(place: Place, line: int | None) -> Place:
 
 
 def parse_yaml(text: str, place: Place, faults: Faults, path: KeyPath = ()) -> Located | None:
-    """Parses one YAML document.
-
-    Args:
-        text: The document.
-        place: Its source; if it has a line, every value gets its own.
-        faults: Collects faults.
-        path: The key path whose value the document is.
+    """Parses one YAML document, the value at `path`; if `place` has a line, every value gets its own.
 
     Returns:
         The tree; None if the text is not valid YAML (a fault) or is empty.
@@ -250,10 +244,10 @@ def _paired(text: str) -> str:
 def check_scalar(
     text: str, is_plain: bool, path: KeyPath, place: Place, faults: Faults, is_secret: bool = False
 ) -> str | int | float | bool | None:
-    """The value of a scalar; adds faults for what a recipe cannot contain.
+    """The value of a scalar without its quotes; adds faults for what a recipe cannot contain.
 
     Args:
-        text: The scalar without its quotes.
+        text: The scalar.
         is_plain: Whether it had no quotes, so that `true` is a boolean.
         path: Its key path.
         place: Where it is written.

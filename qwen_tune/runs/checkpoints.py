@@ -28,11 +28,7 @@ STEP_NAME = re.compile(r"step-(\d+)")
 def save_checkpoint(folder: Path, step: int, facts: dict[str, Any], write: Callable[[Path], None]) -> Path:
     """Makes `folder/step-N`, whole or not at all.
 
-    Args:
-        folder: The run's checkpoints.
-        step: Optimizer steps done.
-        facts: Further keys of the manifest.
-        write: Writes the checkpoint's files into a directory.
+    `write` writes the checkpoint's files into a directory; `facts` are further keys of the manifest.
     """
     target = folder / f"step-{step}"
     temporary = folder / f".step-{step}.{os.getpid()}.tmp"

@@ -134,9 +134,8 @@ class RunDir:
         return not entries
 
     def _refusal(self, state: Any, reason: str) -> RunError:
-        kind = {FINISHED: "a finished", FAILED: "a failed", INTERRUPTED: "an interrupted"}.get(
-            str(state), "an unfinished"
-        )
+        kinds = {FINISHED: "a finished", FAILED: "a failed", INTERRUPTED: "an interrupted"}
+        kind = kinds.get(str(state), "an unfinished")
         fix = f"keep it and {ANOTHER}, or replace it with --overwrite"
         return RunError(Problem(str(self.path), f"the run directory contains {kind} run{reason}", fix))
 
@@ -192,10 +191,8 @@ class RunDir:
         for later in list_checkpoints(self.checkpoints):
             if step_of(later) > step:
                 shutil.rmtree(later)
-        for left in (
-            *self.path.glob(".*.tmp"),
-            *self.checkpoints.glob(".*.tmp"),
-        ):  # of killed saves, since the lock is ours
+        # The lock is ours, so these are of killed saves.
+        for left in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
             if left.is_dir():
                 shutil.rmtree(left)
         for path in (self.metrics, self.answers):

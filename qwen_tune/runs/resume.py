@@ -32,11 +32,7 @@ class Plan:
 
 
 def choose_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint to resume from, and those that were skipped.
-
-    Args:
-        folder: The run's checkpoints.
-        resume: `auto` for the newest whole one, or a checkpoint's path.
+    """The checkpoint to resume from, and those that were skipped; with `auto`, the newest undamaged one.
 
     Raises:
         RunError: The path is not a checkpoint of this run, or the checkpoint is damaged.

@@ -1,12 +1,14 @@
-"""The sinks that trackers are: W&B, TensorBoard, trackio and MLflow. Each imports its package when it starts.
+"""W&B, TensorBoard, trackio and MLflow. Each imports its package when it starts.
 
-The integrations in Transformers are not used: they send whole argument objects, with paths and the host's name. Here
-a tracker gets a `Start`, and is reported not to look around by itself.
+The integrations in Transformers are not used: they send whole argument objects, with paths and the host's name. Here a
+tracker gets a `Start`, and its own collection of facts is turned off.
 """
 
 from __future__ import annotations
 
+import configparser
 import logging
+import netrc
 import os
 import re
 import time
@@ -16,36 +18,34 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
 
 from qwen_tune.console import report
-from qwen_tune.tracking.wandb_login import wandb_mode
+from qwen_tune.disk import path_fault
 
+WANDB_BASE_URL = "https://api.forge.coreweave.com"
 WANDB_START_SECONDS = 30
 WANDB_END_SECONDS = 30
 SEND_SECONDS = 5.0
 MLFLOW_BATCH = {"metrics": 1000, "params": 100}
-"""What MLflow takes in one request."""
+"""MLflow's limits for one request."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a tracker starts with."""
-
     project: str
     name: str
     folder: Path
-    """The run's logs, for local files."""
-    config: Mapping[str, Any]
-    """Public facts."""
+    """For local files: the run's logs."""
+    config: Mapping[str, Any]  # public facts
     resumed_step: int | None = None
-    """The step that a resumed run resumes from."""
     run_id: str | None = None
-    """The tracker's own name of the run that goes on."""
+    """The tracker's id of the run to resume."""
 
 
 class Sink(Protocol):
-    """A tracker as it is built here: it may raise whatever its package raises."""
+    """What a tracker implements; it may raise whatever its package raises."""
 
     view: str
 
@@ -58,7 +58,7 @@ class Sink(Protocol):
 
 
 class WandbTracker:
-    """W&B, online where there is a login, else in files that `wandb sync` sends."""
+    """W&B, online if there is a login, else in files for `wandb sync`."""
 
     def __init__(self, start: Start) -> None:
         # Its crash reports go to a third party.
@@ -72,7 +72,7 @@ class WandbTracker:
             mode = "offline"
             report(f"W&B cannot be reached ({in_one_line(error)}); this run is tracked offline")
             self._run = self._init(start, mode)
-        # Offline there is no run to resume with: a resumed one is a run of its own.
+        # Offline there is no run to resume: a resumed one becomes a separate run.
         self.run_id = str(self._run.id) if mode == "online" else None
         self.view = str(self._run.url) if mode == "online" else f"wandb sync {Path(self._run.dir).parent}"
 
@@ -80,7 +80,7 @@ class WandbTracker:
         import wandb
 
         wandb.setup(wandb.Settings(silent=True, symlink=False))
-        logging.getLogger("wandb").setLevel(logging.WARNING)  # below that, its debug.log tells of paths
+        logging.getLogger("wandb").setLevel(logging.WARNING)  # at lower levels, its debug.log contains paths
         settings = wandb.Settings(
             console="off",
             disable_code=True,
@@ -112,31 +112,83 @@ class WandbTracker:
             dir=str(start.folder),
             config=dict(start.config),
             mode="online" if mode == "online" else "offline",
-            # The steps of a resumed run that were sent before are dropped by W&B; they are the same ones.
+            # W&B drops steps of a resumed run that were sent before; they are identical.
             id=start.run_id if mode == "online" else None,
             resume="allow" if mode == "online" and start.run_id else None,
             reinit="create_new",
             settings=settings,
         )
-        # A link into the user's home.
+        # A link into the user's home
         (Path(run.dir).parent / "logs" / "debug-core.log").unlink(missing_ok=True)
         return run
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes a step's metrics; W&B sends them by itself."""
         self._run.log(dict(metrics), step=step)
 
     def finish(self, exit_code: int) -> None:
-        """Ends the run.
-
-        Raises:
-            TimeoutError: W&B did not take all of it in time; the rest stays in its files.
-        """
+        """Raises TimeoutError if W&B did not accept everything in time; the rest stays in its files."""
         self._run.finish(exit_code=exit_code)
 
 
+def wandb_mode() -> str:
+    """`online`, `offline` or `disabled`, by W&B's environment and settings; offline without a login.
+
+    Found without importing W&B.
+    """
+    mode = os.environ.get("WANDB_MODE") or _wandb_settings().get("mode", "")
+    if mode in ("offline", "dryrun"):
+        return "offline"
+    if mode == "disabled":
+        return "disabled"
+    return "online" if has_wandb_login() else "offline"
+
+
+def has_wandb_login() -> bool:
+    """Whether W&B will find a key in its environment, netrc or settings."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    try:
+        entries = netrc.netrc(_place("NETRC", "~/.netrc"))
+    except (OSError, UnicodeError, netrc.NetrcParseError):
+        return bool(_wandb_settings().get("api_key"))
+    host = wandb_host()
+    # W&B's cloud has moved, and still accepts the entry of its old name.
+    hosts = [host, "api.wandb.ai"] if host.endswith("forge.coreweave.com") else [host]
+    return any(entries.authenticators(name) for name in hosts) or bool(_wandb_settings().get("api_key"))
+
+
+def wandb_host() -> str:
+    """The host that gets the runs and that a login is for."""
+    address = os.environ.get("WANDB_BASE_URL") or _wandb_settings().get("base_url") or WANDB_BASE_URL
+    return urlsplit(address).netloc
+
+
+def _place(variable: str, usual: str) -> Path:
+    """The path in the environment, or the usual one; a path without a file if that is impossible."""
+    text = os.environ.get(variable) or usual
+    return Path(os.devnull, "none") if path_fault(text) else Path(text).expanduser()
+
+
+def _wandb_settings() -> dict[str, str]:
+    """W&B's settings files: the user's, overridden by those of this directory."""
+    local = _place("WANDB_DIR", ".")
+    files = (
+        _place("WANDB_CONFIG_DIR", "~/.config/wandb") / "settings",
+        local / (".wandb" if (local / ".wandb").exists() else "wandb") / "settings",
+    )
+    settings: dict[str, str] = {}
+    for file in files:
+        parser = configparser.ConfigParser(interpolation=None)
+        try:
+            parser.read(file, encoding="utf-8")
+            settings.update(parser["default"])
+        except (OSError, UnicodeError, KeyError, configparser.Error):
+            continue  # missing, or W&B will report it
+    return settings
+
+
 class TensorBoardTracker:
-    """An event file, written record by record: TensorBoard's own writer puts the host's name into the file's."""
+    """An event file, written record by record: TensorBoard's own writer puts the host's name into the file name."""
 
     run_id = None
 
@@ -153,7 +205,7 @@ class TensorBoardTracker:
         self._file = RecordWriter((folder / f"events.out.tfevents.{int(time.time())}.qwen-tune").open("ab"))
         self._write(file_version="brain.Event:2")
         if start.resumed_step is not None:
-            # Takes back what the interrupted run had logged after its checkpoint.
+            # Removes what the interrupted run had logged after its checkpoint
             self._write(step=start.resumed_step + 1, session_log=SessionLog(status=SessionLog.START))
         self._write(summary=hparams_pb(dict(start.config), trial_id=start.name))
 
@@ -162,52 +214,45 @@ class TensorBoardTracker:
         self._file.flush()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes a step's metrics."""
         values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
         self._write(step=step, summary=self._summary(value=values))
 
     def finish(self, exit_code: int) -> None:
-        """Closes the file."""
         self._file.close()
 
 
-@dataclass(frozen=True)
-class Row:
-    """A step's metrics and when they came."""
-
-    step: int
-    seconds: float
+class LoggedStep(NamedTuple):
+    number: int
+    seconds: float  # since 1970
     metrics: dict[str, float]
 
 
-class Gathering:
-    """Gathers rows and sends those of some seconds at once: a request a step would hold training up."""
+class Buffered:
+    """Sends the steps of some seconds at once: one request per step would delay training."""
 
     def __init__(self) -> None:
-        self._rows: list[Row] = []
+        self._steps: list[LoggedStep] = []
         self._last_sent = 0.0
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes a step's metrics."""
-        self._rows.append(Row(step, time.time(), dict(metrics)))
+        self._steps.append(LoggedStep(step, time.time(), dict(metrics)))
         if time.monotonic() - self._last_sent >= SEND_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Sends what was gathered."""
-        rows, self._rows = self._rows, []
-        if rows:
-            self._send(rows)
+        steps, self._steps = self._steps, []
+        if steps:
+            self._send(steps)
         self._last_sent = time.monotonic()
 
-    def _send(self, rows: list[Row]) -> None:
+    def _send(self, steps: list[LoggedStep]) -> None:
         raise NotImplementedError
 
 
-class TrackioTracker(Gathering):
-    """trackio's local database, where `trackio show` looks (`TRACKIO_DIR`, else its folder in the Hub's cache).
+class TrackioTracker(Buffered):
+    """trackio's local database, for `trackio show` (`TRACKIO_DIR`, else its folder in the Hub's cache).
 
-    `trackio.init` is not used: it asks the Hub for the user's name and stores it, watches CPU and GPU, and prints.
+    `trackio.init` is not used: it gets the user's name from the Hub and stores it, monitors CPU and GPU, and prints.
     """
 
     def __init__(self, start: Start) -> None:
@@ -221,36 +266,35 @@ class TrackioTracker(Gathering):
         self.run_id = start.run_id or uuid.uuid4().hex
         self.view = f"trackio show --project {start.project}"
 
-    def _send(self, rows: list[Row]) -> None:
+    def _send(self, steps: list[LoggedStep]) -> None:
         self._storage.bulk_log(
             project=self._project,
             run=self._name,
             run_id=self.run_id,
-            metrics_list=[row.metrics for row in rows],
-            steps=[row.step for row in rows],
-            timestamps=[_iso_time(row.seconds) for row in rows],
+            metrics_list=[step.metrics for step in steps],
+            steps=[step.number for step in steps],
+            timestamps=[datetime.fromtimestamp(step.seconds, tz=timezone.utc).isoformat() for step in steps],
             config=self._config,
         )
         self._config = None
 
     def finish(self, exit_code: int) -> None:
-        """Sends what is left."""
         self.flush()
 
 
-class MlflowTracker(Gathering):
+class MlflowTracker(Buffered):
     """MLflow: the server of `MLFLOW_TRACKING_URI`, else a database in the run's logs.
 
-    Runs are made by the client: `mlflow.start_run` tags them with user, script and commit.
+    The client creates runs: `mlflow.start_run` would tag them with user, script and commit.
     """
 
     def __init__(self, start: Start) -> None:
         super().__init__()
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        # Its own patience, 7 times 2 minutes, is training's time.
+        # Its default, 7 tries of 2 minutes, would delay training.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        # Nothing is stored there; the default, noted in the database, is a path below the working directory.
+        # Nothing is stored there; the default, which the database records, is a path below the working directory.
         os.environ.setdefault("_MLFLOW_SERVER_ARTIFACT_ROOT", "mlflow-artifacts:/")
         server = os.environ.get("MLFLOW_TRACKING_URI")
         database = f"sqlite:///{start.folder.resolve() / 'mlflow.db'}"
@@ -259,7 +303,7 @@ class MlflowTracker(Gathering):
             warnings.simplefilter("ignore", DeprecationWarning)
             from mlflow import MlflowClient
 
-            logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it makes
+            logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs every table that it creates
             self._client = MlflowClient(tracking_uri=server or database, registry_uri=server or database)
             self.run_id = self._resume(start.run_id) or self._create(start)
         self.view = f"run {self.run_id}" if server else f"mlflow ui --backend-store-uri {database}"
@@ -272,7 +316,7 @@ class MlflowTracker(Gathering):
         try:
             self._client.update_run(run_id, status="RUNNING")
         except MlflowException:
-            return None  # another server, or the run was deleted there
+            return None  # a different server, or the run was deleted
         return run_id
 
     def _create(self, start: Start) -> str:
@@ -282,23 +326,22 @@ class MlflowTracker(Gathering):
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(start.project)
         run = self._client.create_run(experiment_id, run_name=start.name)
         params = [Param(_mlflow_name(key), str(value)) for key, value in start.config.items()]
-        for batch in _batches(params, MLFLOW_BATCH["params"]):
+        for batch in _batches(params, "params"):
             self._client.log_batch(run.info.run_id, params=batch)
         return str(run.info.run_id)
 
-    def _send(self, rows: list[Row]) -> None:
+    def _send(self, steps: list[LoggedStep]) -> None:
         from mlflow.entities import Metric
 
         metrics = [
-            Metric(_mlflow_name(key), value, int(row.seconds * 1000), row.step)
-            for row in rows
-            for key, value in row.metrics.items()
+            Metric(_mlflow_name(key), value, int(step.seconds * 1000), step.number)
+            for step in steps
+            for key, value in step.metrics.items()
         ]
-        for batch in _batches(metrics, MLFLOW_BATCH["metrics"]):
+        for batch in _batches(metrics, "metrics"):
             self._client.log_batch(self.run_id, metrics=batch)
 
     def finish(self, exit_code: int) -> None:
-        """Sends what is left and ends the run."""
         self.flush()
         status = {0: "FINISHED", 130: "KILLED"}.get(exit_code, "FAILED")
         self._client.set_terminated(self.run_id, status=status)
@@ -315,20 +358,15 @@ TRACKERS: dict[str, Callable[[Start], Sink]] = {
 }
 
 
-def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _batches(items: list[Any], kind: str) -> Iterator[list[Any]]:
+    size = MLFLOW_BATCH[kind]
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _mlflow_name(key: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", key)
 
 
-def _iso_time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, tz=timezone.utc).isoformat()
-
-
 def in_one_line(error: Exception) -> str:
-    """An error in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

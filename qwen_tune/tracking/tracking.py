@@ -1,9 +1,9 @@
-"""What is tracked besides metrics.jsonl, and how a run uses its trackers; the sinks themselves are in `trackers`.
+"""How a run uses its trackers, and what they get; `sinks` implements them.
 
 Facts leave the machine only if `CONFIG_FACTS` lists them.
 
-A tracker never fails a run. What is missing is reported before anything heavy loads (`check_trackers`); a tracker that
-cannot start, or fails later, is left out with one warning.
+A tracker never fails a run. Missing packages and logins are reported before anything heavy loads (`check_trackers`); a
+tracker that cannot start, or fails later, is dropped with one warning.
 """
 
 from __future__ import annotations
@@ -12,19 +12,27 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from qwen_tune.console import print_once, report
 from qwen_tune.disk import make_private_folder, parse_json, write_atomically
 from qwen_tune.distributed.world import is_main_process
 from qwen_tune.errors import Problem, RunError
 from qwen_tune.runs.checkpoints import step_of
-from qwen_tune.tracking.sinks import LABELS, TRACKERS, Sink, Start, in_one_line
-from qwen_tune.tracking.wandb_login import has_wandb_login, wandb_host, wandb_mode
+from qwen_tune.tracking.sinks import (
+    LABELS,
+    TRACKERS,
+    Sink,
+    Start,
+    has_wandb_login,
+    in_one_line,
+    wandb_host,
+    wandb_mode,
+)
 
 if TYPE_CHECKING:
     from qwen_tune.recipe.schema import Recipe, TrackingSpec
@@ -32,54 +40,18 @@ if TYPE_CHECKING:
 
 DEFAULT_PROJECT = "qwen-tune"
 
+_PUBLIC = {
+    "base": "id revision",
+    **dict.fromkeys(("versions", "rows", "samples", "tokens", "schedule", "adapter", "quantization", "masking"), "*"),
+    "lora": "r lora_alpha lora_dropout target_modules use_rslora use_dora init_lora_weights bias",
+    # One by one: the section also contains the user's prompts and a checkpoint's path.
+    "train": "num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps global_batch_size "
+    "per_device_train_batch_size optim loraplus_lr_ratio weight_decay max_grad_norm neftune_noise_alpha "
+    "logging_steps eval_steps save_steps early_stopping_patience early_stopping_threshold seed",
+}
 CONFIG_FACTS = (
-    "base.id",
-    "base.revision",
-    "engine",
-    "world_size",
-    "device",
-    "dtype",
-    "attention",
-    "gradient_checkpointing",
-    *(f"{section}.*" for section in ("versions", "rows", "samples", "tokens", "schedule")),
-    *(f"{section}.*" for section in ("adapter", "quantization", "masking")),
-    *(
-        f"lora.{key}"
-        for key in (
-            "r",
-            "lora_alpha",
-            "lora_dropout",
-            "target_modules",
-            "use_rslora",
-            "use_dora",
-            "init_lora_weights",
-            "bias",
-        )
-    ),
-    # One by one: the section also holds the user's prompts and a checkpoint's path.
-    *(
-        f"train.{key}"
-        for key in (
-            "num_train_epochs",
-            "max_steps",
-            "learning_rate",
-            "lr_scheduler_type",
-            "warmup_steps",
-            "global_batch_size",
-            "per_device_train_batch_size",
-            "optim",
-            "loraplus_lr_ratio",
-            "weight_decay",
-            "max_grad_norm",
-            "neftune_noise_alpha",
-            "logging_steps",
-            "eval_steps",
-            "save_steps",
-            "early_stopping_patience",
-            "early_stopping_threshold",
-            "seed",
-        )
-    ),
+    *("engine", "world_size", "device", "dtype", "attention", "gradient_checkpointing"),
+    *(f"{section}.{key}" for section, keys in _PUBLIC.items() for key in keys.split()),
 )
 """The facts that trackers get, as dotted keys; `*` stands for everything below."""
 
@@ -88,51 +60,63 @@ LONGEST_FACT = 1000
 EXTRA = 'pip install "qwen-tune[tracking]"'
 
 
-class Tracker(Protocol):
-    """Where metrics go while a run trains."""
+class Tracker:
+    """A tracker that cannot fail the run: after its first error, which is reported, it is no longer used.
 
-    name: str
-    """Its name for people."""
+    `name` is for people; `view` is an address or a command for looking at the run.
+    """
 
-    view: str
-    """How the run is looked at: an address or a command."""
+    def __init__(self, name: str, sink: Sink) -> None:
+        self.name = name
+        self.view = sink.view
+        self._sink: Sink | None = sink
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes a step's metrics."""
+        self._try(lambda sink: sink.log(step, metrics))
 
     def finish(self, exit_code: int) -> None:
         """Ends the tracked run: 0 finished, 130 interrupted, anything else failed."""
+        self._try(lambda sink: sink.finish(exit_code))
+
+    def _try(self, action: Callable[[Sink], None]) -> None:
+        if self._sink is None:
+            return
+        try:
+            action(self._sink)
+        except Exception as error:
+            self._sink = None
+            report(f"{self.name} failed ({in_one_line(error)}); the metrics it missed are in the run's metrics.jsonl")
 
 
 def check_trackers(tracking: TrackingSpec) -> list[str]:
-    """Looks whether the recipe's trackers can start, importing none of them and asking no network.
+    """Checks whether the recipe's trackers can start, without importing them or using the network.
 
     Returns:
-        What the user should be told.
+        Notices for the user.
 
     Raises:
         RunError: A tracker's package is not installed, or W&B must be online and there is no login.
     """
-    problems, told = [], []
+    problems, notices = [], []
     for name in dict.fromkeys(tracking.report_to):
-        if missing := [package for package in _packages(name) if not _is_installed(package)]:
+        if missing := [package for package in _packages(name) if not is_installed(package)]:
             what = f"{LABELS[name]} needs {' and '.join(missing)}, which is not installed"
             problems.append(Problem("tracking.report_to", what, EXTRA))
         elif name == "wandb":
             mode = wandb_mode()
             if mode == "offline" and os.environ.get("WANDB_MODE") == "online":
-                what = f"WANDB_MODE=online, and there is no login for {wandb_host()}"
+                what = f"WANDB_MODE=online, but there is no login for {wandb_host()}"
                 problems.append(Problem("tracking.report_to", what, "`wandb login`, or unset WANDB_MODE"))
             elif mode == "disabled":
-                told.append("W&B: it is disabled (WANDB_MODE or W&B's settings); nothing is tracked there")
+                notices.append("W&B: it is disabled (WANDB_MODE or W&B's settings); nothing is tracked there")
             elif mode == "offline" and not has_wandb_login():
-                told.append(
+                notices.append(
                     "W&B: no login found (WANDB_API_KEY, `wandb login`); this run is tracked offline. "
                     "Send it later with `wandb sync` and the folder in the run's logs/wandb"
                 )
     if problems:
         raise RunError(problems)
-    return told
+    return notices
 
 
 def warn_of_trackers(tracking: TrackingSpec) -> None:
@@ -144,15 +128,14 @@ def warn_of_trackers(tracking: TrackingSpec) -> None:
 def start_trackers(
     tracking: TrackingSpec, *, name: str, directory: Path, facts: Mapping[str, Any], resumed_step: int | None = None
 ) -> list[Tracker]:
-    """Starts the recipe's trackers. One that cannot start is left out with a warning on stderr.
+    """Starts the recipe's trackers. One that cannot start is dropped with a warning on stderr.
 
     Args:
         tracking: The recipe's section.
         name: The run's name.
         directory: The run directory; local files go into its `logs`.
-        facts: The record of the run, with the recipe's hyperparameters in `train` and `lora`. Only `public_facts` of
-            it leave.
-        resumed_step: The step of the checkpoint from which a resumed run goes on; its trackers go on too.
+        facts: run.json, with the recipe's hyperparameters in `train` and `lora`; only `public_facts` are sent.
+        resumed_step: The step of the checkpoint that the run, and so its trackers, resume from.
     """
     folder = directory / "logs"
     make_private_folder(folder)
@@ -170,23 +153,17 @@ def start_trackers(
             continue
         if sink.run_id is not None:
             run_ids[key] = sink.run_id
-        trackers.append(Guarded(LABELS[key], sink))
+        trackers.append(Tracker(LABELS[key], sink))
     write_atomically(folder / "trackers.json", json.dumps(run_ids, indent=2) + "\n")
     return trackers
 
 
 @contextmanager
 def tracked(recipe: Recipe, directory: Path, facts: Mapping[str, Any], plan: Plan) -> Iterator[list[Tracker]]:
-    """Holds the recipe's trackers open for the length of a run, and tells them how it has ended.
-
-    Args:
-        recipe: The recipe.
-        directory: The run directory.
-        facts: The record of the run.
-        plan: Where it resumes from, if it does.
+    """Keeps the recipe's trackers open for the length of a run, and reports to them how it ended.
 
     Yields:
-        The trackers; none in the processes beside the first.
+        The trackers; none except in the first process.
     """
     trackers: list[Tracker] = []
     if is_main_process() and recipe.tracking.report_to:
@@ -210,15 +187,16 @@ def tracked(recipe: Recipe, directory: Path, facts: Mapping[str, Any], plan: Pla
 
 
 def public_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that may leave this machine, flat, with dotted keys.
+    """The facts that may leave this machine, with dotted keys.
 
-    A text with a slash is left out even where its key is listed, so that no path slips through; a base's id and
-    revision are there only if they are the Hub's.
+    Text with a slash is left out even if its key is listed, so that no path slips through; a base's id and revision are
+    included only if they are the Hub's.
     """
     public = {
         key: value
         for key, value in _flatten(facts)
-        if any(fnmatchcase(key, listed) for listed in CONFIG_FACTS) and (key == "base.id" or not _like_path(key, value))
+        if any(fnmatchcase(key, listed) for listed in CONFIG_FACTS)
+        and (key == "base.id" or not _may_be_path(key, value))
     }
     base = facts.get("base") or {}
     is_hub_id = base.get("revision") is not None and HUB_ID.fullmatch(str(base.get("id")))
@@ -239,57 +217,26 @@ def _flatten(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield key, value
 
 
-def _like_path(key: str, value: object) -> bool:
+def _may_be_path(key: str, value: object) -> bool:
     text = f"{key} {value}"
     return any(sign in text for sign in "/\\~") or len(text) > LONGEST_FACT
 
 
-class Guarded:
-    """A tracker that cannot fail the run: its first error is reported, and it is left alone from then on."""
-
-    def __init__(self, name: str, sink: Sink) -> None:
-        self.name = name
-        self.view = sink.view
-        self._sink: Sink | None = sink
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes a step's metrics."""
-        if self._sink is None:
-            return
-        try:
-            self._sink.log(step, metrics)
-        except Exception as error:
-            self._drop(error)
-
-    def finish(self, exit_code: int) -> None:
-        """Ends the tracked run."""
-        if self._sink is None:
-            return
-        try:
-            self._sink.finish(exit_code)
-        except Exception as error:
-            self._drop(error)
-
-    def _drop(self, error: Exception) -> None:
-        self._sink = None
-        report(f"{self.name} failed ({in_one_line(error)}); what it did not get is in the run's metrics.jsonl")
-
-
 def _packages(name: str) -> tuple[str, ...]:
-    """The packages that a tracker is imported from."""
     if name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI"):
-        return ("mlflow", "sqlalchemy", "alembic")  # for a database of its own
+        return ("mlflow", "sqlalchemy", "alembic")  # for a local database
     return (name,)
 
 
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported from an installation."""
     spec = importlib.util.find_spec(package)
-    # A folder of that name in the working directory, where trackers like to make one, has no origin.
+    # A folder of that name in the working directory, where some trackers make one, has no origin.
     return spec is not None and spec.origin is not None
 
 
 def _read_run_ids(folder: Path) -> dict[str, str]:
-    """The trackers' names of the run that is resumed; none where they cannot be read."""
+    """The trackers' ids of the resumed run; empty if they cannot be read."""
     try:
         run_ids = parse_json((folder / "trackers.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
