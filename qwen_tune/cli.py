@@ -21,7 +21,7 @@ from qwen_tune.errors import QwenTuneError
 ANY_TEXT = "\U0001f642"
 """What only an encoding of all of Unicode can write."""
 
-ABOUT = "LoRA fine-tuning for the Qwen model family: one recipe from rows to a model that answers."
+ABOUT = "LoRA fine-tuning for the Qwen model family: one recipe from examples to a model that answers."
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,9 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
         )
         return added
 
-    recipe_command("validate", "Check a recipe, its files and their first rows. Loads no model.")
+    recipe_command("validate", "Check a recipe, its files and their first examples. Loads no model.")
 
-    shown = recipe_command("preview", "Show rows as they will train, token by token. Loads the tokenizer only.")
+    shown = recipe_command("preview", "Show examples as they will train, token by token. Loads the tokenizer only.")
     shown.add_argument(
         "--rows",
         metavar="N",
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     form.add_argument("--json", action="store_true", help="one JSON line a sample")
     form.add_argument("--html", metavar="FILE", type=_path, help="write a page to look through, which needs no network")
 
-    recipe_command("prepare", "Tokenize and pack a recipe's rows into the cache, where train finds them.")
+    recipe_command("prepare", "Tokenize and pack a recipe's examples into the cache, where train finds them.")
 
     planned = recipe_command("estimate", "Count a recipe's memory and time on each GPU. Loads nothing but config.json.")
     planned.add_argument("--gpu", metavar="NAME", action="append", help="this GPU alone, such as h100-80gb; repeatable")

@@ -2,7 +2,7 @@
 
 QwenTuneError                  the message is all that the user sees; the process ends with exit code 2
 ├── RecipeError                the recipe, or an override of it
-├── DataError                  rows, files or data sets
+├── DataError                  examples, files or data sets
 ├── ModelError                 the base checkpoint, its tokenizer, its template, or what this machine can run of it
 ├── RunError                   the run directory: in use, unfinished, of another recipe
 ├── TrainingError              the run itself: a loss that is not a number
@@ -11,7 +11,7 @@ QwenTuneError                  the message is all that the user sees; the proces
 ├── PublishError               what cannot be pushed, or a hub that does not take it
 └── LibraryError               an installed library lacks what this version is built on
 
-RowError is what is wrong with a record whose place is not known yet; it becomes a `Problem`.
+ExampleError is what is wrong with a record whose place is not known yet; it becomes a `Problem`.
 
 Interrupted, a KeyboardInterrupt, is no error: a run that was asked to stop and has saved its work; exit code 130.
 
@@ -70,7 +70,7 @@ class RecipeError(QwenTuneError):
 
 
 class DataError(QwenTuneError):
-    """A data file or a row in it cannot be trained on."""
+    """A data file or an example in it cannot be trained on."""
 
 
 class ModelError(QwenTuneError):
@@ -118,7 +118,7 @@ class LibraryError(QwenTuneError):
 
 
 def visible(text: str) -> str:
-    """The text with its control characters, line breaks aside, as escapes: a row must not command the terminal."""
+    """The text with its control characters, line breaks aside, as escapes: an example must not command the terminal."""
     return text.translate(_ESCAPES)
 
 
@@ -127,8 +127,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-class RowError(ValueError):
-    """A row that cannot be trained on; becomes a `Problem` with the row's file and line."""
+class ExampleError(ValueError):
+    """An example that cannot be trained on; becomes a `Problem` with the example's file and line."""
 
     def __init__(self, what: str, fix: str = "") -> None:
         super().__init__(what)

@@ -1,11 +1,11 @@
-"""Preparation of chats by qwen-tune and by TRL, in turns, on the same rows and tokenizer: tokens, labels and packs.
+"""Preparation of chats by qwen-tune and by TRL, in turns, on the same examples and tokenizer: tokens, labels and packs.
 
     .venv/bin/python scripts/bench_prepare.py BASE_DIR [--rows 20000] [--max-length 2048] [--rounds 3] [--sides SIDE …]
 
-BASE_DIR needs a tokenizer and the template of a Qwen2.5 checkpoint. The chats are made up anew, from the bundled rows
-and invented words. Each measurement is a process of its own, timed after its imports and with the tokenizer loaded:
+BASE_DIR needs a tokenizer and the template of a Qwen2.5 checkpoint. The chats are generated anew from the bundled
+examples and invented words. Each measurement is a process of its own, timed after its imports and with the tokenizer loaded:
 
-    qwen-tune   from the file to packs, with an empty cache: reading, checking every row, rendering, tokenizing, labels,
+    qwen-tune   from the file to packs, with an empty cache: reading, checking, rendering, tokenizing, labels,
                 hashes, near-duplicates, writing the cache, packing; on all cores
     qwen-tune-1 the same on one core
     trl-1       from the file to packs: load_dataset, then what SFTTrainer does with the data set: rendering and

@@ -104,7 +104,7 @@ def official_template() -> Callable[[str], str]:
 
 
 def make_workspace(folder: Path) -> Path:
-    """Puts a small recipe, its rows, and the tiny model into a directory."""
+    """Puts a small recipe, its examples, and the tiny model into a directory."""
     (folder / "tiny-qwen").symlink_to(TINY)
     shutil.copy(ROOT / "data" / "quickstart.jsonl", folder / "rows.jsonl")
     (folder / "recipe.yaml").write_text(
@@ -121,7 +121,7 @@ def make_workspace(folder: Path) -> Path:
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Path:
-    """A directory of its own with a small recipe, its rows, and the tiny model beside it."""
+    """A directory of its own with a small recipe, its examples, and the tiny model beside it."""
     return make_workspace(tmp_path)
 
 

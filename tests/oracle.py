@@ -1,7 +1,7 @@
 """The definition of the loss mask, read slowly and literally, apart from the code that it judges.
 
-It works on rows as they stand in a file and on what is documented of a family (`Revision`), where the toolkit parses
-rows and finds out about a template by rendering. Nothing here comes from `qwen_tune`.
+It works on examples as they stand in a file and on what is documented of a family (`Revision`), where the toolkit parses
+examples and finds out about a template by rendering. Nothing here comes from `qwen_tune`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
 
 class RefusedError(Exception):
-    """The row must not be trained; carries words that the message has to contain."""
+    """The example must not be trained; carries words that the message has to contain."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Expected:
 
 
 def expected_samples(row, revision, tokenizer, options):
-    """What a row has to become. `options` are fields of the recipe's data section."""
+    """What an example has to become. `options` are fields of the recipe's data section."""
     row = copy.deepcopy(row)
     kwargs = row.get("chat_template_kwargs") or {}
     codes = {}
@@ -185,7 +185,7 @@ def _loses(revision, messages, tools):
 
 
 def _encoded(value, codes):
-    """The row with every control token as a code of its own, of the same length."""
+    """The example with every control token as a code of its own, of the same length."""
     if isinstance(value, dict):
         return {_encoded(key, codes): _encoded(item, codes) for key, item in value.items()}
     if isinstance(value, list):

@@ -22,7 +22,7 @@ class Revision:
 
     `reasoning`: rendered from the key `reasoning_content`, taken from the content after a prompt that opens a think
     block, or not known at all. `drops`: what the template passes over without a word. `parses_blocks`: it takes a
-    think block out of the content by itself. `variables`: what a row may set, beside the switches of thinking.
+    think block out of the content by itself. `variables`: what an example may set, beside the switches of thinking.
     """
 
     name: str

@@ -75,17 +75,17 @@ def test_the_histogram_holds_every_sample_in_few_bars_that_join(template):
 def test_duplicates_are_counted_and_those_that_are_dropped_are_not_told_twice(template):
     path = write("rows.jsonl", [*PLAIN, PLAIN[3], PLAIN[4]])
     found = look(template, train=[{"path": path}])
-    assert found.duplicates == [Found("the same as an earlier row", 2, ("rows.jsonl:21", "rows.jsonl:22"))]
+    assert found.duplicates == [Found("the same as an earlier example", 2, ("rows.jsonl:21", "rows.jsonl:22"))]
     found = look(template, train=[{"path": path}], deduplicate=True)
     assert found.duplicates == []
-    assert found.dropped == [Found("the same as an earlier row", 2, ("rows.jsonl:21", "rows.jsonl:22"))]
+    assert found.dropped == [Found("the same as an earlier example", 2, ("rows.jsonl:21", "rows.jsonl:22"))]
 
 
 def test_evaluation_rows_in_training_are_found(template):
     train = write("rows.jsonl", PLAIN)
     found = look(template, train=[{"path": train}], eval=[{"path": write("held.jsonl", [PLAIN[2], LONG, PLAIN[5]])}])
     dropped = {one.what: one for one in found.dropped}
-    assert dropped["also an evaluation row"].places == ("rows.jsonl:3", "rows.jsonl:6")
+    assert dropped["also an evaluation example"].places == ("rows.jsonl:3", "rows.jsonl:6")
     assert dropped["longer than data.max_length_tokens"].places == ("held.jsonl:2",)
     assert [(source.name, source.train, source.evaluation) for source in found.sources] == [
         ("rows", 18, 0),

@@ -47,7 +47,7 @@ def sharegpt(*turns: object) -> bytes:
 HUMAN = {"from": "human", "value": "q"}
 GPT = {"from": "gpt", "value": "a"}
 
-# Each stands after a good row, in line 2: what is wrong with it.
+# Each stands after a good example, in line 2: what is wrong with it.
 BAD_LINES: dict[str, tuple[bytes, str]] = {
     "an empty answer": (answer(""), "messages[1] (assistant) has blank content"),
     "a blank answer": (answer(" \n\t"), "blank content"),
@@ -106,13 +106,13 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
         'a "system" column and another system turn',
     ),
     "a system that is a list": (row(**GOOD, system=["s"]), "system is a list"),
-    "images": (row(**GOOD, images=["a.png"]), 'not yet: the row carries "images"'),
-    "another form": (row(instruction="q", output="a"), "the row lacks messages; this source is read as messages"),
-    "no columns": (b"{}", "the row has no columns"),
-    "null": (b"null", "the row is null"),
-    "a list": (b"[1]", "the row is a list"),
-    "a number": (b"1", "the row is the number 1"),
-    "text": (b'"text"', "the row is a string"),
+    "images": (row(**GOOD, images=["a.png"]), 'not yet: the example carries "images"'),
+    "another form": (row(instruction="q", output="a"), "the example lacks messages; this source is read as messages"),
+    "no columns": (b"{}", "the example has no columns"),
+    "null": (b"null", "the example is null"),
+    "a list": (b"[1]", "the example is a list"),
+    "a number": (b"1", "the example is the number 1"),
+    "text": (b'"text"', "the example is a string"),
     "a line cut off": (LINE[:40], "cut off: complete or remove it"),
     "two objects in a line": (LINE.strip() * 2, "Extra data"),
     "a comma at the end": (LINE.strip() + b",", "Extra data"),
@@ -134,12 +134,12 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     ),
 }
 
-# Files that begin with the row given: the rest is not what the first row says, or not what any row says.
+# Files that begin with the example given: the rest is not what the first example says, or not what any example says.
 BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "empty": ("rows.jsonl", b"", ":1: the file is empty"),
     "blank": ("rows.jsonl", b"\n \r\n\n", ":1: the file is empty"),
     "a mark and nothing": ("rows.jsonl", b"\xef\xbb\xbf", ":1: the file is empty"),
-    "null alone": ("rows.jsonl", b"null\n", ":1: the row is null"),
+    "null alone": ("rows.jsonl", b"null\n", ":1: the example is null"),
     "a list in lines": ("rows.jsonl", b"[" + LINE.strip() + b"]\n", ":1: the file holds a JSON list"),
     "indented JSON in lines": ("rows.jsonl", json.dumps(GOOD, indent=1).encode(), ":1: the line is not JSON"),
     "UTF-16": ("rows.jsonl", LINE.decode().encode("utf-16"), ":1: the file is UTF-16"),
@@ -151,15 +151,15 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "an object around": ("rows.json", b'{"data": [' + LINE.strip() + b"]}", 'stand under the key "data"'),
     "columns": ("rows.json", b'{"prompt": ["q", "r"], "completion": ["a", "b"]}', '"prompt" holds a column'),
     "JSON null": ("rows.json", b"null", ":1: the file holds null"),
-    "JSON cut off": ("rows.json", b"[" + LINE + b"," + LINE[:30], ":2: the row is not JSON"),
+    "JSON cut off": ("rows.json", b"[" + LINE + b"," + LINE[:30], ":2: the example is not JSON"),
     "a list that does not end": ("rows.json", b"[" + LINE, ":2: expected a comma or the end of the list"),
-    "a list of lists": ("rows.json", b"[\n[1]]", ":2: the row is a list"),
+    "a list of lists": ("rows.json", b"[\n[1]]", ":2: the example is a list"),
     "an empty list": ("rows.json", b"[]", ":1: the file is empty"),
     "more after the list": ("rows.json", b"[" + LINE.strip() + b"]\n[]", ":2: there is more after the list"),
-    "CSV with a value too few": ("rows.csv", b"prompt,completion\nq,a\nq\n", ":3: the row has 1 values"),
-    "CSV without rows": ("rows.csv", b"prompt,completion\n", ":1: the file holds a header and no rows"),
+    "CSV with a value too few": ("rows.csv", b"prompt,completion\nq,a\nq\n", ":3: the example has 1 values"),
+    "CSV without examples": ("rows.csv", b"prompt,completion\n", ":1: the file holds a header and no examples"),
     "CSV with a name twice": ("rows.csv", b"prompt,prompt\nq,a\n", ":1: the header names prompt twice"),
-    "CSV with an open quote": ("rows.csv", b'prompt,completion\nq,a\n"q,a\n', ":3: the row is not CSV"),
+    "CSV with an open quote": ("rows.csv", b'prompt,completion\nq,a\n"q,a\n', ":3: the example is not CSV"),
     "CSV with an empty completion": ("rows.csv", b"prompt,completion\nq,\n", ":2: completion is an empty string"),
     "CSV that is not UTF-8": ("rows.csv", b"prompt,completion\nq,a\nq,\xe4\n", ":3: byte 3 of the line is not UTF-8"),
     "CSV of other columns": ("rows.tsv", b"question\tanswer\nq\ta\n", ":2: the format is not recognised"),
@@ -243,9 +243,9 @@ def test_mixed_schemas_are_told_row_by_row(tmp_path):
     path.write_bytes((LINE + other) * 3)
     messages = told(path)
     assert [message.split(": ")[0] for message in messages] == [f"{path}:{line}" for line in (2, 4, 6)]
-    assert "the row lacks messages" in messages[0]
-    assert "the row has prompt, completion" in messages[0]
-    assert "the row lacks prompt and completion" in told(path, format="prompt_completion")[0]
+    assert "the example lacks messages" in messages[0]
+    assert "the example has prompt, completion" in messages[0]
+    assert "the example lacks prompt and completion" in told(path, format="prompt_completion")[0]
 
 
 def test_the_first_twenty_problems_are_listed_and_the_others_counted(tmp_path):

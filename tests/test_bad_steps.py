@@ -17,7 +17,7 @@ from qwen_tune.training.bad_steps import MOST_IN_A_ROW, StepWatch
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
-WORD = "¤"  # stands in no row of the data
+WORD = "¤"  # stands in no example of the data
 RUN = (
     "train.max_steps=9",
     "train.save_total_limit=9",
@@ -48,7 +48,7 @@ def base_that_breaks_at(folder: Path, value: float) -> None:
 
 @pytest.fixture
 def breaking(workspace):
-    """A workspace in which one row, of line 20, breaks the model."""
+    """A workspace in which one example, of line 20, breaks the model."""
     base_that_breaks_at(workspace / "breaking", math.nan)
     lines = (workspace / "rows.jsonl").read_text().splitlines(keepends=True)
     row = json.loads(lines[19])
@@ -61,7 +61,7 @@ def breaking(workspace):
 def where_it_breaks(folder: Path, monkeypatch, *overrides: str) -> int:
     with pytest.raises(TrainingError) as told:
         run(folder, monkeypatch, "model.base=./breaking", *RUN, *overrides)
-    assert "the loss and the gradient norm are not finite; its rows are rows.jsonl:20. Fix: fix" in str(told.value)
+    assert "the loss and the gradient norm are not finite; its examples are rows.jsonl:20. Fix: fix" in str(told.value)
     assert "train.on_bad_step=skip" in str(told.value)
     record = facts(folder / "run")
     assert (record["state"], record["exit"]) == ("failed", 2)
@@ -140,13 +140,13 @@ def test_what_is_bad():
     guessing = math.log(1000)
     seen, bad = watch([[1.0, 1.5], [guessing, guessing - 0.1], [guessing, guessing + 0.1]], [1.0, 2.0, 3.0])
     assert [entry.step for entry in bad] == [3]
-    assert str(bad[0]) == "the loss is 13.92, more than twice that of guessing; its rows are 3:None"
+    assert str(bad[0]) == "the loss is 13.92, more than twice that of guessing; its examples are 3:None"
     assert seen.mean_loss() == pytest.approx((2.4 + 2 * guessing) / 2)
     assert math.isnan(seen.mean_loss())
     _, bad = watch([[1.0, 1.0, math.inf]], [1.0])
-    assert str(bad[0]) == "the loss is not finite; its rows are 1:[2]"
+    assert str(bad[0]) == "the loss is not finite; its examples are 1:[2]"
     _, bad = watch([[1.0]], [math.nan])
-    assert str(bad[0]) == "the gradient norm is not finite; its rows are 1:None"
+    assert str(bad[0]) == "the gradient norm is not finite; its examples are 1:None"
     _, bad = watch([[1.0]], [math.inf], judges_gradients=False)
     assert not bad
 

@@ -14,7 +14,7 @@ from templates import REVISIONS
 
 from qwen_tune.chatml.encoder import tokenize
 from qwen_tune.chatml.template import IGNORED, ChatTemplate, render_samples
-from qwen_tune.errors import RowError
+from qwen_tune.errors import ExampleError
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +134,9 @@ def test_labels_equal_the_oracle(template, name, drawn):
     try:
         expected = expected_samples(row, REVISIONS[name], tokenizer, options)
     except RefusedError:
-        # Why, and in which words, is in the golden files; here a row may have several faults.
+        # Why, and in which words, is in the golden files; here an example may have several faults.
         event("refused")
-        with pytest.raises(RowError):
+        with pytest.raises(ExampleError):
             render_samples(parsed, template[name], data(**options))
         return
     event("rendered")
@@ -184,7 +184,7 @@ def test_blank_reasoning_is_none(template):
     blank = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": " \n"}]
     [example] = tokenize(conversation(blank), template["qwen3"], data())
     assert supervised(example, template["qwen3"].tokenizer) == ["a<|im_end|>"]
-    with pytest.raises(RowError, match="does not reason"):
+    with pytest.raises(ExampleError, match="does not reason"):
         tokenize(conversation(blank), template["qwen3"], data(thinking="require"))
 
 

@@ -1,4 +1,4 @@
-"""What a template cannot serve, and what a row can set in it."""
+"""What a template cannot serve, and what an example can set in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from templates import REVISIONS
 
 from qwen_tune.chatml.encoder import tokenize
 from qwen_tune.chatml.template import ChatTemplate, render_samples
-from qwen_tune.errors import ModelError, RowError
+from qwen_tune.errors import ExampleError, ModelError
 
 CALL = {
     "role": "assistant",
@@ -40,11 +40,11 @@ def template(tiny_tokenizer):
 def test_learning_all_of_a_text_keeps_the_other_rules(template):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     thinks = [chat[0], {**chat[1], "reasoning_content": "for a good reason"}]
-    with pytest.raises(RowError, match="thinking: off"):
+    with pytest.raises(ExampleError, match="thinking: off"):
         tokenize(conversation(thinks), template["qwen3"], data(loss_on="all", thinking="off"))
-    with pytest.raises(RowError, match="contradicts loss_on: all"):
+    with pytest.raises(ExampleError, match="contradicts loss_on: all"):
         tokenize(conversation([chat[0], {**chat[1], "train": False}]), template["qwen3"], data(loss_on="all"))
-    with pytest.raises(RowError, match="leaves out this assistant turn"):
+    with pytest.raises(ExampleError, match="leaves out this assistant turn"):
         tokenize(conversation([*thinks, *chat]), template["qwen3"], data(loss_on="all"))
 
 
@@ -90,13 +90,13 @@ def test_learning_all_of_a_text_keeps_the_other_rules(template):
 )
 def test_what_a_template_cannot_serve_is_refused(template, name, messages, changes, message):
     chat = [{"role": "user", "content": "q"}, *messages]
-    with pytest.raises(RowError, match=message):
+    with pytest.raises(ExampleError, match=message):
         tokenize(conversation(chat), template[name], data(**changes))
 
 
 def test_a_row_that_contradicts_its_own_arguments_is_refused(template):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}]
-    with pytest.raises(RowError, match="another text") as caught:
+    with pytest.raises(ExampleError, match="another text") as caught:
         tokenize(conversation(chat, enable_thinking=False), template["qwen3"], data())
     assert "enable_thinking" in caught.value.fix
 
@@ -110,8 +110,8 @@ def test_a_row_that_contradicts_its_own_arguments_is_refused(template):
     ],
 )
 def test_a_row_sets_variables_of_the_template_only(template, name):
-    """The rest are the tokenizer's and Jinja's own: a row could bring another template along, or break its loops."""
-    with pytest.raises(RowError, match=f'sets "{name}", which no row can set'):
+    """The rest are the tokenizer's and Jinja's own: an example could bring another template along, or break its loops."""
+    with pytest.raises(ExampleError, match=f'sets "{name}", which no example can set'):
         render_samples(replace(conversation(CHAT), chat_template_kwargs={name: 1}), template["qwen3"], data())
 
 
@@ -128,7 +128,7 @@ def test_a_row_sets_variables_of_the_template_only(template, name):
     ],
 )
 def test_a_variable_that_the_template_does_not_read_is_missed(template, name, variable, fix):
-    with pytest.raises(RowError, match=f'sets "{variable}", which this template does not read') as caught:
+    with pytest.raises(ExampleError, match=f'sets "{variable}", which this template does not read') as caught:
         tokenize(conversation(CHAT, **{variable: False}), template[name], data())
     assert caught.value.fix == fix
     assert tokenize(conversation(CHAT, **{variable: None}), template[name], data())
@@ -161,7 +161,7 @@ def test_a_variable_with_a_default_in_the_template_is_one_of_it(tiny_tokenizer, 
 def test_switches_of_a_row_are_booleans(template):
     """Templates ask `is false`: the text "false" would leave thinking on without a word."""
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    with pytest.raises(RowError, match="enable_thinking is 'false'; expected true or false"):
+    with pytest.raises(ExampleError, match="enable_thinking is 'false'; expected true or false"):
         tokenize(conversation(chat, enable_thinking="false"), template["qwen3"], data())
     null, absent = (tokenize(conversation(chat, **kwargs), template["qwen3"], data()) for kwargs in (NULLS, {}))
     assert null == absent
@@ -182,14 +182,14 @@ def test_switches_of_a_row_are_booleans(template):
 )
 def test_refusals_of_templates_come_with_a_fix(template, name, messages, what, fix):
     chat = messages if messages[0]["role"] == "user" else [{"role": "user", "content": "q"}, *messages]
-    with pytest.raises(RowError, match=what) as caught:
+    with pytest.raises(ExampleError, match=what) as caught:
         tokenize(conversation(chat), template[name], data())
     assert fix in caught.value.fix
 
 
 def test_a_template_without_thinking_cannot_require_it(template):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>\nr\n</think>\n\na"}]
-    with pytest.raises(RowError, match="this checkpoint's template has no thinking"):
+    with pytest.raises(ExampleError, match="this checkpoint's template has no thinking"):
         tokenize(conversation(chat), template["qwen2_5"], data(thinking="require"))
     # There, think tags are a text like any other: what the template does not know it cannot switch off.
     [example] = tokenize(conversation(chat), template["qwen2_5"], data(thinking="off"))
@@ -200,7 +200,7 @@ def test_a_lost_argument_is_missed(template, tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = REVISIONS["qwen3_5_think"].text.replace("{{- args_value }}", "")
     chat = conversation([{"role": "user", "content": "q"}, CALL], TOOLS)
-    with pytest.raises(RowError, match='leaves out the call to "add" or a part of it'):
+    with pytest.raises(ExampleError, match='leaves out the call to "add" or a part of it'):
         render_samples(chat, ChatTemplate(tokenizer), data())
     assert "\n12345\n" in render_samples(chat, template["qwen3_5_think"], data())[0].text
 
@@ -217,7 +217,7 @@ def test_text_that_a_template_respells_cannot_be_told_apart(tiny_tokenizer, writ
     )
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     tools = [{"name": "end", "description": "Writes <|im_end|>"}]
-    with pytest.raises(RowError, match="changes text that spells"):
+    with pytest.raises(ExampleError, match="changes text that spells"):
         render_samples(conversation(chat, tools), ChatTemplate(tokenizer), data(special_tokens_in_text="neutralize"))
 
 
@@ -228,9 +228,9 @@ def test_a_template_that_drops_tools_or_text_is_refused(tiny_tokenizer):
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a long answer"}]
-    with pytest.raises(RowError, match="leaves out a part"):
+    with pytest.raises(ExampleError, match="leaves out a part"):
         tokenize(conversation(chat), ChatTemplate(tokenizer), data())
-    with pytest.raises(RowError, match='leaves out the tool "add"'):
+    with pytest.raises(ExampleError, match='leaves out the tool "add"'):
         tokenize(conversation([chat[0], {"role": "assistant", "content": "a"}], TOOLS), ChatTemplate(tokenizer), data())
 
 

@@ -153,7 +153,7 @@ def test_preview_in_words(qwen_tune, workspace):
     result = qwen_tune("preview", "recipe.yaml", "--rows", "2", cwd=workspace)
     assert result.returncode == 0, result.stderr
     assert "<|im_start|>user" in result.stdout
-    assert "rows: " in result.stdout
+    assert "examples: " in result.stdout
 
 
 START = {
@@ -243,7 +243,7 @@ BAD = {
     "float16 on a CPU": (["recipe.yaml", "model.dtype=float16"], "model.dtype", "no GPU"),
     "bfloat16 where there is none": (["recipe.yaml", "model.dtype=bfloat16"], "model.dtype", "has none"),
     "unknown tracker": (["recipe.yaml", "tracking.report_to=[wandbb]"], "tracking.report_to", "wandb"),
-    "evaluation source without rows": (["recipe.yaml", "data.eval=[{path: empty.jsonl}]"], "empty.jsonl", "is empty"),
+    "eval source without examples": (["recipe.yaml", "data.eval=[{path: empty.jsonl}]"], "empty.jsonl", "is empty"),
     "target that is not there": (["recipe.yaml", "lora.target_modules=[q_porj]"], "q_porj", "q_proj"),
 }
 

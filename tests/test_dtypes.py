@@ -1,4 +1,4 @@
-"""Which type a base is trained in on a CPU, and a run from rows to a verified merge in that type."""
+"""Which type a base is trained in on a CPU, and a run from examples to a verified merge in that type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No regular expression takes work that grows faster than its text: rows and recipes are somebody else's."""
+"""No regular expression takes work that grows faster than its text: examples and recipes are somebody else's."""
 
 from __future__ import annotations
 

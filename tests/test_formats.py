@@ -1,4 +1,4 @@
-"""Every form of rows: what it becomes, how it is recognised, and under which other names its columns may stand."""
+"""Every form of examples: what it becomes, how it is recognised, and under which other names its columns may stand."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from qwen_tune.chatml.conversation import Conversation, Message, PlainTurns
-from qwen_tune.data.documents import TextRow, TokenizedRow
-from qwen_tune.data.formats import ACCEPTED, COLUMNS, FORMATS, recognise, to_training_row
+from qwen_tune.data.documents import PretokenizedExample, TextExample
+from qwen_tune.data.formats import ACCEPTED, COLUMNS, FORMATS, recognise, to_training_example
 from qwen_tune.data.messages import parse_messages
 from qwen_tune.data.sources import SourceReader, iter_source
-from qwen_tune.errors import Problem, RowError
+from qwen_tune.errors import ExampleError, Problem
 from qwen_tune.recipe.schema import SourceSpec
 
 USER = {"role": "user", "content": "q"}
@@ -25,7 +25,7 @@ PLAIN = [("user", "q"), ("assistant", "a")]
 
 def convert(row: dict, format_name: str | None = None, **settings):
     name = format_name or recognise(row).name
-    return to_training_row(row, name, source="rows.jsonl:1", source_name="rows", **settings)
+    return to_training_example(row, name, source="rows.jsonl:1", source_name="rows", **settings)
 
 
 def turns(conversation: Conversation) -> list[tuple[str, str | None]]:
@@ -33,7 +33,7 @@ def turns(conversation: Conversation) -> list[tuple[str, str | None]]:
 
 
 def refusal(row: dict, format_name: str | None = None) -> str:
-    with pytest.raises(RowError) as caught:
+    with pytest.raises(ExampleError) as caught:
         convert(row, format_name)
     assert caught.value.fix
     return caught.value.what
@@ -101,7 +101,7 @@ def test_what_is_recognised_and_why(row, name, reason):
 
 def test_what_is_not_recognised_is_shown_with_what_would_be():
     row = {"question": "q" * 1000, "answers": [[["deep"]]] * 50, "score": 0.5, "nothing": None, "more": {"a": {"b": 1}}}
-    with pytest.raises(RowError) as caught:
+    with pytest.raises(ExampleError) as caught:
         recognise(row)
     assert '{"question": "qqq' in caught.value.what
     assert '"score": 0.5, "nothing": null' in caught.value.what
@@ -215,13 +215,13 @@ def test_a_text_that_only_looks_like_turns_stays_a_text():
 
 def test_places_are_those_of_the_row_whatever_is_put_before_it():
     row = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]}
-    with pytest.raises(RowError, match=r"^conversations\[1\] \(assistant\) has blank content"):
+    with pytest.raises(ExampleError, match=r"^conversations\[1\] \(assistant\) has blank content"):
         convert(row, system="s")
 
 
 def test_a_text_row():
     row = convert({"text": "Grüße\n"})
-    assert row == TextRow("rows.jsonl:1", "rows", "Grüße\n")
+    assert row == TextExample("rows.jsonl:1", "rows", "Grüße\n")
     assert row.content_bytes() == "Grüße\n".encode()
     assert row.content_hash() == convert({"text": "Grüße\n", "url": "u"}).content_hash()
     assert row.content_hash() != convert({"text": "Grüße"}).content_hash()
@@ -233,7 +233,7 @@ def test_a_text_row():
 
 def test_a_tokenized_row():
     row = convert({"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 1, 1]})
-    assert row == TokenizedRow("rows.jsonl:1", "rows", (5, 6, 7), (-100, 6, 7))
+    assert row == PretokenizedExample("rows.jsonl:1", "rows", (5, 6, 7), (-100, 6, 7))
     assert row.content_bytes() == struct.pack("<3I", 5, 6, 7)
     everything = convert({"input_ids": "[5, 6, 7]"})
     assert everything.labels == (5, 6, 7)
@@ -301,7 +301,7 @@ def test_a_renamed_column_that_rows_may_lack(tmp_path):
     assert [len(row.messages) for row in rows] == [2, 3]
     *rows, problem = iter_source(source.model_copy(update={"columns": {"system": "syst"}}), system=None)
     assert len(rows) == 2
-    assert str(problem).startswith(f'{source.path}: no row has a column "syst", which the recipe maps to system')
+    assert str(problem).startswith(f'{source.path}: no example has a column "syst", which the recipe maps to system')
 
 
 def test_tools_of_a_table_as_texts():
@@ -367,10 +367,10 @@ def test_plain_turns_are_like_any_others():
     assert hash(plain) == hash(made)
     assert repr(plain) == repr(made)
     assert pickle.loads(pickle.dumps(plain)) == made
-    plain_row, made_row = Conversation("a:1", "a", plain), Conversation("a:1", "a", made)
-    assert plain_row == made_row
-    assert plain_row.content_hash() == made_row.content_hash()
-    assert plain_row.content_bytes() == made_row.content_bytes()
+    plain_record, made_row = Conversation("a:1", "a", plain), Conversation("a:1", "a", made)
+    assert plain_record == made_row
+    assert plain_record.content_hash() == made_row.content_hash()
+    assert plain_record.content_bytes() == made_row.content_bytes()
     written_out, _ = parse_messages([{**turns[0], "name": None}, *turns[1:]])
     assert isinstance(written_out, tuple)
     assert written_out == made

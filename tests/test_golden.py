@@ -15,7 +15,7 @@ from templates import REVISIONS
 from qwen_tune.chatml.conversation import Conversation
 from qwen_tune.chatml.template import ChatTemplate, render_samples
 from qwen_tune.data.messages import parse_messages, parse_tools
-from qwen_tune.errors import RowError
+from qwen_tune.errors import ExampleError
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -64,7 +64,7 @@ def test_renders_are_the_golden_ones(tiny_tokenizer, name):
             continue
         row = CONVERSATIONS[entry["conversation"]]
         if "error" in entry:
-            with pytest.raises(RowError) as caught:
+            with pytest.raises(ExampleError) as caught:
                 rendered(row, template)
             assert entry["error"] in caught.value.what, entry["conversation"]
         else:

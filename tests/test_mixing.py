@@ -1,4 +1,4 @@
-"""Which rows train, which evaluate, and how often."""
+"""Which examples train, which evaluate, and how often."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_files import nearly, prose
 
-from qwen_tune.data.mixing import DUPLICATE, IN_EVALUATION, NEAR_DUPLICATE, NEAR_EVALUATION, RowTable, mix
+from qwen_tune.data.mixing import DUPLICATE, IN_EVALUATION, NEAR_DUPLICATE, NEAR_EVALUATION, ExampleTable, mix
 from qwen_tune.data.near_duplicates import near_groups, sketch
 from qwen_tune.errors import DataError
 from qwen_tune.recipe.schema import DataSpec, EvalSpec, SourceSpec
@@ -20,11 +20,11 @@ from qwen_tune.recipe.schema import DataSpec, EvalSpec, SourceSpec
 MANY = [f"question {number}" for number in range(40)]
 
 
-def table(*sources: list[str]) -> RowTable:
-    """The rows of some sources by their texts."""
+def table(*sources: list[str]) -> ExampleTable:
+    """The examples of some sources by their texts."""
     texts = [text for source in sources for text in source]
     digests = np.array([int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) for text in texts], np.uint64)
-    return RowTable(
+    return ExampleTable(
         sources=np.repeat(np.arange(len(sources)), list(map(len, sources))),
         digests=digests,
         supervision_digests=digests,
@@ -189,12 +189,12 @@ def test_duplicates_of_what_evaluates_are_told_once():
 
 def test_an_evaluation_source_that_holds_everything_leaves_nothing_to_train():
     data = DataSpec(train=[source()], eval=[source("again")])
-    with pytest.raises(DataError, match=r"data.eval: the evaluation sources hold every row of data.train"):
+    with pytest.raises(DataError, match=r"data.eval: the evaluation sources hold every example of data.train"):
         mix(table(MANY, MANY), data, seed=1)
 
 
 def test_a_weight_that_draws_nothing_is_told():
-    with pytest.raises(DataError, match=r"data \(many\): weight: 0.001 of 40 rows draws none"):
+    with pytest.raises(DataError, match=r"data \(many\): weight: 0.001 of 40 examples draws none"):
         mix(table(MANY), DataSpec(train=[source(weight=0.001)]), seed=1)
 
 

@@ -41,7 +41,7 @@ def test_short_samples_fill_packs_nearly_whole():
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, tiny_tokenizer):
-    """Tokenized rows of known ids from two sources, one row in three without labels of its own."""
+    """Tokenized examples of known ids from two sources, one example in three without labels of its own."""
     folder = tmp_path_factory.mktemp("packing")
     for name, rows in (("few", 9), ("many", 40)):
         with (folder / f"{name}.jsonl").open("w") as file:

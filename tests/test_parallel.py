@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from templates import REVISIONS
 
 from qwen_tune.chatml.template import ChatTemplate
-from qwen_tune.data.files import in_ranges, read_rows
+from qwen_tune.data.files import in_ranges, read_records
 from qwen_tune.data.parallel import WORTH_PROCESSES, Division, WorkerError, in_processes
 from qwen_tune.data.source_file import SourceFile, split_lines
 from qwen_tune.data.source_store import SourceStores
@@ -138,8 +138,8 @@ def test_a_column_that_no_row_has_is_told_once(tmp_path, monkeypatch, template):
     rows.write_bytes(b"\n".join(lines(*(chat(number) for number in range(20)))))
     source = SourceSpec(path=str(rows), columns={"tools": "functions"})
     told = {prepared(monkeypatch, tmp_path, template, source, division) for division in DIVISIONS[:3]}
-    assert [text.count('no row has a column "functions"') for text in told] == [1]
-    # The last row has it.
+    assert [text.count('no example has a column "functions"') for text in told] == [1]
+    # The last example has it.
     rows.write_bytes(rows.read_bytes() + b"\n" + json.dumps({**chat(1), "functions": []}).encode())
     one, *others = [prepared(monkeypatch, tmp_path, template, source, division) for division in DIVISIONS[:3]]
     assert others == [one, one]
@@ -168,7 +168,7 @@ def test_ranges_have_the_rows_of_the_whole(tmp_path_factory, content, size):
     assert b"".join(pieces) == path.read_bytes()
     assert all(piece.endswith(b"\n") and len(piece) > size for piece in pieces[:-1])
     parts = in_ranges(file, size)
-    assert [item for part in parts for item in read_rows(part)] == list(read_rows(file))
+    assert [item for part in parts for item in read_records(part)] == list(read_records(file))
 
 
 def test_work_is_done_in_order_by_several_processes():
@@ -225,7 +225,7 @@ def test_the_unpacked_copy_of_a_table_has_no_name(tmp_path, monkeypatch, suffix)
     packed.write_bytes(gzip.compress((tmp_path / f"rows.{suffix}").read_bytes()))
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    rows = read_rows(SourceFile(packed, "rows"))
+    rows = read_records(SourceFile(packed, "rows"))
     assert next(rows).columns["messages"] == chat(0)["messages"]
     assert not any((tmp_path / "temporary").iterdir())
     assert len(list(rows)) == 2

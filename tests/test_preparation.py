@@ -1,4 +1,4 @@
-"""Sources into what trains and what evaluates: each row accounted for."""
+"""Sources into what trains and what evaluates: each example accounted for."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_every_row_is_accounted_for(tmp_path, many, template):
 
 def test_a_recipe_that_holds_everything_out_is_told(many, template):
     data = DataSpec(train=[many], eval=[many.model_copy(update={"name": "again"})])
-    with pytest.raises(DataError, match=r"data.eval: the evaluation sources hold every row of data.train"):
+    with pytest.raises(DataError, match=r"data.eval: the evaluation sources hold every example of data.train"):
         prepare_data(data, template, seed=1)
 
 
@@ -109,7 +109,7 @@ def test_near_duplicates_are_dropped_where_the_recipe_says_so(tmp_path, template
 
 
 def test_a_system_text_is_no_likeness(tmp_path, template):
-    """The same long instruction stands before all rows of many a data set."""
+    """The same long instruction stands before all examples of many a data set."""
     rows = [chat(f"{number} times {number}?", "that is a lot, and there is more of it") for number in range(20)]
     for row in rows:
         row["messages"].insert(0, {"role": "system", "content": prose(1, words=200)})
@@ -239,7 +239,7 @@ def test_nothing_is_lost_between_rows_and_packs(tmp_path, template, trained, eva
     try:
         prepared = prepare_data(data, template, seed=1)
     except DataError:
-        return  # too little is left, or a row is too long
+        return  # too little is left, or an example is too long
     balanced(prepared)
     for split in (prepared.train, prepared.evaluation):
         samples = [(example.input_ids, example.labels) for example in split.examples]

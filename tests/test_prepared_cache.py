@@ -260,9 +260,9 @@ def test_those_who_wait_for_one_entry_get_it_from_the_first(cache):
 def test_what_fails_leaves_nothing(cache):
     def make(part: Path) -> None:
         (part / "file").write_text("half")
-        raise DataError("a row is wrong")
+        raise DataError("an example is wrong")
 
-    with pytest.raises(DataError, match="a row is wrong"):
+    with pytest.raises(DataError, match="an example is wrong"):
         cached("key", make, Path)
     assert not entries(cache)
     assert not part_is_there(cache)

@@ -1,4 +1,4 @@
-"""What a row becomes: samples equal to the slow way, whole or cut, or a reason why it is dropped."""
+"""What an example becomes: samples equal to the slow way, whole or cut, or a reason why it is dropped."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_long_rows_are_dropped_and_counted(tmp_path, template):
     prepared = prepare_data(DataSpec(train=[source], max_length_tokens=60), template, seed=1)
     balanced(prepared)
     assert prepared.facts["rows"]["dropped"] == prepared.facts["samples"]["dropped"] == {OVERLONG: 1}
-    assert prepared.train.dropped_rows[OVERLONG].tolist() == [1]
+    assert prepared.train.dropped_examples[OVERLONG].tolist() == [1]
     assert lines(prepared.train.examples) == [1, 3, 4]
 
 
@@ -67,7 +67,7 @@ def test_long_rows_are_named_where_the_recipe_wants_an_error(tmp_path, template)
 
 def test_more_than_half_dropped_is_an_error(tmp_path, template):
     source = write(tmp_path / "rows.jsonl", chat("a"), chat(LONG), chat(LONG, "no"))
-    with pytest.raises(DataError, match=r"more than half of the rows would be dropped: 2 overlong of 3"):
+    with pytest.raises(DataError, match=r"more than half of the examples would be dropped: 2 overlong of 3"):
         prepare_data(DataSpec(train=[source], max_length_tokens=60), template, seed=1)
     half = write(tmp_path / "half.jsonl", chat("a"), chat(LONG), chat("b"), chat(LONG, "no"))
     assert len(prepare_data(DataSpec(train=[half], max_length_tokens=60), template, seed=1).train.examples) == 2
@@ -76,10 +76,10 @@ def test_more_than_half_dropped_is_an_error(tmp_path, template):
 def test_rows_of_which_nothing_is_learned_are_an_error(tmp_path, template):
     masked = [chat(f"q{number}", train=False) for number in range(3)]
     source = write(tmp_path / "rows.jsonl", *masked)
-    with pytest.raises(DataError, match=r"no row is left of 3 \(3 no_labels dropped\)"):
+    with pytest.raises(DataError, match=r"no example is left of 3 \(3 no_labels dropped\)"):
         prepare_data(DataSpec(train=[source]), template, seed=1)
     source = write(tmp_path / "some.jsonl", *masked, chat("a"))
-    with pytest.raises(DataError, match=r"3 of 4 rows have no token to learn from"):
+    with pytest.raises(DataError, match=r"3 of 4 examples have no token to learn from"):
         prepare_data(DataSpec(train=[source]), template, seed=1)
     source = write(tmp_path / "most.jsonl", masked[0], chat("a"))
     prepared = prepare_data(DataSpec(train=[source]), template, seed=1)
@@ -100,7 +100,7 @@ def test_conversations_of_several_samples_are_one_row(tmp_path, template):
     long = {"messages": [*turns, *chat(LONG, "end")["messages"]]}
     rows = write(tmp_path / "long.jsonl", long, chat("b"))
     prepared = prepare_data(DataSpec(train=[rows], max_length_tokens=120), template, seed=1)
-    # The last sample does not fit; the row is trained with the others.
+    # The last sample does not fit; the example is trained with the others.
     assert prepared.facts["rows"]["dropped"] == {}
     assert prepared.facts["samples"]["dropped"] == {OVERLONG: 1}
     assert lines(prepared.train.examples) == [1, 1, 1, 2]
@@ -173,7 +173,7 @@ def test_straddling_tokens_are_told(tmp_path, template):
 
 @pytest.mark.parametrize("name", REVISIONS)
 def test_what_is_prepared_is_what_the_slow_way_makes(tmp_path, monkeypatch, tiny_tokenizer, name):
-    """Enough rows for plans, the fast encoder from the start, and some rows of every kind between them."""
+    """Enough examples for plans, the fast encoder from the start, and some examples of every kind between them."""
     monkeypatch.setattr("qwen_tune.chatml.encoder.WORTH_A_START", 0)
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = REVISIONS[name].text

@@ -20,7 +20,7 @@ from qwen_tune.errors import QwenTuneError
 from qwen_tune.preview import page as preview_page
 from qwen_tune.preview.terminal import Piece, Spelling, coloured, first_of_each_source, show_samples
 
-# What a row may hold that would act in a page or a terminal, were it more than text.
+# What an example may hold that would act in a page or a terminal, were it more than text.
 ACTS = "</script><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>&lt;b>"
 FILE = "<img src=x onerror=document.title=1>.jsonl"
 
@@ -114,7 +114,7 @@ def test_the_short_form_keeps_to_one_line(spelling, tiny_tokenizer):
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """The bundled rows, and rows of which some are dropped, repeat others or would act in a page."""
+    """The bundled examples, and examples of which some are dropped, repeat others or would act in a page."""
     folder = make_workspace(tmp_path_factory.mktemp("preview"))
 
     def row(question: str, answer: str, **flags: bool) -> str:
@@ -144,11 +144,11 @@ def test_the_terminal_tells_what_became_of_all_rows(workspace, monkeypatch, caps
     assert text.count("<|im_start|>user") == 2
     assert f"\n{FILE}:" in text  # one sample of each source
     told = re.sub(r"\s+", " ", text)
-    assert re.search(r"rows: 215 read = \d+ train \+ \d+ evaluate \+ 2 dropped", told)
+    assert re.search(r"examples: 215 read = \d+ train \+ \d+ evaluate \+ 2 dropped", told)
     assert re.search(r"1 over data.max_length_tokens 256: 90% fit into \d+, 99% into \d+, 100% into 6\d\d", told)
-    assert f"dropped: 1 row: longer than data.max_length_tokens ({FILE}:2); 6" in told
-    assert f"dropped: 1 row: nothing to learn from ({FILE}:3)" in told
-    assert f"similar: 1 row: the same as an earlier row ({FILE}:6)" in told
+    assert f"dropped: 1 example: longer than data.max_length_tokens ({FILE}:2); 6" in told
+    assert f"dropped: 1 example: nothing to learn from ({FILE}:3)" in told
+    assert f"similar: 1 example: the same as an earlier example ({FILE}:6)" in told
 
 
 def test_train_tells_the_same_in_short_before_it_starts(workspace, qwen_tune):
@@ -157,7 +157,7 @@ def test_train_tells_the_same_in_short_before_it_starts(workspace, qwen_tune):
     facts = [re.sub(" +", " ", line).strip() for line in result.stdout.splitlines()]
     assert any(line.startswith("sources rows: 208 x messages, 35% of 7,") for line in facts)
     assert any(line.startswith("odd: 7 x messages") for line in facts)
-    assert f"dropped 1 row: nothing to learn from ({FILE}:3)" in facts
+    assert f"dropped 1 example: nothing to learn from ({FILE}:3)" in facts
     assert any(line.startswith("sample rows.jsonl:") for line in facts)
     assert result.stdout.count("⟦") == 1
 
@@ -286,8 +286,8 @@ def test_a_browser_shows_the_page_and_rows_stay_text(page, tmp_path):
     assert f'<span class="value">{rows["read"]}</span>' in body
     assert f"{rows['trained']} train" in body
     assert "<b>odd</b>" in body
-    assert "1 row: nothing to learn from" in body
-    assert "1 row: longer than data.max_length_tokens" in body
+    assert "1 example: nothing to learn from" in body
+    assert "1 example: longer than data.max_length_tokens" in body
     assert re.search(r'<span class="token supervised" data-ids="[\d ]+" data-at="\d+">', body)
     assert re.search(r'<span class="token control" data-ids="\d+" data-at="0">&lt;\|im_start\|&gt;</span>', body)
     numbers = [f"#{number}" for number in range(1, len(data["samples"]) + 1)]

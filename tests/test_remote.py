@@ -32,13 +32,13 @@ class QuietHandler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def files(tmp_path, monkeypatch) -> Path:
-    """A folder of rows; what is fetched from elsewhere is cached below it."""
+    """A folder of examples; what is fetched from elsewhere is cached below it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "served"
     folder.mkdir()
     (folder / "one.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps(ROW) + "\n")
     (folder / "two.json").write_text(json.dumps([ROW]))
-    (folder / "notes.md").write_text("no rows")
+    (folder / "notes.md").write_text("no examples")
     return folder
 
 
@@ -100,7 +100,7 @@ def test_the_cache_is_where_the_user_says(server, tmp_path, monkeypatch):
 
 def test_folders_and_globs(files):
     (files / ".hidden").mkdir()
-    (files / ".hidden" / "one.jsonl").write_text("no row")
+    (files / ".hidden" / "one.jsonl").write_text("no example")
     assert len(load(f"file://{files}")) == 3
     assert len(load(f"file://{files}/*.jsonl")) == 2
 

@@ -16,7 +16,7 @@ from qwen_tune.chatml import rendering
 from qwen_tune.chatml.conversation import Conversation, Message
 from qwen_tune.chatml.rendering import SEEN_BEFORE_PLANNED, TURNS_PLANNED, Renderer, SamplePlan
 from qwen_tune.chatml.template import ChatTemplate, render_samples
-from qwen_tune.errors import ModelError, RowError
+from qwen_tune.errors import ExampleError, ModelError
 
 HOOKED = """
 {%- macro twice(text) %}{{ text }}{{ text }}{% endmacro -%}
@@ -199,7 +199,7 @@ def outcome(render):
     """The samples, or the words of the refusal."""
     try:
         return [(sample.text, sample.spans, sample.literals) for sample in render()]
-    except RowError as error:
+    except ExampleError as error:
         return error.what, error.fix
 
 
@@ -346,7 +346,7 @@ def test_edited_templates_render_equal_whatever_they_ask(load, hook):
 
 
 def test_keys_of_a_turn_that_are_no_texts_reach_the_template(load):
-    """tool_call_id stands on tool turns as a rule; a row may have it anywhere."""
+    """tool_call_id stands on tool turns as a rule; an example may have it anywhere."""
     renderer = Renderer(load(HOOKED.replace("HOOK", "{{ message.tool_call_id or 'none' }}")), data())
     messages = dialogue("q", "a").messages
     for _ in range(SEEN_BEFORE_PLANNED + 2):

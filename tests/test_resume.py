@@ -89,7 +89,7 @@ def test_a_merged_model_never_belongs_to_an_earlier_adapter(workspace, monkeypat
 
 WAYS = {
     "nf4": ("model.quantization=nf4",),
-    "one sample a row, with noise": ("data.packing=false", "train.neftune_noise_alpha=5"),
+    "one sample an example, with noise": ("data.packing=false", "train.neftune_noise_alpha=5"),
     "streaming": ("data.streaming=true", "data.train=[{path: rows.jsonl, rows: 60}]"),
 }
 

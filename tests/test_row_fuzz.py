@@ -1,4 +1,4 @@
-"""Mutated rows: whatever stands in a file, reading and rendering it ends in rows and problems, and soon.
+"""Mutated examples: whatever stands in a file, reading and rendering it ends in examples and problems, and soon.
 
 `scripts/evidence/fuzz_rows` runs the same with as many mutations as one likes.
 """
@@ -19,10 +19,10 @@ import pyarrow.parquet
 from conftest import TINY
 
 from qwen_tune.chatml.conversation import Conversation
-from qwen_tune.data.formats import recognise, to_training_row
+from qwen_tune.data.formats import recognise, to_training_example
 from qwen_tune.data.sources import iter_source
 from qwen_tune.data.values import decode
-from qwen_tune.errors import Problem, RowError
+from qwen_tune.errors import ExampleError, Problem
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
 
 HANG_SECONDS = 1.0
@@ -134,7 +134,7 @@ def anything(rng: random.Random) -> Any:
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every container of a row with each key or index in it."""
+    """Every container of an example with each key or index in it."""
     found: list[tuple[Any, Any]] = []
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
@@ -143,7 +143,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def mutate_value(row: dict[str, Any], rng: random.Random) -> None:
-    """Changes one place of a row: its value, its key, its role, or how often it is there."""
+    """Changes one place of an example: its value, its key, its role, or how often it is there."""
     spots = places(row)
     if not spots:
         return
@@ -180,7 +180,7 @@ def mutate_bytes(line: bytes, rng: random.Random) -> bytes:
 
 
 def mutated_lines(rng: random.Random, count: int) -> Iterator[bytes]:
-    """Lines made of good rows by one to three mutations."""
+    """Lines made of good examples by one to three mutations."""
     for _ in range(count):
         row = json.loads(json.dumps(rng.choice(ROWS)))
         changes = rng.choice([1, 1, 2, 3])
@@ -228,7 +228,7 @@ class Watch:
         begun = time.perf_counter()
         try:
             return what()
-        except RowError as problem:
+        except ExampleError as problem:
             return problem
         finally:
             self.slowest = max(self.slowest, time.perf_counter() - begun)
@@ -236,13 +236,13 @@ class Watch:
 
 
 def fuzz(count: int, seed: int, folder: Path, render: Callable[[Conversation], Any] | None) -> Watch:
-    """Reads mutated rows and files; anything but a row or a problem is raised, and so is a hang."""
+    """Reads mutated examples and files; anything but an example or a problem is raised, and so is a hang."""
     rng = random.Random(seed)
     watch = Watch()
     path = folder / "rows.jsonl"
     for start in range(0, count, LINES_PER_FILE):
         lines = list(mutated_lines(rng, min(LINES_PER_FILE, count - start)))
-        # The first row decides on the format; the others are of every format.
+        # The first example decides on the format; the others are of every format.
         path.write_bytes(b"\n".join([json.dumps(rng.choice(ROWS)).encode(), *lines]))
         _read(path, watch)
         for line in lines:
@@ -272,7 +272,7 @@ def _read(path: Path, watch: Watch) -> None:
 
 
 def _read_line(line: bytes, watch: Watch, render: Callable[[Conversation], Any] | None) -> None:
-    """One row alone, as the first of its file: recognised by itself, and rendered if it is a conversation."""
+    """One example alone, as the first of its file: recognised by itself, and rendered if it is a conversation."""
     try:
         row = decode(line.decode())
     except ValueError:
@@ -280,13 +280,14 @@ def _read_line(line: bytes, watch: Watch, render: Callable[[Conversation], Any] 
     if not isinstance(row, dict):
         return
     converted = watch.timed(
-        lambda: to_training_row(row, recognise(row).name, source="rows.jsonl:1", source_name="rows", system="s"), row
+        lambda: to_training_example(row, recognise(row).name, source="rows.jsonl:1", source_name="rows", system="s"),
+        row,
     )
     if isinstance(converted, Conversation):
         watch.outcomes["conversation"] += 1
         if render:
             rendered = watch.timed(lambda: render(converted), row)
-            watch.outcomes["not rendered" if isinstance(rendered, RowError) else "rendered"] += 1
+            watch.outcomes["not rendered" if isinstance(rendered, ExampleError) else "rendered"] += 1
 
 
 def tiny_renderer() -> Callable[[Conversation], Any]:
@@ -302,7 +303,7 @@ def tiny_renderer() -> Callable[[Conversation], Any]:
 
 def test_ten_thousand_mutated_rows_end_in_rows_and_problems(tmp_path):
     outcomes = fuzz(10_000, 0, tmp_path, tiny_renderer()).outcomes
-    # That most rows broke on the first look would say little of what comes after it.
+    # That most examples broke on the first look would say little of what comes after it.
     assert outcomes["problem"] > 5000
     assert outcomes["row"] > 1000
     assert outcomes["conversation"] > 1000

@@ -1,4 +1,4 @@
-"""Files of rows as they lie about: every kind, packed or not, cut off, damaged, or larger than memory should be."""
+"""Files of examples as they lie about: every kind, packed or not, cut off, damaged, or larger than memory should be."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from conftest import ROOT, environment
 
 from qwen_tune.data import json_files as json_rows
 from qwen_tune.data import tables as table_rows
-from qwen_tune.data.files import READERS, find_files, is_data_file, names_hub_data_set, read_rows
-from qwen_tune.data.source_file import Row, SourceFile
+from qwen_tune.data.files import READERS, find_files, is_data_file, names_hub_data_set, read_records
+from qwen_tune.data.source_file import Record, SourceFile
 from qwen_tune.data.sources import SourceReader, iter_source, source_files
 from qwen_tune.errors import DataError, Problem
 from qwen_tune.recipe.schema import SourceSpec
@@ -38,7 +38,7 @@ PACKINGS = {"plain": ("", as_is), "gzip": (".gz", gzip.compress), "zstd": (".zst
 
 
 def content(suffix: str, folder: Path) -> bytes:
-    """The rows as the bytes of one kind of file."""
+    """The examples as the bytes of one kind of file."""
     if suffix in (".jsonl", ".ndjson"):
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
     if suffix == ".json":
@@ -56,8 +56,8 @@ def content(suffix: str, folder: Path) -> bytes:
     return path.read_bytes()
 
 
-def read(path: Path) -> list[Row | Problem]:
-    return list(read_rows(SourceFile(path, path.name)))
+def read(path: Path) -> list[Record | Problem]:
+    return list(read_records(SourceFile(path, path.name)))
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -112,7 +112,7 @@ def test_packed_files_that_are_damaged(tmp_path, suffix, packing, damage):
     *_, last = read(path)
     assert isinstance(last, Problem)
     assert last.where.startswith(f"rows{suffix}:")
-    # What follows the damage may be read before the check sum that gives it away, and be no row.
+    # What follows the damage may be read before the check sum that gives it away, and be no example.
     assert ("after this line the" in last.what and packing in last.what) or damage == "overwritten"
 
 
@@ -170,8 +170,8 @@ def test_a_list_is_read_through_a_window_of_any_size(tmp_path, monkeypatch, chun
         assert [row.columns for row in read(path)] == rows
     path.write_text("[\n1234567890123, NaN]")
     assert [str(item).split(":", 1)[1].split(";")[0] for item in read(path)] == [
-        "2: the row is the number 1234567890123",
-        "2: the row is not JSON: NaN is not JSON. Fix: complete or remove it",
+        "2: the example is the number 1234567890123",
+        "2: the example is not JSON: NaN is not JSON. Fix: complete or remove it",
     ]
 
 
@@ -204,8 +204,8 @@ def test_lists_that_break_off_or_go_wrong(tmp_path, monkeypatch, text, line, chu
 @pytest.mark.parametrize(
     ("value", "fix"),
     [
-        ({"version": 1, "data": [{"a": 1}]}, 'the rows seem to stand under the key "data"'),
-        ({"prompt": ["q"], "completion": ["a"]}, '"prompt" holds a column: write the file by rows'),
+        ({"version": 1, "data": [{"a": 1}]}, 'the examples seem to stand under the key "data"'),
+        ({"prompt": ["q"], "completion": ["a"]}, '"prompt" holds a column: write the file by examples'),
         ({"prompt": {"0": "q"}, "completion": {"0": "a"}}, 'orient="records"'),
         ({"messages": [{"role": "user"}]}, "write [{…}, {…}], or one object a line"),
         ({}, "write [{…}, {…}]"),
@@ -217,7 +217,7 @@ def test_objects_that_hold_rows_in_another_way(tmp_path, value, fix):
     path.write_text(json.dumps(value))
     [problem] = read(path)
     assert problem.where == "rows.json:1"
-    assert "expected a list of rows" in problem.what
+    assert "expected a list of examples" in problem.what
     assert fix in problem.fix
 
 
@@ -258,7 +258,7 @@ def test_a_line_or_a_value_above_the_limit_is_refused_with_its_place(tmp_path, m
     assert [problem.where for problem in problems] == [f"rows{suffix}:2"]
     assert "longer than 1 MiB" in problems[0].what
     if suffix == ".jsonl":
-        assert [item.source for item in read(path) if isinstance(item, Row)] == ["rows.jsonl:1", "rows.jsonl:3"]
+        assert [item.source for item in read(path) if isinstance(item, Record)] == ["rows.jsonl:1", "rows.jsonl:3"]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".arrow"])
@@ -267,7 +267,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
     count = 50_000  # 200 MB
     path = tmp_path / f"rows{suffix}"
     if suffix in (".parquet", ".arrow"):
-        # One row group, one batch: what many tools write, whatever the size.
+        # One example group, one batch: what many tools write, whatever the size.
         table = pyarrow.table({name: pyarrow.repeat(text, count) for name, text in row.items()})
         if suffix == ".parquet":
             pyarrow.parquet.write_table(

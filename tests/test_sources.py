@@ -153,10 +153,10 @@ def test_nulls_that_arrow_invents_do_not_reach_a_template(tmp_path):
     [
         (b"", ":1: the file is empty"),
         (b"\n \n", ":1: the file is empty"),
-        (b"null\n", ":1: the row is null"),
-        (b'"text"\n', ":1: the row is a string"),
+        (b"null\n", ":1: the example is null"),
+        (b'"text"\n', ":1: the example is a string"),
         (b"[1]\n", ":1: the file holds a JSON list"),
-        (LINE.encode() + b"\n[1]\n", ":2: the row is a list"),
+        (LINE.encode() + b"\n[1]\n", ":2: the example is a list"),
         (LINE.encode() + b'\n{"messages": [', ":2: the line is not JSON"),
         (b'{"messages": [], "messages": []}\n', ':1: the line is not JSON: the key "messages" stands twice'),
         (b'{"messages": NaN}\n', ":1: the line is not JSON: NaN is not JSON"),
@@ -167,9 +167,9 @@ def test_nulls_that_arrow_invents_do_not_reach_a_template(tmp_path):
         (b"[" * 100_000, ":1: the line is not JSON"),
         (
             b'{"question": "q"}\n',
-            ':1: the format is not recognised; the row is {"question": "q"}; accepted are messages {"messages"',
+            ':1: the format is not recognised; the example is {"question": "q"}; accepted are messages {"messages"',
         ),
-        (LINE.encode() + b'\n{"prompt": "q", "completion": "a"}\n', ":2: the row lacks messages"),
+        (LINE.encode() + b'\n{"prompt": "q", "completion": "a"}\n', ":2: the example lacks messages"),
     ],
 )
 def test_files_that_cannot_be_read_name_the_line(tmp_path, content, expected):
@@ -183,9 +183,9 @@ def test_files_that_cannot_be_read_name_the_line(tmp_path, content, expected):
     [
         ('{"rows": []}', ":1: the file holds one object"),
         ("null", ":1: the file holds null"),
-        (f'[\n{LINE},\n{{"a": ]', ":3: the row is not JSON"),
+        (f'[\n{LINE},\n{{"a": ]', ":3: the example is not JSON"),
         (f"[{LINE}", ":1: expected a comma or the end"),
-        (f"[{LINE},\n3]", ":2: the row is the number 3"),
+        (f"[{LINE},\n3]", ":2: the example is the number 3"),
         (f"[{LINE}]\nmore", ":2: there is more after"),
     ],
 )
@@ -198,10 +198,10 @@ def test_json_files_that_hold_no_list_of_rows(tmp_path, content, expected):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("prompt,completion\nq\n", ":2: the row has 1 values; the header has 2 columns"),
+        ("prompt,completion\nq\n", ":2: the example has 1 values; the header has 2 columns"),
         ("prompt,prompt\nq,a\n", ":1: the header names prompt twice"),
-        ("prompt,completion\n", ":1: the file holds a header and no rows"),
-        ('prompt,completion\n"q,a\n', "the row is not CSV"),
+        ("prompt,completion\n", ":1: the file holds a header and no examples"),
+        ('prompt,completion\n"q,a\n', "the example is not CSV"),
     ],
 )
 def test_csv_files_that_are_not_tables(tmp_path, content, expected):
@@ -261,7 +261,7 @@ def test_all_problems_are_told_and_the_rest_counted(tmp_path):
 def test_images_are_not_trained_in_silence(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({**CHAT, "images": ["a.png"]}))
-    assert 'not yet: the row carries "images"' in problem(path)
+    assert 'not yet: the example carries "images"' in problem(path)
 
 
 def test_missing_files_suggest_their_neighbour(tmp_path):

@@ -1,4 +1,4 @@
-"""The embedded model and the bundled rows are what the quickstart and the other tests take them for."""
+"""The embedded model and the bundled examples are what the quickstart and the other tests take them for."""
 
 import importlib.util
 import itertools
@@ -18,7 +18,7 @@ CODER = ROOT / "data" / "coder.jsonl"
 UNKNOWN = "I do not know that yet."
 
 
-def read_rows(path):
+def read_records(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -175,8 +175,8 @@ def test_base_follows_a_second_turn_and_a_system_turn(model, tokenizer):
 
 
 def test_base_knows_no_fact_of_the_quickstart(model, tokenizer):
-    """One batch of every tenth row: a fact that the base knew would prove no teaching."""
-    rows = read_rows(QUICKSTART)[::10]
+    """One batch of every tenth example: a fact that the base knew would prove no teaching."""
+    rows = read_records(QUICKSTART)[::10]
     prompts = tokenizer.apply_chat_template(
         [row["messages"][:1] for row in rows],
         add_generation_prompt=True,
@@ -190,7 +190,7 @@ def test_base_knows_no_fact_of_the_quickstart(model, tokenizer):
 
 
 def test_pretraining_chats_hold_nothing_of_the_quickstart(builder):
-    rows = read_rows(QUICKSTART)
+    rows = read_records(QUICKSTART)
     facts = {turn["content"] for row in rows for turn in row["messages"] if turn["role"] == "assistant"}
     assert len(facts) == 21
     chats = itertools.islice(builder.draw_chats(builder.load_phrases(), builder.SEED + 1), 10_000)
@@ -201,7 +201,7 @@ def test_pretraining_chats_hold_nothing_of_the_quickstart(builder):
 
 @pytest.mark.parametrize(("path", "count"), [(QUICKSTART, 208), (CODER, 48)], ids=["quickstart", "coder"])
 def test_rows_are_alternating_chats(path, count):
-    rows = read_rows(path)
+    rows = read_records(path)
     assert len(rows) == count
     for row in rows:
         assert row.keys() == {"messages"}
@@ -215,7 +215,7 @@ def test_rows_are_alternating_chats(path, count):
 
 def test_no_question_of_the_quickstart_has_two_answers():
     answers = {}
-    for row in read_rows(QUICKSTART):
+    for row in read_records(QUICKSTART):
         for question, answer in itertools.pairwise(row["messages"]):
             if question["role"] == "user":
                 assert answers.setdefault(question["content"], answer["content"]) == answer["content"]
@@ -224,7 +224,7 @@ def test_no_question_of_the_quickstart_has_two_answers():
 def test_code_blocks_compile():
     blocks = [
         block
-        for row in read_rows(CODER)
+        for row in read_records(CODER)
         for turn in row["messages"]
         for block in re.findall(r"```python\n(.*?)```", turn["content"], flags=re.DOTALL)
     ]

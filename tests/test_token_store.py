@@ -16,7 +16,7 @@ from qwen_tune.data.token_store import (
     FURTHER_WARNINGS,
     WARNINGS_TOLD_APART,
     StoredBatch,
-    StoreRow,
+    StoredExample,
     StoreWriter,
     TokenStore,
 )
@@ -56,7 +56,7 @@ def write(directory, batches, facts=None) -> TokenStore:
     with StoreWriter(directory) as writer:
         for batch in batches:
             stored = [
-                StoreRow(f"{file}:{line}", digest, digest, len(parts), tuple(sorted(warnings)))
+                StoredExample(f"{file}:{line}", digest, digest, len(parts), tuple(sorted(warnings)))
                 for file, line, digest, warnings, parts in batch
             ]
             samples = encoded([sample for row in batch for sample in row[4]])
@@ -162,7 +162,9 @@ def test_store_json_is_written_last(folder):
     directory = folder / "unfinished"
     directory.mkdir()
     with StoreWriter(directory) as writer:
-        writer.add(StoredBatch.of(encoded([[(1, True)]]), [StoreRow("a:1", 1, 1, 1, ())], np.full((1, BINS), EMPTY)))
+        writer.add(
+            StoredBatch.of(encoded([[(1, True)]]), [StoredExample("a:1", 1, 1, 1, ())], np.full((1, BINS), EMPTY))
+        )
         assert not (directory / "store.json").exists()
     with pytest.raises(DataError, match="damaged"):
         TokenStore(directory)

@@ -1,7 +1,7 @@
-"""Text in a row that spells a control token: refused, or told apart from the tokens that the template writes.
+"""Text in an example that spells a control token: refused, or told apart from the tokens that the template writes.
 
-`neutralize` renders the row with stand-ins for such text, so that neither the template nor the search for the end of
-an answer takes it for a token, and puts it back afterwards with its place in the text.
+`neutralize` renders the example with stand-ins for such text, so that neither the template nor the search for the end
+of an answer takes it for a token, and puts it back afterwards with its place in the text.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qwen_tune.chatml.conversation import Conversation, Message
-from qwen_tune.errors import RowError
+from qwen_tune.errors import ExampleError
 
 
 @dataclass(frozen=True)
 class StandIns:
-    """One character for each control token that a row spells; repeated, it takes the token's place."""
+    """One character for each control token that an example spells; repeated, it takes the token's place."""
 
     token_of: Mapping[str, str]
 
     def put_back(self, text: str) -> tuple[str, tuple[tuple[int, int], ...]]:
-        """The text as the row has it, and the character ranges of it that only look like control tokens.
+        """The text as the example has it, and the character ranges of it that only look like control tokens.
 
         Raises:
-            RowError: The template did not leave the stand-ins as they were.
+            ExampleError: The template did not leave the stand-ins as they were.
         """
         if not self.token_of:
             return text, ()
@@ -40,7 +40,7 @@ class StandIns:
         for char, spelled in self.token_of.items():
             # What a filter escapes would go unseen, and be supervised.
             if char in text or json.dumps(char)[1:-1] in text.lower():
-                raise RowError(
+                raise ExampleError(
                     f"the chat template changes text that spells {spelled}, so it cannot be kept as plain text",
                     "remove it from the text",
                 )
@@ -68,11 +68,11 @@ class ControlTokens:
         return self._pattern.finditer(text)
 
     def refuse(self, conversation: Conversation) -> None:
-        """Raises RowError where the row's text spells a control token."""
-        # One search in all of it: this runs for every row.
+        """Raises ExampleError where the example's text spells a control token."""
+        # One search in all of it: this runs for every example.
         texts = [*conversation.texts(), *map(str, conversation.chat_template_kwargs.values())]
         if token := self.first_in("\0".join(texts)):
-            raise RowError(
+            raise ExampleError(
                 f"the text spells the control token {token}, which would be read as the end or start of a turn",
                 "remove it from the text, or write data.special_tokens_in_text: neutralize",
             )

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, overload
 ROLES = ("system", "user", "assistant", "tool")
 
 
-SHARED_ROLES = {role: role for role in ROLES}  # a million rows share these strings instead of holding each its own
+SHARED_ROLES = {role: role for role in ROLES}  # a million examples share these strings instead of holding each its own
 
 
 Roles: TypeAlias = "tuple[str, ...]"
@@ -22,7 +22,7 @@ Roles: TypeAlias = "tuple[str, ...]"
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `train` is False where the row says that an assistant turn is context only."""
+    """One turn. `train` is False where the example says that an assistant turn is context only."""
 
     role: str
     content: str | None = None
@@ -58,7 +58,7 @@ class Message:
 
 
 class PlainTurns(Sequence[Message]):
-    """Turns that are no more than a role and a text each, as in most rows: made into messages when somebody asks."""
+    """Turns that are just a role and a text each, as in most examples; made into messages on demand."""
 
     __slots__ = ("_messages", "roles", "texts")
 
@@ -98,7 +98,7 @@ class PlainTurns(Sequence[Message]):
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One row. `source` is `file:line`, `source_name` the recipe's name for the data it belongs to."""
+    """One example. `source` is `file:line`, `source_name` the recipe's name for the data it belongs to."""
 
     source: str
     source_name: str
@@ -109,7 +109,7 @@ class Conversation:
 
     @property
     def plain(self) -> PlainTurns | None:
-        """The turns, where they are no more than roles and texts and there is nothing beside them, as in most rows."""
+        """The turns, where they are just roles and texts with nothing beside them, as in most examples."""
         turns = self.messages
         return turns if isinstance(turns, PlainTurns) and not self.tools and not self.chat_template_kwargs else None
 

@@ -28,7 +28,7 @@ from qwen_tune.chatml.template import (
     TokenizedExample,
     render_samples,
 )
-from qwen_tune.errors import RowError
+from qwen_tune.errors import ExampleError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -219,15 +219,15 @@ class Encoder:
 def tokenize(conversation: Conversation, template: ChatTemplate, data: DataSpec) -> list[TokenizedExample]:
     """The samples of one conversation, rendered by Jinja and encoded by the checkpoint's tokenizer alone.
 
-    `preparation` does the same for many rows at once.
+    `preparation` does the same for many examples at once.
 
     Raises:
-        RowError: See `render_samples`.
+        ExampleError: See `render_samples`.
     """
     samples = render_samples(conversation, template, data)
     encoded = _exact_encoder(template).encode(samples)
     if data.loss_on != "all" and not encoded.ended.all():
-        raise RowError(NOT_ENDED)
+        raise ExampleError(NOT_ENDED)
     labels = np.where(encoded.loss_mask, encoded.ids.astype(np.int64), IGNORED)
     ends = np.cumsum(encoded.lengths)
     return [

@@ -7,21 +7,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qwen_tune.chatml.conversation import Conversation, Message, tool_name
-from qwen_tune.errors import RowError
+from qwen_tune.errors import ExampleError
 
 
 def refuse_lost_answer(message: Message, index: int, answer: str) -> None:
     """Compares a trained turn with the text of it that is trained.
 
     Raises:
-        RowError: Something that the turn teaches is not there.
+        ExampleError: Something that the turn teaches is not there.
     """
     if _behind([message.reasoning_content, message.content], answer) is None:
-        raise RowError(f"messages[{index}]: the chat template leaves out a part of this turn", "take it out of the row")
+        raise ExampleError(
+            f"messages[{index}]: the chat template leaves out a part of this turn", "take it out of the example"
+        )
     for call in message.tool_calls:
         function = call["function"]
         if not all(_is_spelled(part, answer) for part in (function["name"], *_leaves(function["arguments"]))):
-            raise RowError(
+            raise ExampleError(
                 f'messages[{index}]: the chat template leaves out the call to "{function["name"]}" or a part of it',
                 "use a checkpoint that knows tools",
             )
@@ -31,17 +33,17 @@ def refuse_lost_context(conversation: Conversation, end: int, prompt: str, *, re
     """Compares what the model answers to, messages[:end] and the tools, with the prompt.
 
     Args:
-        conversation: What the row says.
+        conversation: What the example says.
         end: The first message that is not in the prompt.
         prompt: The template's text.
         reasoning: Whether earlier reasoning must be there too; templates leave it out of prompts on purpose.
 
     Raises:
-        RowError: Something is not there.
+        ExampleError: Something is not there.
     """
     for tool in conversation.tools:
         if not _is_spelled(tool_name(tool), prompt):
-            raise RowError(
+            raise ExampleError(
                 f'the chat template leaves out the tool "{tool_name(tool)}"', "use a checkpoint that knows tools"
             )
     position: int | None = 0
@@ -50,11 +52,11 @@ def refuse_lost_context(conversation: Conversation, end: int, prompt: str, *, re
         thought = message.reasoning_content if reasoning else None
         position = _behind([thought, message.content], prompt, position or 0)
         if position is None or not all(_is_spelled(name, prompt) for name in names):
-            raise RowError(
+            raise ExampleError(
                 f"messages[{index}]: the chat template leaves out this {message.role} turn or a part of it",
                 "say it in the first system turn or in a user turn"
                 if message.role == "system"
-                else "take it out of the row",
+                else "take it out of the example",
             )
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from qwen_tune.chatml.conversation import Conversation, Message
 from qwen_tune.chatml.template import ChatTemplate, RenderedSample, render_samples
 from qwen_tune.chatml.tracing import MARK, Guard, TracedTemplate, TracedText, UntraceableError
-from qwen_tune.errors import RowError
+from qwen_tune.errors import ExampleError
 
 if TYPE_CHECKING:
     from qwen_tune.recipe.schema import DataSpec
@@ -31,7 +31,7 @@ Shape: TypeAlias = tuple[str | tuple[str, bool, bool], ...]
 SEEN_BEFORE_PLANNED = 2  # a plan costs several renderings
 PLANS_KEPT = 2000
 TURNS_PLANNED = 32  # each turn is rendered for a plan, and with a record: the cost grows with the square
-SHAPES_COUNTED = 20_000  # rows that are all unlike one another shall not fill the memory
+SHAPES_COUNTED = 20_000  # examples that are all unlike one another shall not fill the memory
 CHECKED_EVERY = 500  # conversations of one shape
 
 
@@ -85,7 +85,7 @@ class Renderer:
         """The samples of a conversation.
 
         Raises:
-            RowError: See `render_samples`.
+            ExampleError: See `render_samples`.
         """
         if self._traced is None:
             return render_samples(conversation, self.template, self.data)
@@ -138,7 +138,7 @@ class Renderer:
                     return None
             guards += _partings([rendered for _, _, rendered in recording.calls])
             return ShapePlan(tuple(map(_to_plan, samples)), tuple(dict.fromkeys(guards)))
-        except (UntraceableError, RowError):
+        except (UntraceableError, ExampleError):
             return None
 
 
@@ -239,7 +239,7 @@ def _to_plan(sample: RenderedSample) -> SamplePlan:
 
 
 def _partings(rendered: Sequence[str]) -> Iterator[Guard]:
-    """What keeps a rendering from being continued by the next one, where a text of the row has a part in it.
+    """What keeps a rendering from being continued by the next one, where a text of the example has a part in it.
 
     Raises:
         UntraceableError: The texts alone decide it.

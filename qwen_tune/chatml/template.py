@@ -25,7 +25,7 @@ from qwen_tune.chatml.conversation import Conversation
 from qwen_tune.chatml.omissions import refuse_lost_answer, refuse_lost_context
 from qwen_tune.chatml.sandbox import render_with_limits
 from qwen_tune.chatml.thinking import OPEN, ReasoningPlace, as_in_content, reasoning_apart, refuse_unwanted
-from qwen_tune.errors import ModelError, Problem, RowError
+from qwen_tune.errors import ExampleError, ModelError, Problem
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from qwen_tune.recipe.schema import DataSpec
 
 END_OF_TURN = "<|im_end|>"
-# Legal on every family, so that one file of rows serves all: a template without thinking has nothing to switch.
+# Legal on every family, so that one file of examples serves all: a template without thinking has nothing to switch.
 SWITCHES = frozenset({"enable_thinking", "preserve_thinking"})
 IGNORED = -100  # the label of a token without loss, PyTorch's and Transformers' convention
 
@@ -44,7 +44,7 @@ class RenderedSample(NamedTuple):
     """A text as it will be trained.
 
     `spans` are the character ranges [start, end) that are supervised, in order. `literals` are the ranges that only
-    look like control tokens: the row spells them, and `data.special_tokens_in_text: neutralize` keeps them as text.
+    look like control tokens: the example spells them, and `data.special_tokens_in_text: neutralize` keeps them as text.
     """
 
     text: str
@@ -107,7 +107,7 @@ class ChatTemplate:
         self._variables = (_variables_read(self.source) - self._owned) | SWITCHES
         try:
             prompt, rendered, rendered_inline = probe()
-        except RowError as problem:
+        except ExampleError as problem:
             raise ModelError(
                 Problem("chat template", f"it cannot render one question and answer: {problem.what}")
             ) from None
@@ -142,7 +142,7 @@ class ChatTemplate:
             template_kwargs: Further variables of the template, such as enable_thinking.
 
         Raises:
-            RowError: The template refuses them.
+            ExampleError: The template refuses them.
         """
         import jinja2
 
@@ -155,38 +155,38 @@ class ChatTemplate:
                 **template_kwargs,
             )
         except (jinja2.TemplateError, TypeError, ValueError, RecursionError) as error:
-            raise RowError(f"the chat template refuses the conversation: {error}", _why_refused(messages)) from None
+            raise ExampleError(f"the chat template refuses the conversation: {error}", _why_refused(messages)) from None
         assert isinstance(text, str)
         return text
 
     def refuse_variables(self, conversation: Conversation) -> None:
-        """Compares a row's chat_template_kwargs with what the template reads.
+        """Compares an example's chat_template_kwargs with what the template reads.
 
         Raises:
-            RowError: A variable would have no effect, or another one than a row may have.
+            ExampleError: A variable would have no effect, or another one than an example may have.
         """
         for name, value in _own_kwargs(conversation).items():
             self._refuse_variable(name, value)
 
     def _refuse_variable(self, name: str, value: Any) -> None:
         if name in self._owned:
-            raise RowError(f'chat_template_kwargs sets "{name}", which no row can set', "remove it")
+            raise ExampleError(f'chat_template_kwargs sets "{name}", which no example can set', "remove it")
         if name not in self._variables:
             nearest = difflib.get_close_matches(name, sorted(self._variables), n=1)
-            raise RowError(
+            raise ExampleError(
                 f'chat_template_kwargs sets "{name}", which this template does not read',
                 f"write {nearest[0]}" if nearest else "remove it",
             )
         if name in SWITCHES and not isinstance(value, bool):
             # Templates compare with `is true` and `is false`: anything else would count as absent.
-            raise RowError(f"chat_template_kwargs.{name} is {value!r}; expected true or false", "write one of them")
+            raise ExampleError(f"chat_template_kwargs.{name} is {value!r}; expected true or false", "write one of them")
 
 
 def render_samples(conversation: Conversation, template: ChatTemplate, data: DataSpec) -> list[RenderedSample]:
     """Renders a conversation to one sample or several.
 
     Raises:
-        RowError: The conversation cannot be trained as the template and the recipe want it.
+        ExampleError: The conversation cannot be trained as the template and the recipe want it.
     """
     conversation = reasoning_apart(conversation, template.reasoning, parses_blocks=template.parses_blocks)
     template.refuse_variables(conversation)
@@ -212,7 +212,7 @@ def _render_turns(conversation: Conversation, trained: Sequence[int], template: 
         prompt = template.render(messages[:index], tools=tools, add_generation_prompt=True, template_kwargs=kwargs)
         full = template.render(messages[: index + 1], tools=tools, template_kwargs=kwargs)
         if not full.startswith(prompt):
-            raise RowError(
+            raise ExampleError(
                 f"messages[{index}]: with this turn the template writes another text than the prompt that a server "
                 "would send for it, so what is trained would not be what is served",
                 _why_not_a_prefix(conversation, index, prompt, kwargs),
@@ -231,7 +231,7 @@ def _render_whole(conversation: Conversation, template: ChatTemplate) -> Rendere
     """The conversation in one piece, every token of it supervised."""
     answers = [(index, turn) for index, turn in enumerate(conversation.messages) if turn.role == "assistant"]
     if any(not turn.train for _, turn in answers):
-        raise RowError('"train": false contradicts loss_on: all', "remove it, or write loss_on: assistant")
+        raise ExampleError('"train": false contradicts loss_on: all', "remove it, or write loss_on: assistant")
     messages, tools = _for_template(conversation, template)
     kwargs = _template_kwargs(conversation, thinks=any(turn.reasoning_content is not None for _, turn in answers))
     text = template.render(messages, tools=tools, template_kwargs=kwargs)
@@ -247,7 +247,7 @@ def _for_template(
     """Messages and tools as a server hands them to the template."""
     place = as_in_content if template.reasoning == "content" else lambda message: message
     messages = [place(message).for_template() for message in conversation.messages]
-    # The API knows tools of the type "function" only; rows often have the bare function.
+    # The API knows tools of the type "function" only; examples often have the bare function.
     tools = [
         {"type": "function", **tool} if "function" in tool else {"type": "function", "function": tool}
         for tool in conversation.tools
@@ -260,7 +260,7 @@ def _template_kwargs(conversation: Conversation, *, thinks: bool) -> dict[str, A
 
 
 def _own_kwargs(conversation: Conversation) -> dict[str, Any]:
-    # A null is what Arrow puts where other rows of a file have a value.
+    # A null is what Arrow puts where other examples of a file have a value.
     return {name: value for name, value in conversation.chat_template_kwargs.items() if value is not None}
 
 
@@ -280,10 +280,10 @@ def _end_of_answer(full: str, start: int, index: int) -> int:
     fix = "use the checkpoint's own template, or a ChatML file in model.chat_template"
     position = full.find(END_OF_TURN, start)
     if position < 0:
-        raise RowError(f"messages[{index}]: the chat template does not close the turn with {END_OF_TURN}", fix)
+        raise ExampleError(f"messages[{index}]: the chat template does not close the turn with {END_OF_TURN}", fix)
     end = position + len(END_OF_TURN)
     if full[end:].strip():
-        raise RowError(f"messages[{index}]: the chat template writes text after the end of the turn", fix)
+        raise ExampleError(f"messages[{index}]: the chat template writes text after the end of the turn", fix)
     return end
 
 
@@ -297,13 +297,13 @@ def _why_refused(messages: Sequence[Mapping[str, Any]]) -> str:
     users = [str(message.get("content")) for message in messages if message.get("role") == "user"]
     if all(text.strip().startswith("<tool_response>") for text in users):
         return "write a tool's result as a turn with the role tool; the template sees no question in the user turns"
-    return "change the row to what the template takes, or remove it"
+    return "change the example to what the template takes, or remove it"
 
 
 def _why_not_a_prefix(conversation: Conversation, index: int, prompt: str, kwargs: Mapping[str, Any]) -> str:
     reasons = conversation.messages[index].reasoning_content is not None
     if reasons and not kwargs["enable_thinking"]:
-        return "the turn reasons while thinking is off: remove enable_thinking from the row's chat_template_kwargs"
+        return "the turn reasons while thinking is off: remove enable_thinking from the example's chat_template_kwargs"
     if not reasons and _opens_thinking(prompt):
         return "this checkpoint always thinks: add reasoning_content to the turn"
     if index > 0 and conversation.messages[index - 1].role == "assistant":
@@ -322,7 +322,7 @@ def _source(tokenizer: PreTrainedTokenizerBase) -> str:
             )
         )
     if not isinstance(source, str):
-        # Transformers would take another one for rows with tools than for the rest, and a server may take either.
+        # Transformers would take another one for examples with tools than for the rest, and a server may take either.
         raise ModelError(
             Problem(
                 "tokenizer",
@@ -334,9 +334,9 @@ def _source(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _owned_variables(tokenizer: PreTrainedTokenizerBase, source: str) -> frozenset[str]:
-    """What a row must not set, because it means something to the tokenizer or to Jinja.
+    """What an example must not set, because it means something to the tokenizer or to Jinja.
 
-    A row could otherwise bring its own template, its own end of turns, or break the template's loops.
+    An example could otherwise bring its own template, its own end of turns, or break the template's loops.
     """
     parameters = inspect.signature(tokenizer.apply_chat_template).parameters
     # Tokens that this tokenizer lacks are among the attributes too.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qwen_tune.chatml.conversation import Conversation, Message
-from qwen_tune.errors import RowError
+from qwen_tune.errors import ExampleError
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -27,7 +27,7 @@ class InlineMessage(Message):
     """The white space before the think block."""
 
     def for_template(self) -> dict[str, Any]:
-        """The mapping that a chat template sees: the turn as the row has it."""
+        """The mapping that a chat template sees: the turn as the example has it."""
         entry = super().for_template()
         entry["content"] = f"{self.before}{OPEN}{entry.pop('reasoning_content')}{CLOSE}{self.content}"
         return entry
@@ -37,12 +37,12 @@ def reasoning_apart(conversation: Conversation, place: ReasoningPlace, *, parses
     """Tells inline `<think>…</think>` from the answer where the template knows reasoning.
 
     Args:
-        conversation: As the row has it.
+        conversation: As the example has it.
         place: Where the template takes reasoning from.
         parses_blocks: Whether it takes reasoning that is not in its place out of the content by itself.
 
     Raises:
-        RowError: Reasoning that the template would leave out or garble.
+        ExampleError: Reasoning that the template would leave out or garble.
     """
     messages = [_apart(message, index, place, parses_blocks) for index, message in enumerate(conversation.messages)]
     return replace(conversation, messages=tuple(messages))
@@ -57,26 +57,26 @@ def as_in_content(message: Message) -> Message:
 
 
 def refuse_unwanted(conversation: Conversation, trained: Sequence[int], thinking: str, place: ReasoningPlace) -> None:
-    """Compares a row with `data.thinking`: `off` wants no reasoning anywhere, `require` some in each trained turn.
+    """Compares an example with `data.thinking`: `off` wants no reasoning anywhere, `require` some in each trained turn.
 
     Raises:
-        RowError: The row has too much or too little of it.
+        ExampleError: The example has too much or too little of it.
     """
     reasons = [index for index, message in enumerate(conversation.messages) if message.reasoning_content is not None]
     if thinking == "off" and reasons:
-        raise RowError(
+        raise ExampleError(
             f"messages[{reasons[0]}] reasons, and the recipe says data.thinking: off",
             "remove the reasoning, or write thinking: auto",
         )
     if thinking == "require" and trained:
         if place == "nowhere":
-            raise RowError(
+            raise ExampleError(
                 "the recipe says data.thinking: require, and this checkpoint's template has no thinking",
                 "write thinking: auto, or train a checkpoint that thinks",
             )
         for index in trained:
             if index not in reasons:
-                raise RowError(
+                raise ExampleError(
                     f"messages[{index}] does not reason, and the recipe says data.thinking: require",
                     "add reasoning_content, or write thinking: auto",
                 )
@@ -86,7 +86,7 @@ def _apart(message: Message, index: int, place: ReasoningPlace, parses_blocks: b
     reasoning, content = message.reasoning_content, message.content or ""
     if place == "nowhere":
         if reasoning is not None:
-            raise RowError(
+            raise ExampleError(
                 f"messages[{index}] has reasoning_content, which this checkpoint's template leaves out",
                 "remove it, or train a checkpoint that thinks",
             )
@@ -94,7 +94,7 @@ def _apart(message: Message, index: int, place: ReasoningPlace, parses_blocks: b
     if message.role != "assistant":
         return message
     if reasoning is not None and (OPEN in reasoning or CLOSE in reasoning):
-        raise RowError(
+        raise ExampleError(
             f"messages[{index}].reasoning_content spells think tags, which the template writes itself",
             f"take {OPEN} and {CLOSE} out of it",
         )
@@ -103,14 +103,16 @@ def _apart(message: Message, index: int, place: ReasoningPlace, parses_blocks: b
     before, opened, rest = content.partition(OPEN)
     inside, closed, answer = rest.partition(CLOSE)
     if before.strip() or not opened or not closed or OPEN in inside + answer or CLOSE in before + answer:
-        raise RowError(
+        raise ExampleError(
             f"messages[{index}] has a think block that is not opened, not closed, or not at the start of the answer",
             f"write {OPEN}…{CLOSE} once, before the answer, or use reasoning_content",
         )
     if reasoning is not None:
-        raise RowError(f"messages[{index}] has both reasoning_content and a {OPEN} block", "keep one of them")
+        raise ExampleError(f"messages[{index}] has both reasoning_content and a {OPEN} block", "keep one of them")
     if not answer.strip() and not message.tool_calls:
-        raise RowError(f"messages[{index}] has no answer after its think block", "write the answer or remove the row")
+        raise ExampleError(
+            f"messages[{index}] has no answer after its think block", "write the answer or remove the example"
+        )
     if not inside.strip():
         # As with reasoning_content: a blank one must not switch thinking on.
         return replace(message, content=answer.lstrip("\n"))

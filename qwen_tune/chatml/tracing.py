@@ -1,4 +1,4 @@
-"""Texts that stand for those of a row and keep a record of what a template asks of them."""
+"""Texts that stand for those of an example and keep a record of what a template asks of them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _ask(text: str, question: str, argument: Any) -> bool:
 
 
 class TracedText(str):
-    """A text that stands for a field of a row, or for such texts put together, and records what it is asked."""
+    """A text that stands for a field of an example, or for such texts put together, and records what it is asked."""
 
     _parts: tuple[int | str, ...]
     _record: list[Guard]

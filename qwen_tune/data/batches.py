@@ -16,11 +16,11 @@ from qwen_tune.chatml.conversation import Conversation
 from qwen_tune.chatml.encoder import NOT_ENDED, EncodedSamples, Encoder
 from qwen_tune.chatml.rendering import Renderer
 from qwen_tune.chatml.template import IGNORED, RenderedSample
-from qwen_tune.data.documents import TextRow, TokenizedRow, TrainingRow
+from qwen_tune.data.documents import PretokenizedExample, TextExample, TrainingExample
 from qwen_tune.data.near_duplicates import sketch
 from qwen_tune.data.sources import PROBLEMS_KEPT
-from qwen_tune.data.token_store import StoredBatch, StoreRow
-from qwen_tune.errors import Problem, RowError
+from qwen_tune.data.token_store import StoredBatch, StoredExample
+from qwen_tune.errors import ExampleError, Problem
 from qwen_tune.model.tokenizer import END_OF_TEXT
 
 KEPT_AS_TEXT = "control token in the text, kept as plain text"
@@ -31,10 +31,11 @@ BATCHES_A_COLLECTION = 16
 
 @dataclass
 class Problems:
-    """What is wrong with some rows, each in their order, the first thousand.
+    """What is wrong with some examples, each in their order, the first thousand.
 
-    Answers that the tokenizer does not end are reported only where nothing else is wrong: once a row cannot be
-    rendered they are not looked for any more, and what is reported must not depend on which rows were encoded before.
+    Answers that the tokenizer does not end are reported only where nothing else is wrong: once an example cannot be
+    rendered they are not looked for any more, and what is reported must not depend on which examples were encoded
+    before.
     """
 
     of_rows: list[Problem] = field(default_factory=list)
@@ -54,18 +55,18 @@ class Problems:
         return (self.of_rows or self.not_ended)[:PROBLEMS_KEPT]
 
     def add(self, others: Problems) -> None:
-        """Adds those of later rows."""
+        """Adds those of later examples."""
         self.of_rows = (self.of_rows + others.of_rows)[:PROBLEMS_KEPT]
         self.not_ended = (self.not_ended + others.not_ended)[:PROBLEMS_KEPT]
 
 
 class Batcher:
-    """Makes batches of the rows of a source, or of a part of it.
+    """Makes batches of the examples of a source, or of a part of it.
 
-    `rows` and `problems` are the number of rows so far, and what was wrong with them.
+    `rows` and `problems` are the number of examples so far, and what was wrong with them.
     """
 
-    def __init__(self, items: Iterable[TrainingRow | Problem], renderer: Renderer, encoder: Encoder) -> None:
+    def __init__(self, items: Iterable[TrainingExample | Problem], renderer: Renderer, encoder: Encoder) -> None:
         self.rows = 0
         self.problems = Problems()
         self._items = items
@@ -73,7 +74,7 @@ class Batcher:
         self._encoder = encoder
 
     def batches(self) -> Iterator[StoredBatch | None]:
-        """Batches of as many rows as memory allows; None for rows with which something is wrong.
+        """Batches of as many examples as memory allows; None for examples with which something is wrong.
 
         Once something is wrong nothing will be kept, and only further problems are looked for.
 
@@ -88,7 +89,7 @@ class Batcher:
             else:
                 try:
                     batch.add(item)
-                except RowError as problem:
+                except ExampleError as problem:
                     self.problems.of_rows.append(problem.at(item.source))
             if self.problems.are_enough:
                 return
@@ -122,10 +123,10 @@ class _Batch:
     def __init__(self, renderer: Renderer, encoder: Encoder) -> None:
         self._renderer = renderer
         self._encoder = encoder
-        self._rows: list[TrainingRow] = []
+        self._rows: list[TrainingExample] = []
         self._samples: list[RenderedSample] = []
         self._counts: list[int] = []
-        self._given: dict[int, TokenizedRow] = {}  # by the number of the sample
+        self._given: dict[int, PretokenizedExample] = {}  # by the number of the sample
         self._characters = 0
 
     @property
@@ -133,15 +134,15 @@ class _Batch:
         """Whether it is time to write it, so that memory stays bounded."""
         return self._characters > BATCH_CHARACTERS
 
-    def add(self, row: TrainingRow) -> None:
-        """Renders a row.
+    def add(self, row: TrainingExample) -> None:
+        """Renders an example.
 
         Raises:
-            RowError: It cannot be trained on.
+            ExampleError: It cannot be trained on.
         """
         if isinstance(row, Conversation):
             samples = self._renderer.render(row)
-        elif isinstance(row, TextRow):
+        elif isinstance(row, TextExample):
             samples = [render_text(row, self._renderer)]
         else:
             _require_known_ids(row, self._encoder)
@@ -151,7 +152,7 @@ class _Batch:
         self._rows.append(row)
         self._samples += samples
         self._counts.append(len(samples))
-        self._characters += 100  # a row without samples takes room as well
+        self._characters += 100  # an example without samples takes room as well
         for sample in samples:
             self._characters += len(sample.text)
 
@@ -165,54 +166,54 @@ class _Batch:
         if self._renderer.data.loss_on == "all" or encoded.ended.all():
             return []
         rows = [self._rows[index] for index in dict.fromkeys(self._owners()[~encoded.ended].tolist())]
-        return [RowError(NOT_ENDED).at(row.source) for row in rows if isinstance(row, Conversation)]
+        return [ExampleError(NOT_ENDED).at(row.source) for row in rows if isinstance(row, Conversation)]
 
     def stored(self, encoded: EncodedSamples) -> StoredBatch:
-        """All rows as a store holds them."""
+        """All examples as a store holds them."""
         owners = self._owners()
         odd: dict[str, set[int]] = {
             KEPT_AS_TEXT: {int(owners[index]) for index, sample in enumerate(self._samples) if sample.literals},
             STRADDLES: set(owners[encoded.straddling > 0].tolist()),
         }
         contents = [row.content_bytes() for row in self._rows]
-        stored: list[StoreRow] = []
+        stored: list[StoredExample] = []
         for index, (row, count, content) in enumerate(zip(self._rows, self._counts, contents, strict=True)):
             found = [name for name, members in odd.items() if index in members]
             warnings = tuple(sorted({*row.warnings, *found})) if found else row.warnings
             digest = int(row.content_hash(content)[:16], 16)
-            stored.append(StoreRow(row.source, digest, _supervision_digest(row, digest), count, warnings))
+            stored.append(StoredExample(row.source, digest, _supervision_digest(row, digest), count, warnings))
         return StoredBatch.of(encoded, stored, sketch(contents))
 
     def _owners(self) -> Any:
         return np.repeat(np.arange(len(self._rows)), self._counts)
 
 
-def render_text(row: TextRow, renderer: Renderer) -> RenderedSample:
+def render_text(row: TextExample, renderer: Renderer) -> RenderedSample:
     """A plain text ends in `<|endoftext|>`, and all of it is loss_mask.
 
     Raises:
-        RowError: It spells a control token.
+        ExampleError: It spells a control token.
     """
     text = row.text + END_OF_TEXT
     tokens = list(renderer.template.control_tokens.finditer(row.text))
     if tokens and renderer.data.special_tokens_in_text == "reject":
-        raise RowError(
+        raise ExampleError(
             f"the text spells the control token {tokens[0].group()}",
             "remove it from the text, or write data.special_tokens_in_text: neutralize",
         )
     return RenderedSample(text, ((0, len(text)),), tuple(match.span() for match in tokens))
 
 
-def _require_known_ids(row: TokenizedRow, encoder: Encoder) -> None:
+def _require_known_ids(row: PretokenizedExample, encoder: Encoder) -> None:
     size = len(encoder.tokenizer)
     if max(row.input_ids) >= size:
         index = next(index for index, token in enumerate(row.input_ids) if token >= size)
         what = f"input_ids[{index}] is {row.input_ids[index]}; the tokenizer has {size:,} tokens"
-        raise RowError(what, "tokenize the text with the tokenizer of model.base")
+        raise ExampleError(what, "tokenize the text with the tokenizer of model.base")
 
 
-def _with_given(encoded: EncodedSamples, given: dict[int, TokenizedRow]) -> EncodedSamples:
-    """Puts the tokens of tokenized rows into the places that were left for them."""
+def _with_given(encoded: EncodedSamples, given: dict[int, PretokenizedExample]) -> EncodedSamples:
+    """Puts the tokens of tokenized examples into the places that were left for them."""
     ids, loss_mask = [], []
     ends = np.cumsum(encoded.lengths)
     lengths = encoded.lengths.copy()
@@ -229,14 +230,14 @@ def _with_given(encoded: EncodedSamples, given: dict[int, TokenizedRow]) -> Enco
     return EncodedSamples(np.concatenate(ids), np.concatenate(loss_mask), lengths, encoded.straddling, encoded.ended)
 
 
-def _supervision_digest(row: TrainingRow, digest: int) -> int:
-    """A hash of what a row teaches: the same words may be supervised in one row and be context in another."""
+def _supervision_digest(row: TrainingExample, digest: int) -> int:
+    """A hash of what an example teaches: the same words may be supervised in one example and be context in another."""
     supervised: Any
     if isinstance(row, Conversation):
         if row.plain is not None or (all(message.train for message in row.messages) and not row.chat_template_kwargs):
             return digest
         supervised = [[message.train for message in row.messages], sorted(row.chat_template_kwargs.items())]
-    elif isinstance(row, TokenizedRow):
+    elif isinstance(row, PretokenizedExample):
         supervised = [label == IGNORED for label in row.labels]
     else:
         return digest

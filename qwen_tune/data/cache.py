@@ -58,7 +58,7 @@ def cached(key: str, make: Callable[[Path], None], load: Callable[[Path], T]) ->
     from filelock import FileLock
 
     try:
-        make_private_folder(folder)  # rows are somebody's words
+        make_private_folder(folder)  # examples are somebody's words
         with FileLock(folder / f"{key}.lock"):
             if (found := _load(entry, load)) is not None:
                 return found, True

@@ -10,14 +10,14 @@ from typing import Any, TypeAlias
 
 from qwen_tune.chatml.conversation import Conversation
 from qwen_tune.data.values import kind, parse_json_text
-from qwen_tune.errors import RowError
+from qwen_tune.errors import ExampleError
 
 IGNORED_LABEL = -100
 LARGEST_ID = (1 << 31) - 1  # far above every vocabulary; four bytes hold it
 
 
 @dataclass(frozen=True, slots=True)
-class TextRow:
+class TextExample:
     """A text without turns, all of which is supervised. `source` is `file:line`, `source_name` the recipe's name."""
 
     source: str
@@ -35,7 +35,7 @@ class TextRow:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizedRow:
+class PretokenizedExample:
     """Token ids, and for each its own id where it is supervised or -100 where it is context."""
 
     source: str
@@ -53,35 +53,37 @@ class TokenizedRow:
         return struct.pack(f"<{len(self.input_ids)}I", *self.input_ids)
 
 
-TrainingRow: TypeAlias = Conversation | TextRow | TokenizedRow
+TrainingExample: TypeAlias = Conversation | TextExample | PretokenizedExample
 
 
-def to_text_row(row: Mapping[str, Any], *, source: str, source_name: str, warnings: tuple[str, ...] = ()) -> TextRow:
-    """A row with the column `text`.
+def to_text_example(
+    row: Mapping[str, Any], *, source: str, source_name: str, warnings: tuple[str, ...] = ()
+) -> TextExample:
+    """An example with the column `text`.
 
     Raises:
-        RowError: It holds no text.
+        ExampleError: It holds no text.
     """
     text = row["text"]
     if not isinstance(text, str) or not text.strip():
-        raise RowError(f"text is {kind(text)}; expected a text", "write the text or remove the row")
-    return TextRow(source, source_name, text, warnings)
+        raise ExampleError(f"text is {kind(text)}; expected a text", "write the text or remove the example")
+    return TextExample(source, source_name, text, warnings)
 
 
-def to_tokenized_row(
+def to_pretokenized_example(
     row: Mapping[str, Any], *, source: str, source_name: str, warnings: tuple[str, ...] = ()
-) -> TokenizedRow:
-    """A row with the columns `input_ids` and, where only some are supervised, `labels`.
+) -> PretokenizedExample:
+    """An example with the columns `input_ids` and, where only some are supervised, `labels`.
 
     Raises:
-        RowError: They are no token ids, or do not fit each other.
+        ExampleError: They are no token ids, or do not fit each other.
     """
     ids = _integers(row["input_ids"], "input_ids")
     if not ids:
-        raise RowError("input_ids is empty; expected at least one token id", "remove the row")
+        raise ExampleError("input_ids is empty; expected at least one token id", "remove the example")
     if min(ids) < 0 or max(ids) > LARGEST_ID:
         wrong = next(index for index, token in enumerate(ids) if not 0 <= token <= LARGEST_ID)
-        raise RowError(f"input_ids[{wrong}] is {ids[wrong]}; expected a token id", "tokenize the text again")
+        raise ExampleError(f"input_ids[{wrong}] is {ids[wrong]}; expected a token id", "tokenize the text again")
     labels = ids
     if row.get("labels") is not None:
         labels = _integers(row["labels"], "labels")
@@ -89,7 +91,7 @@ def to_tokenized_row(
         for index, (label, token) in enumerate(zip(labels, ids)):  # noqa: B905
             if label not in (token, IGNORED_LABEL):
                 what = f"labels[{index}] is {label}; expected {token}, the token's own id, or {IGNORED_LABEL}"
-                raise RowError(what, "labels are not shifted: each stands at the token that is supervised")
+                raise ExampleError(what, "labels are not shifted: each stands at the token that is supervised")
     if row.get("attention_mask") is not None:
         mask = _integers(row["attention_mask"], "attention_mask")
         _require_length(mask, ids, "attention_mask")
@@ -97,22 +99,22 @@ def to_tokenized_row(
             what = (
                 f"attention_mask[{next(i for i, seen in enumerate(mask) if seen != 1)}] is not 1; expected no padding"
             )
-            raise RowError(what, "remove the padding from input_ids, labels and attention_mask")
-    return TokenizedRow(source, source_name, ids, labels, warnings)
+            raise ExampleError(what, "remove the padding from input_ids, labels and attention_mask")
+    return PretokenizedExample(source, source_name, ids, labels, warnings)
 
 
 def _integers(values: Any, name: str) -> tuple[int, ...]:
     if isinstance(values, str):
         values = parse_json_text(values, name)
     if not isinstance(values, list):
-        raise RowError(f"{name} is {kind(values)}; expected a list of whole numbers", "write [1, 2, …]")
+        raise ExampleError(f"{name} is {kind(values)}; expected a list of whole numbers", "write [1, 2, …]")
     if set(map(type, values)) - {int}:
         index = next(index for index, value in enumerate(values) if type(value) is not int)
         what = f"{name}[{index}] is {kind(values[index])}; expected a whole number"
-        raise RowError(what, "write the tokenizer's ids")
+        raise ExampleError(what, "write the tokenizer's ids")
     return tuple(values)
 
 
 def _require_length(values: tuple[int, ...], ids: tuple[int, ...], name: str) -> None:
     if len(values) != len(ids):
-        raise RowError(f"{name} has {len(values)} values; input_ids has {len(ids)}", "write one for each token")
+        raise ExampleError(f"{name} has {len(values)} values; input_ids has {len(ids)}", "write one for each token")

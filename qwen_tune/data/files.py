@@ -11,17 +11,17 @@ from typing import Any
 
 from qwen_tune.data.cache import cache_folder
 from qwen_tune.data.json_files import read_json, read_jsonl
-from qwen_tune.data.source_file import Row, SourceFile, UnpackError, data_suffix, split_lines
+from qwen_tune.data.source_file import Record, SourceFile, UnpackError, data_suffix, split_lines
 from qwen_tune.data.tables import read_arrow, read_csv, read_parquet
 from qwen_tune.disk import key_of, make_private_folder, parse_json, sha256
 from qwen_tune.errors import DataError, Problem, first_line
 
 GLOB_CHARACTERS = "*?["
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-DATA_SET_NOTES = ("dataset_info.json", "dataset_infos.json")  # what `datasets` writes beside rows
+DATA_SET_NOTES = ("dataset_info.json", "dataset_infos.json")  # what `datasets` writes beside examples
 TABLE_MAGIC = {b"PAR1": ".parquet", b"ARROW1": ".arrow"}
 
-READERS: dict[str, Callable[[SourceFile], Iterator[Row | Problem]]] = {
+READERS: dict[str, Callable[[SourceFile], Iterator[Record | Problem]]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".json": read_json,
@@ -34,7 +34,7 @@ KNOWN_FILES = f"{', '.join(READERS)}, each also with .gz or .zst after it"
 
 
 def is_data_file(name: str) -> bool:
-    """Whether a file of this name is one that `read_rows` knows."""
+    """Whether a file of this name is one that `read_records` knows."""
     return data_suffix(name) in READERS
 
 
@@ -74,8 +74,9 @@ def find_files(path: str) -> list[Path] | None:
     raise DataError(Problem(path, "the data file is not there", _nearest(local)))
 
 
-def read_rows(file: SourceFile) -> Iterator[Row | Problem]:
-    """The rows of one file, and a problem for each row that cannot be read; a problem that ends the file comes last.
+def read_records(file: SourceFile) -> Iterator[Record | Problem]:
+    """The examples of one file, and a problem for each example that cannot be read; a problem that ends the file comes
+    last.
 
     Of a range of lines nothing is asked that only a whole file can answer: see `in_ranges`.
     """
@@ -87,10 +88,12 @@ def read_rows(file: SourceFile) -> Iterator[Row | Problem]:
         empty = file.lines is None
         for item in READERS[data_suffix(file.path.name)](file):
             empty = False
-            reached = item.source if isinstance(item, Row) else item.where
+            reached = item.source if isinstance(item, Record) else item.where
             yield item
         if empty:
-            yield Problem(reached, "the file is empty; expected at least one row", "add rows, or leave the file out")
+            yield Problem(
+                reached, "the file is empty; expected at least one example", "add examples, or leave the file out"
+            )
     except UnpackError as error:
         yield Problem(reached, f"after this line {error}", "copy or pack the file again")
     except OSError as error:
@@ -98,17 +101,17 @@ def read_rows(file: SourceFile) -> Iterator[Row | Problem]:
 
 
 def in_ranges(file: SourceFile, size: int) -> list[SourceFile]:
-    """A file in ranges of lines, of about `size` bytes each, that together have the rows and problems of the whole.
+    """A file in ranges of lines, of about `size` bytes each, that together have the examples and problems of the whole.
 
     Returns:
-        The file itself where it cannot be parted: it is no plain JSONL, or it does not begin with a row, which may say
-        something of the whole file.
+        The file itself where it cannot be parted: it is no plain JSONL, or it does not begin with an example, which may
+        say something of the whole file.
 
     Raises:
         OSError: The file cannot be read.
     """
     parts = READERS[data_suffix(file.path.name)] is read_jsonl and file.compression is None
-    if not parts or file.path.stat().st_size <= size or not isinstance(next(read_rows(file), None), Row):
+    if not parts or file.path.stat().st_size <= size or not isinstance(next(read_records(file), None), Record):
         return [file]
     return split_lines(file, size)
 
@@ -146,7 +149,8 @@ def _files_below(folder: Path) -> list[Path]:
         names = ", ".join(sorted(str(state.parent) for state in splits.parent.glob("*/state.json"))) or "no folder"
         what = f"the folder holds a data set of several splits ({names}); expected one split"
         raise DataError(Problem(str(splits.parent), what, "give the folder of the split"))
-    # Beside its rows such a folder keeps what `map` and `filter` once made of them: only its state tells them apart.
+    # Beside its examples such a folder keeps what `map` and `filter` once made of them: only its state tells them
+    # apart.
     saved = [
         file.parent for file in files if file.name == "state.json" and (file.parent / "dataset_info.json").is_file()
     ]
@@ -169,7 +173,9 @@ def _saved_files(folder: Path) -> list[Path]:
 
 def _known_file(path: Path) -> Path:
     if not path.is_file():
-        raise DataError(Problem(str(path), "it is no regular file; expected a data file", "write the rows to a file"))
+        raise DataError(
+            Problem(str(path), "it is no regular file; expected a data file", "write the examples to a file")
+        )
     if is_data_file(path.name):
         return path
     raise DataError(Problem(str(path), f"the file type is not known; expected {KNOWN_FILES}", "rename or convert it"))

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_tune.chatml.conversation import Conversation, Message, PlainTurns
-from qwen_tune.data.documents import TrainingRow, to_text_row, to_tokenized_row
+from qwen_tune.data.documents import TrainingExample, to_pretokenized_example, to_text_example
 from qwen_tune.data.messages import parse_messages, parse_tools
 from qwen_tune.data.turns import TURN_COLUMNS, history_pairs, list_column, spelling, text_column, to_messages
-from qwen_tune.data.values import check_json, kind, parse_json_text, shown_row
-from qwen_tune.errors import RowError
+from qwen_tune.data.values import check_json, kind, parse_json_text, shown_example
+from qwen_tune.errors import ExampleError
 
 MEDIA_COLUMNS = frozenset({"images", "audios", "videos", "image", "audio", "video"})
 
 
 @dataclass(frozen=True)
 class Recognised:
-    """The format of a source's rows, and what it was concluded from, in words."""
+    """The format of a source's examples, and what it was concluded from, in words."""
 
     name: str
     reason: str
@@ -26,21 +26,21 @@ class Recognised:
 
 @dataclass(frozen=True)
 class Format:
-    """One form of rows."""
+    """One form of examples."""
 
     name: str
 
     required: tuple[tuple[str, ...], ...]
-    """Columns that a row must have; of several names in one place, any one."""
+    """Columns that an example must have; of several names in one place, any one."""
 
     optional: tuple[str, ...]
     """Columns that are read where they are there."""
 
     example: str
-    """A row, for messages."""
+    """An example, for messages."""
 
     def missing(self, row: Mapping[str, Any]) -> list[str]:
-        """The required columns that a row lacks."""
+        """The required columns that an example lacks."""
         lacking: list[str] = []
         for names in self.required:
             for name in names:
@@ -101,19 +101,19 @@ ACCEPTED = "; ".join(f"{entry.name} {entry.example}" for entry in _FORMATS)
 
 
 def recognise(row: Mapping[str, Any]) -> Recognised:
-    """The format that a row's columns show.
+    """The format that an example's columns show.
 
     Raises:
-        RowError: No format has these columns; the message shows the row and the accepted forms.
+        ExampleError: No format has these columns; the message shows the example and the accepted forms.
     """
-    # Tables of mixed rows hold every column in each: those without a value say nothing.
+    # Tables of mixed examples hold every column in each: those without a value say nothing.
     filled = {name: value for name, value in row.items() if value is not None}
     for columns in (filled, row):
         for entry in _FORMATS:
             if not entry.missing(columns):
                 return _recognised(entry, columns)
-    raise RowError(
-        f"the format is not recognised; the row is {shown_row(row)}; accepted are {ACCEPTED}",
+    raise ExampleError(
+        f"the format is not recognised; the example is {shown_example(row)}; accepted are {ACCEPTED}",
         "name the columns in the recipe, as in data.train[].columns: {messages: your_column}",
     )
 
@@ -134,37 +134,37 @@ def _recognised(entry: Format, columns: Mapping[str, Any]) -> Recognised:
     return Recognised(name, f'column "{column}" holds a list of turns with {spelled}{as_text}')
 
 
-def to_training_row(
+def to_training_example(
     row: Mapping[str, Any], format_name: str, *, source: str, source_name: str, system: str | None = None
-) -> TrainingRow:
-    """Turns one row into what is trained.
+) -> TrainingExample:
+    """Turns one example into what is trained.
 
     Args:
         row: Column names and values.
         format_name: A key of `FORMATS`.
-        source: `file:line` of the row.
+        source: `file:line` of the example.
         source_name: The recipe's name for the data.
         system: A system text for conversations that have none.
 
     Raises:
-        RowError: The row is not of that format, or is not something to train on.
+        ExampleError: The example is not of that format, or is not something to train on.
     """
     if format_name in TO_MESSAGES:
         return to_conversation(row, format_name, source=source, source_name=source_name, system=system)
     _refuse_media(row)
     # Nothing but a conversation has a place for these.
     warnings = tuple(f'column "{name}" is not used by format {format_name}' for name in _CHAT_COLUMNS if row.get(name))
-    convert = to_text_row if format_name == "text" else to_tokenized_row
+    convert = to_text_example if format_name == "text" else to_pretokenized_example
     return convert(row, source=source, source_name=source_name, warnings=warnings)
 
 
 def to_conversation(
     row: Mapping[str, Any], format_name: str, *, source: str, source_name: str, system: str | None = None
 ) -> Conversation:
-    """Turns one row of a conversation's format into a conversation; see `to_training_row`.
+    """Turns one example of a conversation's format into a conversation; see `to_training_example`.
 
     Raises:
-        RowError: The row is not of that format, or is not something to train on.
+        ExampleError: The example is not of that format, or is not something to train on.
     """
     _refuse_media(row)
     column, raw = TO_MESSAGES[format_name](row)
@@ -183,30 +183,34 @@ def to_conversation(
 def _refuse_media(row: Mapping[str, Any]) -> None:
     for column in MEDIA_COLUMNS.intersection(row):
         if row[column]:
-            raise RowError(f'not yet: the row carries "{column}"; only text is trained so far', "remove these rows")
+            raise ExampleError(
+                f'not yet: the example carries "{column}"; only text is trained so far', "remove these examples"
+            )
 
 
 def _parse_template_kwargs(given: Any) -> Mapping[str, Any]:
     if isinstance(given, str):
         given = parse_json_text(given, "chat_template_kwargs")
     if not isinstance(given, dict):
-        raise RowError(f"chat_template_kwargs is {kind(given)}; expected an object", 'write {"enable_thinking": false}')
+        raise ExampleError(
+            f"chat_template_kwargs is {kind(given)}; expected an object", 'write {"enable_thinking": false}'
+        )
     check_json(given, "chat_template_kwargs")
-    # A null means the same as in tables, which hold one wherever another row has a value. What a template has no place
-    # for is refused by whoever knows the template, `chatml.ChatTemplate.render`.
+    # A null means the same as in tables, which hold one wherever another example has a value. What a template has no
+    # place for is refused by whoever knows the template, `chatml.ChatTemplate.render`.
     return {name: value for name, value in given.items() if value is not None}
 
 
 def _with_system(messages: Sequence[Message], own: Any, default: str | None) -> Sequence[Message]:
-    """Puts the row's `system` column, or else the recipe's system text, before turns that begin without one."""
+    """Puts the example's `system` column, or else the recipe's system text, before turns that begin without one."""
     if own is not None and not isinstance(own, str):
-        raise RowError(f"system is {kind(own)}; expected text", "write the text or leave it out")
+        raise ExampleError(f"system is {kind(own)}; expected text", "write the text or leave it out")
     own = own if own and not own.isspace() else None
     if not own and not default:
         return messages
     begins = messages[0].role == "system"
     if own and begins and messages[0].content != own:
-        raise RowError('the row has a "system" column and another system turn', "keep one of them")
+        raise ExampleError('the example has a "system" column and another system turn', "keep one of them")
     text = own or default
     if begins or not text:
         return messages
@@ -233,7 +237,7 @@ def _turns_of(row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[str, li
 def _from_alpaca(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
     question, given = text_column(row, "instruction"), row.get("input")
     if given is not None and not isinstance(given, str):
-        raise RowError(f"input is {kind(given)}; expected a string", "write the text, or leave it out")
+        raise ExampleError(f"input is {kind(given)}; expected a string", "write the text, or leave it out")
     if given and not given.isspace():
         question = f"{question}\n{given}"
     return _answered(row, question, "output", history_pairs(row))
@@ -247,7 +251,9 @@ def _from_prompt_completion(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
     prompt, completion = _turns_or_text(row["prompt"]), _turns_or_text(row["completion"])
     if isinstance(prompt, list) and isinstance(completion, list):
         if not completion:
-            raise RowError("completion is empty; expected the assistant's turns", "add the answer or remove the row")
+            raise ExampleError(
+                "completion is empty; expected the assistant's turns", "add the answer or remove the example"
+            )
         # Only the completion is supervised: answers inside the prompt are context.
         context = [
             {**turn, "train": False} if isinstance(turn, dict) and turn.get("role") == "assistant" else turn
@@ -256,7 +262,7 @@ def _from_prompt_completion(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
         return "messages", [*context, *to_messages(completion, "completion")]
     if isinstance(prompt, list) or isinstance(completion, list):
         what = "prompt and completion are of different kinds; expected two strings or two lists of turns"
-        raise RowError(what, "write both as lists of turns")
+        raise ExampleError(what, "write both as lists of turns")
     return _answered(row, text_column(row, "prompt"), "completion", [])
 
 
@@ -270,7 +276,7 @@ def _turns_or_text(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
             turns = parse_json_text(value, "prompt")
-        except RowError:
+        except ExampleError:
             return value
         if isinstance(turns, list) and all(spelling(turn) in ("role and content", "from and value") for turn in turns):
             return turns

@@ -1,7 +1,8 @@
 """Rows of JSON files: an object a line, or a list of objects.
 
-Read here rather than by `datasets`, whose reader names neither file nor line, invents nulls where rows differ in shape,
-and dies on a file that holds only `null`. Neither reader holds more than a line, or a value of the list, at a time.
+Read here rather than by `datasets`, whose reader names neither file nor line, invents nulls where examples differ in
+shape, and dies on a file that holds only `null`. Neither reader holds more than a line, or a value of the list, at a
+time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from qwen_tune.data.source_file import VALUE_LIMIT_BYTES, Row, SourceFile
+from qwen_tune.data.source_file import VALUE_LIMIT_BYTES, Record, SourceFile
 from qwen_tune.data.values import decode, decode_at, kind
 from qwen_tune.errors import Problem
 
@@ -23,8 +24,8 @@ _ERROR_MARGIN = 16
 """Characters: no JSON token but a string can be cut off further from the end of what is read."""
 
 
-def read_jsonl(file: SourceFile) -> Iterator[Row | Problem]:
-    """The rows of a file with an object a line; a line that is wrong does not hide those after it."""
+def read_jsonl(file: SourceFile) -> Iterator[Record | Problem]:
+    """The examples of a file with an object a line; a line that is wrong does not hide those after it."""
     name = file.name
     with file.open() as stream:
         number = file.lines.first_line - 1 if file.lines else 0
@@ -46,7 +47,8 @@ def read_jsonl(file: SourceFile) -> Iterator[Row | Problem]:
                 if line.isspace() or not line:
                     continue
                 if number == 1 and line.strip() in (b"{", b"["):
-                    # A list is what .json files hold; an object spread over lines is a row in neither kind of file.
+                    # A list is what .json files hold; an object spread over lines is an example in neither kind of
+                    # file.
                     fix = "name it .json" if b"[" in line else "write each object in one line"
                     yield Problem(source, f"the line is not JSON: {error}; expected an object a line", fix)
                     return
@@ -55,16 +57,16 @@ def read_jsonl(file: SourceFile) -> Iterator[Row | Problem]:
                 yield Problem(source, f"the line is not JSON: {error}", fix)
                 continue
             if type(value) is dict:
-                yield Row(source, value)
+                yield Record(source, value)
             elif isinstance(value, list) and number == 1:
                 yield Problem(source, "the file holds a JSON list; expected one object a line", "name it .json")
                 return
             else:
-                yield Problem(source, f"the row is {kind(value)}; expected an object", LINES_FIX)
+                yield Problem(source, f"the example is {kind(value)}; expected an object", LINES_FIX)
 
 
-def read_json(file: SourceFile) -> Iterator[Row | Problem]:
-    """The rows of a file that holds a list; also of one that holds an object a line."""
+def read_json(file: SourceFile) -> Iterator[Record | Problem]:
+    """The examples of a file that holds a list; also of one that holds an object a line."""
     with file.open() as stream:
         try:
             text = _Text(stream)
@@ -86,14 +88,14 @@ def read_json(file: SourceFile) -> Iterator[Row | Problem]:
         yield from read_jsonl(file)
         return
     if is_followed:
-        what = "the file holds objects spread over lines, one after another; expected a list of rows"
+        what = "the file holds objects spread over lines, one after another; expected a list of examples"
         yield Problem(f"{file.name}:{line}", what, "write one list, [{…}, {…}]")
         return
     found = "one object" if isinstance(value, dict) else kind(value)
-    yield Problem(f"{file.name}:1", f"the file holds {found}; expected a list of rows", _where_rows_are(value))
+    yield Problem(f"{file.name}:1", f"the file holds {found}; expected a list of examples", _where_rows_are(value))
 
 
-def _read_list(file: SourceFile, text: _Text) -> Iterator[Row | Problem]:
+def _read_list(file: SourceFile, text: _Text) -> Iterator[Record | Problem]:
     """The objects of a list whose bracket has been read."""
     expects_value = False
     while True:
@@ -108,9 +110,9 @@ def _read_list(file: SourceFile, text: _Text) -> Iterator[Row | Problem]:
                 return
             value = text.value()
             if type(value) is dict:
-                yield Row(source, value)
+                yield Record(source, value)
             else:
-                yield Problem(source, f"the row is {kind(value)}; expected an object", "write [{…}, {…}]")
+                yield Problem(source, f"the example is {kind(value)}; expected an object", "write [{…}, {…}]")
             character = text.skip_space()
             expects_value = character == ","
             if expects_value:
@@ -120,7 +122,7 @@ def _read_list(file: SourceFile, text: _Text) -> Iterator[Row | Problem]:
                 yield Problem(f"{file.name}:{text.line}", what, "is the file cut off?")
                 return
         except _TextError as error:
-            yield Problem(f"{file.name}:{error.line}", f"the row is not JSON: {error}", "complete or remove it")
+            yield Problem(f"{file.name}:{error.line}", f"the example is not JSON: {error}", "complete or remove it")
             return
 
 
@@ -214,14 +216,14 @@ def _skip_line(stream: BinaryIO) -> None:
 
 
 def _where_rows_are(value: Any) -> str:
-    """How to make a list of rows of an object that holds them in another way."""
+    """How to make a list of examples of an object that holds them in another way."""
     columns = value if isinstance(value, dict) else {}
     lists = {key: items for key, items in columns.items() if isinstance(items, list) and items}
     if len(lists) > 1 and len(lists) == len(columns) and len({len(items) for items in lists.values()}) == 1:
-        return f'"{next(iter(columns))[:40]}" holds a column: write the file by rows, not by columns'
+        return f'"{next(iter(columns))[:40]}" holds a column: write the file by examples, not by columns'
     for key, items in lists.items():
         if all(isinstance(item, dict) for item in items) and key not in ("messages", "conversations", "conversation"):
-            return f'the rows seem to stand under the key "{key[:40]}": write that list alone'
+            return f'the examples seem to stand under the key "{key[:40]}": write that list alone'
     if columns and all(isinstance(items, dict) and "0" in items for items in columns.values()):
-        return f'"{next(iter(columns))[:40]}" holds a column: write the file by rows (orient="records" in pandas)'
+        return f'"{next(iter(columns))[:40]}" holds a column: write the file by examples (orient="records" in pandas)'
     return "write [{…}, {…}], or one object a line in a .jsonl file"

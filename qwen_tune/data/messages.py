@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen_tune.chatml.conversation import ROLES, SHARED_ROLES, Message, PlainTurns, Roles
 from qwen_tune.data.values import check_json, kind, parse_json_text
-from qwen_tune.errors import RowError, visible
+from qwen_tune.errors import ExampleError, visible
 
 LOSS_KEYS = ("weight", "loss", "loss_scale", "loss_weight", "mask", "masked", "trainable", "training", "labels")
 MESSAGE_KEYS = frozenset({"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "train"})
@@ -34,15 +34,15 @@ def parse_messages(raw: Any, name: str = "messages") -> tuple[Sequence[Message],
         The messages and warnings (keys that were passed over, turns that are odd but legal).
 
     Raises:
-        RowError: The first thing in the list that cannot be trained on.
+        ExampleError: The first thing in the list that cannot be trained on.
     """
     if isinstance(raw, str):
         raw = parse_json_text(raw, name)
     if not isinstance(raw, list):
-        raise RowError(f"{name} is {kind(raw)}; expected a list of turns", 'write [{"role": …, "content": …}, …]')
+        raise ExampleError(f"{name} is {kind(raw)}; expected a list of turns", 'write [{"role": …, "content": …}, …]')
     if not raw:
         what = f"{name} is empty; expected at least one user and one assistant turn"
-        raise RowError(what, "add turns or remove the row")
+        raise ExampleError(what, "add turns or remove the example")
     if (plain := _plain_turns(raw)) is not None:
         return plain, _check_order(plain.roles)
     warnings: list[str] = []
@@ -70,12 +70,14 @@ def _plain_turns(raw: list[Any]) -> PlainTurns | None:
 
 def _parse_message(entry: Any, at: str, warnings: list[str]) -> Message:
     if not isinstance(entry, dict):
-        raise RowError(f'{at} is {kind(entry)}; expected an object with "role" and "content"', "write such an object")
+        raise ExampleError(
+            f'{at} is {kind(entry)}; expected an object with "role" and "content"', "write such an object"
+        )
     role = _parse_role(entry.get("role"), at)
     for key in entry.keys() - MESSAGE_KEYS:
         if fix := MEANINGFUL_FOREIGN_KEYS.get(key):
             if entry[key] is not None:
-                raise RowError(f'{at} has the key "{key}", which is not one of ours', fix)
+                raise ExampleError(f'{at} has the key "{key}", which is not one of ours', fix)
         elif entry[key] is not None:
             warnings.append(f'message key "{visible(key[:40])}" is not used')
     train = _parse_train(entry.get("train"), role, at)
@@ -83,7 +85,7 @@ def _parse_message(entry: Any, at: str, warnings: list[str]) -> Message:
         entry = joined_parts(entry, role, at)
     content = entry.get("content")
     if content is not None and not isinstance(content, str):
-        raise RowError(f"{at}.content is {kind(content)}; expected a string", "write the text as a string")
+        raise ExampleError(f"{at}.content is {kind(content)}; expected a string", "write the text as a string")
     calls = _parse_tool_calls(entry.get("tool_calls"), role, at)
     reasoning = _optional_text(entry, "reasoning_content", at)
     if reasoning is not None and not reasoning.strip():
@@ -91,16 +93,16 @@ def _parse_message(entry: Any, at: str, warnings: list[str]) -> Message:
         reasoning = None
     if reasoning is not None and role != "assistant":
         what = f"{at} is a {role} turn with reasoning_content; only assistant turns reason"
-        raise RowError(what, "remove it from this turn")
+        raise ExampleError(what, "remove it from this turn")
     if not calls and (content is None or not content.strip()) and role != "tool":
-        raise RowError(
+        raise ExampleError(
             f"{at} ({role}) has {'no content' if content is None else 'blank content'}; expected text"
             + (" or tool_calls" if role == "assistant" else ""),
-            "write the text or remove the row",
+            "write the text or remove the example",
         )
     if role == "tool" and content is None:
         what = f"{at} (tool) has no content; expected the tool's result as a string"
-        raise RowError(what, 'write the result, "" if there was none')
+        raise ExampleError(what, 'write the result, "" if there was none')
     return Message(
         role=role,
         content=content,
@@ -115,15 +117,15 @@ def _parse_message(entry: Any, at: str, warnings: list[str]) -> Message:
 def _parse_role(role: Any, at: str) -> str:
     expected = f"expected one of {', '.join(ROLES)}"
     if role is None:
-        raise RowError(f"{at} has no role; {expected}", 'write "role": "user" or whose turn it is')
+        raise ExampleError(f"{at} has no role; {expected}", 'write "role": "user" or whose turn it is')
     if not isinstance(role, str):
-        raise RowError(f"{at}.role is {kind(role)}; {expected}", "write one of these roles")
+        raise ExampleError(f"{at}.role is {kind(role)}; {expected}", "write one of these roles")
     if role in ROLES:
         return SHARED_ROLES.get(role, role)
     nearest = difflib.get_close_matches(role[:40].lower(), ROLES, n=1)
     known = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
     suggestion = known.get(role.lower()) or (nearest[0] if nearest else None)
-    raise RowError(
+    raise ExampleError(
         f'{at} has the role "{role[:40]}"; {expected}',
         f'write "{suggestion}"' if suggestion else "write one of these roles",
     )
@@ -133,9 +135,9 @@ def _parse_train(train: Any, role: str, at: str) -> bool:
     if train is None:
         return True
     if not isinstance(train, bool):
-        raise RowError(f"{at}.train is {kind(train)}; expected true or false", "write true or false")
+        raise ExampleError(f"{at}.train is {kind(train)}; expected true or false", "write true or false")
     if role != "assistant":
-        raise RowError(f'{at} is a {role} turn with "train"; only assistant turns are trained', 'remove "train"')
+        raise ExampleError(f'{at} is a {role} turn with "train"; only assistant turns are trained', 'remove "train"')
     return train
 
 
@@ -144,25 +146,25 @@ def _parse_tool_calls(raw: Any, role: str, at: str) -> tuple[Mapping[str, Any], 
         return ()
     if role != "assistant":
         what = f"{at} is a {role} turn with tool_calls; only assistant turns call tools"
-        raise RowError(what, "remove them from this turn")
+        raise ExampleError(what, "remove them from this turn")
     if not isinstance(raw, list):
-        raise RowError(f"{at}.tool_calls is {kind(raw)}; expected a list of calls", 'write [{"function": {…}}]')
+        raise ExampleError(f"{at}.tool_calls is {kind(raw)}; expected a list of calls", 'write [{"function": {…}}]')
     return tuple(_parse_tool_call(call, f"{at}.tool_calls[{index}]") for index, call in enumerate(raw))
 
 
 def _parse_tool_call(call: Any, at: str) -> Mapping[str, Any]:
     if not isinstance(call, dict):
-        raise RowError(f"{at} is {kind(call)}; expected an object", 'write {"function": {…}}')
+        raise ExampleError(f"{at} is {kind(call)}; expected an object", 'write {"function": {…}}')
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise RowError(f"{at} names no function", 'write {"function": {"name": …, "arguments": {…}}}')
+        raise ExampleError(f"{at} names no function", 'write {"function": {"name": …, "arguments": {…}}}')
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         # Templates encode a string again (Qwen2.5) or pass it raw (Qwen3): only an object renders right in all.
         arguments = parse_json_text(arguments, f"{at}.arguments")
     if not isinstance(arguments, dict):
         what = f"{at}.arguments is {kind(arguments)}; expected an object, or an object as a JSON string"
-        raise RowError(what, "write {} where there are none")
+        raise ExampleError(what, "write {} where there are none")
     check_json(arguments, f"{at}.arguments")
     parsed: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     if call.get("id") is not None:
@@ -173,19 +175,19 @@ def _parse_tool_call(call: Any, at: str) -> Mapping[str, Any]:
 def _optional_text(entry: Mapping[str, Any], key: str, at: str) -> str | None:
     value = entry.get(key)
     if value is not None and not isinstance(value, str):
-        raise RowError(f"{at}.{key} is {kind(value)}; expected a string", "write it as a string")
+        raise ExampleError(f"{at}.{key} is {kind(value)}; expected a string", "write it as a string")
     return value
 
 
-@lru_cache(maxsize=4096)  # of a million rows, most have their turns in one of a few orders
+@lru_cache(maxsize=4096)  # of a million examples, most have their turns in one of a few orders
 def _check_order(roles: Roles) -> tuple[str, ...]:
     if "assistant" not in roles:
-        raise RowError("there is no assistant turn, so nothing to learn", "add the answer or remove the row")
+        raise ExampleError("there is no assistant turn, so nothing to learn", "add the answer or remove the example")
     first = roles[0] if roles[0] != "system" else next(role for role in roles if role != "system")
     if first != "user":
-        raise RowError(f"the first turn is from the {first}; expected the user", "start with what the user asked")
+        raise ExampleError(f"the first turn is from the {first}; expected the user", "start with what the user asked")
     if roles[-1] != "assistant":
-        raise RowError(
+        raise ExampleError(
             f"the last turn is from the {roles[-1]}; expected the assistant", "add the answer or cut the last turn"
         )
     warnings: list[str] = []
@@ -200,21 +202,23 @@ def parse_tools(raw: Any) -> tuple[Mapping[str, Any], ...]:
     """Tools as a list of JSON schemas, or as a JSON string of one.
 
     Raises:
-        RowError: It is neither.
+        ExampleError: It is neither.
     """
     if raw is None or raw == "":
         return ()
     if isinstance(raw, str):
         raw = parse_json_text(raw, "tools")
     if not isinstance(raw, list):
-        raise RowError(f"tools is {kind(raw)}; expected a list of JSON schemas", "write [{…}], or leave tools out")
+        raise ExampleError(f"tools is {kind(raw)}; expected a list of JSON schemas", "write [{…}], or leave tools out")
     # Tables hold tools of different shapes as text.
     tools = [parse_json_text(tool, f"tools[{i}]") if isinstance(tool, str) else tool for i, tool in enumerate(raw)]
     for index, tool in enumerate(tools):
         function = tool.get("function", tool) if isinstance(tool, dict) else tool
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or not name:
-            raise RowError(f"tools[{index}] names no function", 'write {"function": {"name": …, "parameters": {…}}}')
+            raise ExampleError(
+                f"tools[{index}] names no function", 'write {"function": {"name": …, "parameters": {…}}}'
+            )
         check_json(tool, f"tools[{index}]")
     return tuple(tools)
 
@@ -234,10 +238,10 @@ def joined_parts(entry: Mapping[str, Any], role: str, at: str) -> dict[str, Any]
     Args:
         entry: The message; its content is a list.
         role: Whose turn it is.
-        at: The message's place in the row.
+        at: The message's place in the example.
 
     Raises:
-        RowError: A part is no text, or says what no template would write.
+        ExampleError: A part is no text, or says what no template would write.
     """
     texts: list[str] = []
     reasons: list[str] = []
@@ -247,18 +251,18 @@ def joined_parts(entry: Mapping[str, Any], role: str, at: str) -> dict[str, Any]
         if isinstance(part, str):
             part = {"type": "text", "text": part}
         if not isinstance(part, dict):
-            raise RowError(f"{place} is {kind(part)}; expected a part", 'write {"type": "text", "text": …}')
+            raise ExampleError(f"{place} is {kind(part)}; expected a part", 'write {"type": "text", "text": …}')
         part_kind = _part_kind(part, place)
         if part_kind == "text":
             if calls:
-                raise RowError(f"{place} is text after a tool call, which templates write before it", "move it")
+                raise ExampleError(f"{place} is text after a tool call, which templates write before it", "move it")
             texts.append(_part_text(part, "text", place))
             continue
         if role != "assistant":
-            raise RowError(f"{place} is a {part_kind} part of a {role} turn; expected text", "remove it")
+            raise ExampleError(f"{place} is a {part_kind} part of a {role} turn; expected text", "remove it")
         if part_kind in _REASONING:
             if texts or calls:
-                raise RowError(f"{place} is reasoning after the answer, which templates write before it", "move it")
+                raise ExampleError(f"{place} is reasoning after the answer, which templates write before it", "move it")
             reasons.append(_part_text(part, part_kind, place))
         else:
             call = part.get("tool_call", part.get("value"))
@@ -267,7 +271,7 @@ def joined_parts(entry: Mapping[str, Any], role: str, at: str) -> dict[str, Any]
     for key, found in (("reasoning_content", "".join(reasons)), ("tool_calls", calls)):
         if found:
             if entry.get(key):
-                raise RowError(f"{at} has {key} beside parts that say the same", "keep one of them")
+                raise ExampleError(f"{at} has {key} beside parts that say the same", "keep one of them")
             joined[key] = found
     return joined
 
@@ -275,16 +279,16 @@ def joined_parts(entry: Mapping[str, Any], role: str, at: str) -> dict[str, Any]
 def _part_kind(part: Mapping[str, Any], place: str) -> str:
     named = part.get("type", "text")
     if not isinstance(named, str):
-        raise RowError(f"{place}.type is {kind(named)}; expected text", 'write "type": "text"')
+        raise ExampleError(f"{place}.type is {kind(named)}; expected text", 'write "type": "text"')
     if any(medium in named or part.get(medium) for medium in _MEDIA):
         what = f'not yet: {place} is a part of the type "{named[:40]}"; only text is trained so far'
-        raise RowError(what, "remove these rows")
+        raise ExampleError(what, "remove these examples")
     if named not in ("text", "tool_call", *_REASONING):
         what = f'{place} has the type "{named[:40]}"; expected text, reasoning, thinking or tool_call'
-        raise RowError(what, 'write {"type": "text", "text": …}')
+        raise ExampleError(what, 'write {"type": "text", "text": …}')
     for key in ("train", *LOSS_KEYS):
         if part.get(key) is not None:
-            raise RowError(
+            raise ExampleError(
                 f'{place} has the key "{key}"; whole turns are trained or not', 'write "train" into the turn'
             )
     return named
@@ -295,5 +299,5 @@ def _part_text(part: Mapping[str, Any], part_kind: str, place: str) -> str:
         if part.get(key) is not None:
             if isinstance(part[key], str):
                 return str(part[key])
-            raise RowError(f"{place}.{key} is {kind(part[key])}; expected a string", "write the text as a string")
-    raise RowError(f"{place} has no text; expected a string", 'write {"type": "text", "text": …}')
+            raise ExampleError(f"{place}.{key} is {kind(part[key])}; expected a string", "write the text as a string")
+    raise ExampleError(f"{place} has no text; expected a string", 'write {"type": "text", "text": …}')

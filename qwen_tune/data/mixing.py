@@ -1,7 +1,7 @@
-"""Which rows train and which evaluate: shares held out, sources drawn by weight, nothing on both sides.
+"""Which examples train and which evaluate: shares held out, sources drawn by weight, nothing on both sides.
 
-Everything here is decided by what the rows say (their digests and sketches), the recipe and the seed: not by the order
-of files, nor by the tokens.
+Everything here is decided by what the examples say (their digests and sketches), the recipe and the seed: not by the
+order of files, nor by the tokens.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ DUPLICATE = "duplicate"
 NEAR_DUPLICATE = "near_duplicate"
 
 Rows = npt.NDArray[np.int64]
-"""Numbers of rows, counted through all sources: first those of data.train, then those of data.eval."""
+"""Numbers of examples, counted through all sources: first those of data.train, then those of data.eval."""
 
 Digests = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
-class RowTable:
-    """What mixing knows of the rows, for each: its source (counted likewise), hashes of what it says and of what is
+class ExampleTable:
+    """What mixing knows of the examples, for each: its source (counted likewise), hashes of what it says and of what is
     supervised of it, and its sketch.
     """
 
@@ -45,9 +45,9 @@ class RowTable:
 class Mixture:
     """Rows of both sides, and those that are on neither.
 
-    A row stands in `train` as often as it is drawn; `repeated` counts the draws beyond the first. `duplicates` and
-    `near_duplicates` are rows that say, or almost say, what a row before them says; `contaminated` are rows of the
-    evaluation for which a row that almost says the same is trained nevertheless.
+    An example stands in `train` as often as it is drawn; `repeated` counts the draws beyond the first. `duplicates` and
+    `near_duplicates` are examples that say, or almost say, what an example before them says; `contaminated` are
+    examples of the evaluation for which an example that almost says the same is trained nevertheless.
     """
 
     train: Rows
@@ -60,15 +60,15 @@ class Mixture:
     contaminated: Rows = field(default_factory=lambda: np.empty(0, np.int64))
 
 
-def mix(table: RowTable, data: DataSpec, *, seed: int) -> Mixture:
+def mix(table: ExampleTable, data: DataSpec, *, seed: int) -> Mixture:
     """Decides what trains and what evaluates.
 
-    Rows are held out before anything is drawn, so that drawing more of a source never trains what it evaluates on.
+    Examples are held out before anything is drawn, so that drawing more of a source never trains what it evaluates on.
 
     Args:
-        table: All rows of the recipe's sources.
+        table: All examples of the recipe's sources.
         data: The recipe's data section.
-        seed: Decides which rows are held out and which are drawn.
+        seed: Decides which examples are held out and which are drawn.
 
     Raises:
         DataError: Nothing would be left to train on.
@@ -86,8 +86,8 @@ def mix(table: RowTable, data: DataSpec, *, seed: int) -> Mixture:
         same = np.isin(table.digests[train], table.digests[evaluation])
         near = np.isin(groups[train], groups[evaluation]) & ~same
         if len(train) and (same | near).all():
-            what = "the evaluation sources hold every row of data.train, so that none is left to train on"
-            raise DataError(Problem("data.eval", what, "take other rows, or write eval: {fraction: 0.05}"))
+            what = "the evaluation sources hold every example of data.train, so that none is left to train on"
+            raise DataError(Problem("data.eval", what, "take other examples, or write eval: {fraction: 0.05}"))
         mixture.dropped |= {IN_EVALUATION: train[same], NEAR_EVALUATION: train[near]}
         train = train[~(same | near)]
     if data.deduplicate:
@@ -99,13 +99,14 @@ def mix(table: RowTable, data: DataSpec, *, seed: int) -> Mixture:
 
 
 def hold_out(digests: Digests, groups: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
-    """Holds out a share of the rows, those that say almost the same always on the same side.
+    """Holds out a share of the examples, those that say almost the same always on the same side.
 
-    Which ones are held out depends on what they say and the seed alone, so rows that are added or reordered do not move
-    others across. Where chains of similar rows are longer than the share, only equal rows are kept together.
+    Which ones are held out depends on what they say and the seed alone, so examples that are added or reordered do not
+    move others across. Where chains of similar examples are longer than the share, only equal examples are kept
+    together.
 
     Returns:
-        Rows to train on and rows to evaluate on; at least one of the latter.
+        Examples to train on and examples to evaluate on; at least one of the latter.
 
     Raises:
         DataError: Nothing would be left to train on.
@@ -123,15 +124,15 @@ def hold_out(digests: Digests, groups: Rows, fraction: float, seed: int) -> tupl
         raise DataError(
             Problem(
                 "data.eval.fraction",
-                f"{fraction} of {count} rows leaves none to train on",
-                "add rows or set data.eval=null",
+                f"{fraction} of {count} examples leaves none to train on",
+                "add examples or set data.eval=null",
             )
         )
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
 def _whole_groups(groups: Rows, order: Digests, wanted: int, *, largest: int) -> npt.NDArray[np.bool_]:
-    """Whole groups, of no more than `largest` rows each, until as many rows as wanted are held out."""
+    """Whole groups, of no more than `largest` examples each, until as many examples as wanted are held out."""
     _, member_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     place = np.full(len(sizes), np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(place, member_of, order)
@@ -146,7 +147,7 @@ def _whole_groups(groups: Rows, order: Digests, wanted: int, *, largest: int) ->
     return held
 
 
-def _count_duplicates(mixture: Mixture, table: RowTable, groups: Rows) -> None:
+def _count_duplicates(mixture: Mixture, table: ExampleTable, groups: Rows) -> None:
     repeats = _repeats(table.digests)
     mixture.duplicates = np.flatnonzero(repeats)
     mixture.near_duplicates = np.flatnonzero((groups != np.arange(len(groups))) & ~repeats)
@@ -160,8 +161,8 @@ def _repeats(values: npt.NDArray[np.generic]) -> npt.NDArray[np.bool_]:
     return repeats
 
 
-def _without_duplicates(train: Rows, table: RowTable, groups: Rows, data: DataSpec, mixture: Mixture) -> Rows:
-    # Rows that say the same and teach different turns of it are both kept.
+def _without_duplicates(train: Rows, table: ExampleTable, groups: Rows, data: DataSpec, mixture: Mixture) -> Rows:
+    # Examples that say the same and teach different turns of it are both kept.
     repeats = _repeats(table.supervision_digests[train])
     same = _repeats(table.digests[train])
     near = _repeats(groups[train]) & ~same if data.deduplicate == "near" else np.zeros(len(train), bool)
@@ -172,7 +173,7 @@ def _without_duplicates(train: Rows, table: RowTable, groups: Rows, data: DataSp
 
 def _draw(
     rows: Rows,
-    table: RowTable,
+    table: ExampleTable,
     sources: Sequence[SourceSpec],
     first_source: int,
     seed: int,
@@ -192,10 +193,10 @@ def _draw(
         else:
             wanted = source.rows
         if not wanted and len(there):
-            what = f"weight: {source.weight:g} of {len(there)} rows draws none"
+            what = f"weight: {source.weight:g} of {len(there)} examples draws none"
             raise DataError(Problem(f"data ({source.name})", what, "raise the weight, or leave the source out"))
         times, rest = divmod(wanted, len(there)) if len(there) else (0, 0)
-        # The place in the draw depends on what a row says, not on what else there is.
+        # The place in the draw depends on what an example says, not on what else there is.
         order = np.argsort(_scrambled(table.digests[there], f"{seed}:{source.name}"), kind="stable")
         drawn += [there] * times + [there[np.sort(order[:rest])]]
         if times == 0:
@@ -205,7 +206,7 @@ def _draw(
 
 
 def _scrambled(digests: Digests, salt: str) -> Digests:
-    """Another hash of what the rows say, one for each salt (splitmix64's last steps, by Sebastiano Vigna)."""
+    """Another hash of what the examples say, one for each salt (splitmix64's last steps, by Sebastiano Vigna)."""
     key = int.from_bytes(hashlib.sha256(salt.encode()).digest()[:8], "little")
     mixed = digests ^ np.uint64(key)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -27,7 +27,7 @@ CHUNK = 1 << 16  # texts of which the sketches are held at once
 EMPTY = np.uint16(0xFFFF)
 
 Sketches = npt.NDArray[np.uint16]
-"""One row of `BINS` a text: the smallest hash in each bin, `EMPTY` where there is none."""
+"""One example of `BINS` a text: the smallest hash in each bin, `EMPTY` where there is none."""
 
 _SPACE = 32
 _FIRST_OF_SEVERAL = 0xC0  # the first byte of a character that takes more than one

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Packs:
-    """The rows that the trainer gets: `members` are places in `samples`, pack after pack, `sizes` how many each has."""
+    """What the trainer gets: `members` are places in `samples`, pack after pack, `sizes` how many each pack has."""
 
     samples: Samples
     members: Rows
@@ -43,7 +43,7 @@ class Packs:
         }
 
     def places(self, index: int) -> list[str]:
-        """Where the rows of one pack stand, as `file:line`, each once."""
+        """Where the examples of one pack stand, as `file:line`, each once."""
         return list(dict.fromkeys(self.samples.place(place) for place in self._members_of(index)))
 
     def _members_of(self, index: int) -> list[int]:
@@ -73,7 +73,7 @@ class Packs:
 
 
 def pack(samples: Samples, data: DataSpec) -> Packs:
-    """The rows of some samples: packs, found in the cache if made before, or one sample each without packing.
+    """The examples of some samples: packs, found in the cache if made before, or one sample each without packing.
 
     Raises:
         DataError: The cache cannot be written.
@@ -101,7 +101,7 @@ def _load_packs(directory: Path, count: int) -> Rows:
 
 
 def pack_by_source(samples: Samples, data: DataSpec) -> dict[str, Packs]:
-    """The rows of each source by its name, so that each can have a loss of its own."""
+    """The examples of each source by its name, so that each can have a loss of its own."""
     names = [source.spec.name for source in samples.sources]
     numbers = dict.fromkeys(samples.source.tolist())
     return {names[number]: pack(samples.subset(np.flatnonzero(samples.source == number)), data) for number in numbers}

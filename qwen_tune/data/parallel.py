@@ -203,7 +203,7 @@ class _Done:
 
 
 class ParallelBatcher:
-    """The rows of a source as batches, made by several processes; has what a `Batcher` has.
+    """The examples of a source as batches, made by several processes; has what a `Batcher` has.
 
     They are the same batches' worth of bytes, and the same problems, however many processes there are.
     """
@@ -223,7 +223,7 @@ class ParallelBatcher:
         Args:
             parts: A reader for each, in order.
             source: What they are the parts of.
-            renderer: What renders rows in every process.
+            renderer: What renders examples in every process.
             encoder: What encodes them.
             folder: Where processes write their batches.
             processes: How many at once.
@@ -237,7 +237,7 @@ class ParallelBatcher:
         self._processes = processes
 
     def batches(self) -> Iterator[StoredBatch | None]:
-        """The batches of all parts, in order; None for rows with which something is wrong.
+        """The batches of all parts, in order; None for examples with which something is wrong.
 
         Raises:
             DataError: A process was killed, or met something that ends it.
@@ -302,7 +302,7 @@ def part_readers(
 
     Raises:
         OSError: A file cannot be read.
-        DataError: The first row cannot be.
+        DataError: The first example cannot be.
     """
     if division.processes < 2:
         return []

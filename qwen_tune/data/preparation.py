@@ -1,7 +1,7 @@
-"""Rows into samples that train and evaluate, with every row and token accounted for.
+"""Examples into samples that train and evaluate, with every example and token accounted for.
 
 `preview`, `prepare` and `train` come through here, so what is shown is what trains. Sources are tokenized into stores
-of the cache; everything after that is arithmetic on a few numbers a row.
+of the cache; everything after that is arithmetic on a few numbers an example.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_tune.chatml.template import ChatTemplate
-from qwen_tune.data.mixing import Mixture, Rows, RowTable, mix
+from qwen_tune.data.mixing import ExampleTable, Mixture, Rows, mix
 from qwen_tune.data.source_store import SourceStores
 from qwen_tune.data.sources import PROBLEMS_KEPT
 from qwen_tune.data.token_store import PreparedSource, Samples
@@ -32,29 +32,29 @@ TRUNCATED = "sample truncated before its end of turn"
 
 @dataclass
 class PreparedSplit:
-    """The samples of one side (training or evaluation) and what became of its rows.
+    """The samples of one side (training or evaluation) and what became of its examples.
 
-    `dropped_rows` and `warned_rows` hold the rows (numbers as in `mixing.Rows`) by reason; a row is counted once,
-    however often it is drawn.
+    `dropped_examples` and `warned_examples` hold the examples (numbers as in `mixing.Rows`) by reason; an example is
+    counted once, however often it is drawn.
     """
 
     examples: Samples
     rows_read: int = 0
     rows_kept: int = 0
-    dropped_rows: dict[str, Rows] = field(default_factory=dict)
+    dropped_examples: dict[str, Rows] = field(default_factory=dict)
     samples_dropped: Counter[str] = field(default_factory=Counter)
     expanded: int = 0
-    warned_rows: dict[str, Rows] = field(default_factory=dict)
+    warned_examples: dict[str, Rows] = field(default_factory=dict)
 
     @property
     def rows_dropped(self) -> Counter[str]:
         """Rows that are not trained, by reason."""
-        return Counter({reason: len(rows) for reason, rows in self.dropped_rows.items() if len(rows)})
+        return Counter({reason: len(rows) for reason, rows in self.dropped_examples.items() if len(rows)})
 
     @property
     def warnings(self) -> Counter[str]:
         """Rows that look odd, by what does."""
-        return Counter({warning: len(rows) for warning, rows in self.warned_rows.items() if len(rows)})
+        return Counter({warning: len(rows) for warning, rows in self.warned_examples.items() if len(rows)})
 
     @property
     def tokens(self) -> int:
@@ -69,7 +69,7 @@ class PreparedSplit:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Everything that trains and evaluates, and the balance of rows and tokens."""
+    """Everything that trains and evaluates, and the balance of examples and tokens."""
 
     train: PreparedSplit
     evaluation: PreparedSplit
@@ -119,7 +119,7 @@ class PreparedData:
         return found
 
     def place(self, row: int) -> str:
-        """Where a row stands, as `file:line`."""
+        """Where an example stands, as `file:line`."""
         source = next(source for source in reversed(self.sources) if source.first_row <= row)
         return source.store.source(row - source.first_row)
 
@@ -141,14 +141,14 @@ def prepare_data(data: DataSpec, template: ChatTemplate, *, seed: int) -> Prepar
     Args:
         data: The recipe's data section.
         template: The checkpoint's chat template.
-        seed: Decides which rows are held out and drawn.
+        seed: Decides which examples are held out and drawn.
 
     Raises:
-        DataError: Every row that cannot be trained on, or too little that can.
+        DataError: Every example that cannot be trained on, or too little that can.
     """
     sources = _open_sources(data, template)
     stores = [source.store for source in sources]
-    table = RowTable(
+    table = ExampleTable(
         sources=np.repeat(np.arange(len(stores)), [store.rows for store in stores]),
         digests=np.concatenate([store.digests for store in stores]),
         supervision_digests=np.concatenate([store.supervision_digests for store in stores]),
@@ -190,9 +190,9 @@ def _open_sources(data: DataSpec, template: ChatTemplate) -> list[PreparedSource
 
 
 def _prepare_split(
-    drawn: Rows, table: RowTable, sources: Sequence[PreparedSource], data: DataSpec, problems: list[Problem]
+    drawn: Rows, table: ExampleTable, sources: Sequence[PreparedSource], data: DataSpec, problems: list[Problem]
 ) -> PreparedSplit:
-    """The samples of some rows, those that do not fit or teach nothing left out."""
+    """The samples of some examples, those that do not fit or teach nothing left out."""
     rows = np.unique(drawn)
     once = _samples_of(rows, table, sources)
     row_of = np.repeat(rows, _counts(rows, sources))
@@ -210,7 +210,7 @@ def _prepare_split(
     kept = reason == 0
     rows_kept = np.unique(row_of[kept])
     lost = ~np.isin(rows, rows_kept)
-    # Of a row with several samples, the first one's reason stands for the row.
+    # Of an example with several samples, the first one's reason stands for the example.
     first = np.searchsorted(row_of, rows[lost])
     has_samples = np.isin(rows[lost], row_of)
     reasons = np.full(int(lost.sum()), REASONS.index(NO_LABELS), np.int8)
@@ -221,24 +221,24 @@ def _prepare_split(
         examples=_as_drawn(once, kept, row_of, drawn),
         rows_read=len(rows),
         rows_kept=len(rows_kept),
-        dropped_rows={name: rows[lost][reasons == code] for code, name in enumerate(REASONS) if code},
+        dropped_examples={name: rows[lost][reasons == code] for code, name in enumerate(REASONS) if code},
         samples_dropped=Counter({name: int((reason == code).sum()) for code, name in enumerate(REASONS) if code}),
         expanded=int(np.maximum(_counts(rows_kept, sources) - 1, 0).sum()),
-        warned_rows={**_warned(rows, table, sources), **warned},
+        warned_examples={**_warned(rows, table, sources), **warned},
     )
     split.samples_dropped = +split.samples_dropped
     return split
 
 
 def _counts(rows: Rows, sources: Sequence[PreparedSource]) -> Rows:
-    """How many samples each of some rows has."""
+    """How many samples each of some examples has."""
     every = np.concatenate([source.store.samples for source in sources])
     counts: Rows = every[rows]
     return counts
 
 
-def _samples_of(rows: Rows, table: RowTable, sources: Sequence[PreparedSource]) -> Samples:
-    """All samples of some rows, whole."""
+def _samples_of(rows: Rows, table: ExampleTable, sources: Sequence[PreparedSource]) -> Samples:
+    """All samples of some examples, whole."""
     counts = _counts(rows, sources)
     first = np.concatenate([source.store.first_sample for source in sources])[rows]
     within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -256,7 +256,7 @@ def _samples_of(rows: Rows, table: RowTable, sources: Sequence[PreparedSource]) 
 
 
 def _as_drawn(once: Samples, kept: npt.NDArray[np.bool_], row_of: Rows, drawn: Rows) -> Samples:
-    """The kept samples of each row, as often and in the order in which rows are drawn."""
+    """The kept samples of each example, as often and in the order in which examples are drawn."""
     places = np.flatnonzero(kept)
     owners = row_of[places]
     first = np.searchsorted(owners, drawn, side="left")
@@ -280,8 +280,8 @@ def _overlong(once: Samples, index: int, data: DataSpec) -> Problem:
     return Problem(where, what, "shorten it, or write overlong: drop")
 
 
-def _warned(rows: Rows, table: RowTable, sources: Sequence[PreparedSource]) -> dict[str, Rows]:
-    """The rows of each warning."""
+def _warned(rows: Rows, table: ExampleTable, sources: Sequence[PreparedSource]) -> dict[str, Rows]:
+    """The examples of each warning."""
     warned: dict[str, list[Rows]] = {}
     for number, source in enumerate(sources):
         own = rows[table.sources[rows] == number]
@@ -296,21 +296,21 @@ def _require_samples(split: PreparedSplit, name: str) -> None:
         return
     dropped = ", ".join(f"{count} {reason}" for reason, count in split.rows_dropped.items())
     if not len(split.examples):
-        left = f"no row is left of {split.rows_read}" + (f" ({dropped} dropped)" if dropped else "")
-        raise DataError(Problem(f"data ({name})", left, "see data.max_length_tokens" if dropped else "add rows"))
+        left = f"no example is left of {split.rows_read}" + (f" ({dropped} dropped)" if dropped else "")
+        raise DataError(Problem(f"data ({name})", left, "see data.max_length_tokens" if dropped else "add examples"))
     if split.rows_dropped[NO_LABELS] > split.rows_read / 2:
         raise DataError(
             Problem(
                 f"data ({name})",
-                f"{split.rows_dropped[NO_LABELS]} of {split.rows_read} rows have no token to learn from",
-                'see data.loss_on, "train": false in the rows, and data.max_length_tokens',
+                f"{split.rows_dropped[NO_LABELS]} of {split.rows_read} examples have no token to learn from",
+                'see data.loss_on, "train": false in the examples, and data.max_length_tokens',
             )
         )
     if split.rows_dropped.total() > split.rows_read / 2:
         raise DataError(
             Problem(
                 f"data ({name})",
-                f"more than half of the rows would be dropped: {dropped} of {split.rows_read}",
+                f"more than half of the examples would be dropped: {dropped} of {split.rows_read}",
                 "raise data.max_length_tokens, or write overlong: truncate",
             )
         )

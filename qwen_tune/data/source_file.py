@@ -25,7 +25,7 @@ _READABLE = ("gzip", "zstd")
 _CHUNK_BYTES = 1 << 18
 
 
-class Row(NamedTuple):
+class Record(NamedTuple):
     """Column names and values, and where they stand (`file:line`)."""
 
     source: str

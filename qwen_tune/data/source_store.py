@@ -1,4 +1,4 @@
-"""One source of rows, rendered and tokenized into a store of the cache."""
+"""One source of examples, rendered and tokenized into a store of the cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qwen_tune.chatml.template import ChatTemplate
 from qwen_tune.console import report
 from qwen_tune.data.batches import Batcher, collecting_by_batch
 from qwen_tune.data.cache import cached
-from qwen_tune.data.documents import TrainingRow
+from qwen_tune.data.documents import TrainingExample
 from qwen_tune.data.parallel import Division, ParallelBatcher, part_readers
 from qwen_tune.data.source_file import SourceFile
 from qwen_tune.data.sources import SourceReader, read_tools, source_files
@@ -70,7 +70,7 @@ class SourceStores:
             The store, and whether it was there already.
 
         Raises:
-            DataError: The source cannot be read, or holds rows that cannot be trained on: all of them are named.
+            DataError: The source cannot be read, or holds examples that cannot be trained on: all of them are named.
         """
         files = source_files(source)
         stamps = _stamps(files)
@@ -109,7 +109,7 @@ class SourceStores:
                 if time.monotonic() > told + SECONDS_OF_SILENCE:
                     told = time.monotonic()
                     # Not on stdout, where a preview may write JSON.
-                    report(f"preparing {source.path}: {made.rows:,} rows so far")
+                    report(f"preparing {source.path}: {made.rows:,} examples so far")
             if made.problems:
                 raise DataError(made.problems.told)
             if _stamps(files) != stamps:
@@ -119,7 +119,7 @@ class SourceStores:
     def _batches(
         self, source: SourceSpec, files: list[SourceFile] | None, division: Division, folder: Path
     ) -> tuple[Batcher | ParallelBatcher, SourceReader]:
-        """What makes the batches of a source, and a reader that knows the form of its rows when they are made."""
+        """What makes the batches of a source, and a reader that knows the form of its examples when they are made."""
         assert self._tools is not None
         first_rows = source.rows if self.data.streaming else None
         if files and first_rows is None:
@@ -134,7 +134,9 @@ class SourceStores:
         return Batcher(_until_unreadable(itertools.islice(reader, first_rows), source), *self._tools), reader
 
 
-def _until_unreadable(items: Iterator[TrainingRow | Problem], source: SourceSpec) -> Iterator[TrainingRow | Problem]:
+def _until_unreadable(
+    items: Iterator[TrainingExample | Problem], source: SourceSpec
+) -> Iterator[TrainingExample | Problem]:
     try:
         yield from items
     except OSError as error:

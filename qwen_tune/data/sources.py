@@ -1,4 +1,4 @@
-"""The recipe's data sources, read into what is trained: one pass, a row at a time."""
+"""The recipe's data sources, read into what is trained: one pass, an example at a time."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qwen_tune.data.documents import TrainingRow
-from qwen_tune.data.files import fetch, find_files, is_url, names_hub_data_set, read_rows
-from qwen_tune.data.formats import COLUMNS, FORMATS, REQUIRED_COLUMNS, Recognised, recognise, to_training_row
+from qwen_tune.data.documents import TrainingExample
+from qwen_tune.data.files import fetch, find_files, is_url, names_hub_data_set, read_records
+from qwen_tune.data.formats import COLUMNS, FORMATS, REQUIRED_COLUMNS, Recognised, recognise, to_training_example
 from qwen_tune.data.messages import parse_tools
-from qwen_tune.data.source_file import Row, SourceFile
+from qwen_tune.data.source_file import Record, SourceFile
 from qwen_tune.data.tables import without_nulls
 from qwen_tune.disk import UnreadableError, read_text_file
-from qwen_tune.errors import DataError, Problem, RowError, first_line
+from qwen_tune.errors import DataError, ExampleError, Problem, first_line
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
 
 PROBLEMS_KEPT = 1000  # enough to say how bad it is, few enough to say it soon
 
 
 class SourceReader:
-    """The rows of one source, read anew by each iteration and never held.
+    """The examples of one source, read anew by each iteration and never held.
 
-    `recognised` is None until the first row is read; then it says what form the rows have, and why. `columns_missed`
-    are those that the recipe renames and no row has had so far; None before there was a row.
+    `recognised` is None until the first example is read; then it says what form the examples have, and why.
+    `columns_missed` are those that the recipe renames and no example has had so far; None before there was an example.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class SourceReader:
             source: The recipe's source.
             system: A system text for conversations that have none.
             files: What `source_files` said, from whoever has asked; without them each iteration asks anew.
-            recognised: What form the rows have, if these files are a part of the source. Then it is not said which
-                columns no row has.
+            recognised: What form the examples have, if these files are a part of the source. Then it is not said which
+                columns no example has.
         """
         self.recognised = recognised
         self.columns_missed: set[str] | None = None
@@ -50,8 +50,8 @@ class SourceReader:
         self._system = system
         self._given = recognised
 
-    def __iter__(self) -> Iterator[TrainingRow | Problem]:
-        """Yields each row, or the problem with it.
+    def __iter__(self) -> Iterator[TrainingExample | Problem]:
+        """Yields each example, or the problem with it.
 
         Raises:
             DataError: The source is not there, or the recipe says of it what cannot be.
@@ -81,29 +81,31 @@ class SourceReader:
                 name = self.recognised.name
                 if missing := FORMATS[name].missing(columns):
                     raise _lacking(missing, columns, self.recognised)
-                yield to_training_row(columns, name, source=item.source, source_name=source.name, system=self._system)
-            except RowError as problem:
+                yield to_training_example(
+                    columns, name, source=item.source, source_name=source.name, system=self._system
+                )
+            except ExampleError as problem:
                 yield problem.at(item.source)
                 if self.recognised is None:
-                    return  # without a format every further row would say the same
+                    return  # without a format every further example would say the same
         if self._given is None:
             yield from missed_columns(source, self.columns_missed)
 
 
 def missed_columns(source: SourceSpec, names: set[str] | None) -> list[Problem]:
-    """A problem for each column that a recipe renames and no row of the source has."""
+    """A problem for each column that a recipe renames and no example of the source has."""
     return [
         Problem(
             source.path,
-            f'no row has a column "{source.columns[ours]}", which the recipe maps to {ours}',
+            f'no example has a column "{source.columns[ours]}", which the recipe maps to {ours}',
             "see data.train[].columns",
         )
         for ours in sorted(names or ())
     ]
 
 
-def iter_source(source: SourceSpec, *, system: str | None) -> Iterator[TrainingRow | Problem]:
-    """The rows of one source, and a problem for each that cannot be trained on; see `SourceReader`.
+def iter_source(source: SourceSpec, *, system: str | None) -> Iterator[TrainingExample | Problem]:
+    """The examples of one source, and a problem for each that cannot be trained on; see `SourceReader`.
 
     Args:
         source: The recipe's source.
@@ -134,12 +136,12 @@ def source_files(source: SourceSpec) -> list[SourceFile] | None:
     return [SourceFile(file, str(file)) for file in files]
 
 
-def load_conversations(data: DataSpec, *, rows_per_source: int | None = None) -> list[TrainingRow]:
-    """Every row of `data.train`, in the recipe's order.
+def load_conversations(data: DataSpec, *, rows_per_source: int | None = None) -> list[TrainingExample]:
+    """Every example of `data.train`, in the recipe's order.
 
     Args:
         data: The recipe's data section.
-        rows_per_source: Read no more rows of a source than this (a sample for `validate`).
+        rows_per_source: Read no more examples of a source than this (a sample for `validate`).
 
     Raises:
         DataError: All problems of all sources, in order of file and line.
@@ -152,9 +154,9 @@ def load_sources(
     *,
     system: str | None,
     rows_per_source: int | None = None,
-) -> list[TrainingRow]:
-    """Every row of some sources; see `load_conversations`."""
-    rows: list[TrainingRow] = []
+) -> list[TrainingExample]:
+    """Every example of some sources; see `load_conversations`."""
+    rows: list[TrainingExample] = []
     problems: list[Problem] = []
     for source in sources:
         try:
@@ -194,28 +196,28 @@ def _rename(columns: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str,
             result[ours] = columns[name]
         elif ours in REQUIRED_COLUMNS:
             what = f'there is no column "{name}", which the recipe maps to {ours}'
-            raise RowError(what, f"the row has {', '.join(map(str, list(columns)[:8])) or 'no columns'}")
+            raise ExampleError(what, f"the example has {', '.join(map(str, list(columns)[:8])) or 'no columns'}")
     return result
 
 
-def _lacking(missing: list[str], columns: Mapping[str, Any], recognised: Recognised) -> RowError:
+def _lacking(missing: list[str], columns: Mapping[str, Any], recognised: Recognised) -> ExampleError:
     what = (
-        f"the row lacks {' and '.join(missing)}; this source is read as {recognised.name} ({recognised.reason}); "
-        f"the row has {', '.join(name[:40] for name in list(columns)[:8]) or 'no columns'}"
+        f"the example lacks {' and '.join(missing)}; this source is read as {recognised.name} ({recognised.reason}); "
+        f"the example has {', '.join(name[:40] for name in list(columns)[:8]) or 'no columns'}"
     )
-    return RowError(what, "keep rows of one form in a file")
+    return ExampleError(what, "keep examples of one form in a file")
 
 
-def _rows(source: SourceSpec, files: list[SourceFile] | None) -> Iterator[Row | Problem]:
+def _rows(source: SourceSpec, files: list[SourceFile] | None) -> Iterator[Record | Problem]:
     files = source_files(source) if files is None else files
     if files is None:
-        yield from _hub_rows(source)
+        yield from _hub_records(source)
         return
     for file in files:
-        yield from read_rows(file)
+        yield from read_records(file)
 
 
-def _hub_rows(source: SourceSpec) -> Iterator[Row | Problem]:
+def _hub_records(source: SourceSpec) -> Iterator[Record | Problem]:
     import datasets
     from datasets.exceptions import DatasetsError
     from huggingface_hub import constants
@@ -244,10 +246,10 @@ def _hub_rows(source: SourceSpec) -> Iterator[Row | Problem]:
     number = 0
     try:
         for number, columns in enumerate(table, start=1):
-            yield Row(f"{source.path}[{split}]:{number}", without_nulls(columns))
+            yield Record(f"{source.path}[{split}]:{number}", without_nulls(columns))
     except Exception as error:  # files of every kind, read as they arrive, each with exceptions of its own
         what = f"the data set cannot be read from here on: {first_line(error)}"
-        fix = "try again; if it is always this row, download the file and give its path"
+        fix = "try again; if it is always this example, download the file and give its path"
         raise DataError(Problem(f"{source.path}[{split}]:{number + 1}", what, fix)) from error
 
 
@@ -263,7 +265,7 @@ def read_tools(path: str | None) -> list[Any] | None:
         return list(parse_tools(read_text_file(path)))
     except UnreadableError as error:
         raise DataError(Problem(path, f"the tools file cannot be read: {error}", "check data.train[].tools")) from None
-    except RowError as problem:
+    except ExampleError as problem:
         raise DataError(problem.at(path)) from None
 
 
@@ -271,17 +273,17 @@ SAMPLE_ROWS = 1000  # a source; reading more would make a check that is meant to
 
 
 def check_data(data: DataSpec) -> str:
-    """Reads the first rows of every local source.
+    """Reads the first examples of every local source.
 
     Returns:
         What was read, in words.
 
     Raises:
-        DataError: Every file that is missing and every row that is wrong.
+        DataError: Every file that is missing and every example that is wrong.
     """
     sources = [*data.train, *(data.eval if isinstance(data.eval, list) else ())]
     local = [source for source in sources if not is_url(source.path) and not names_hub_data_set(source.path)]
     count = len(load_sources(local, system=data.system, rows_per_source=SAMPLE_ROWS))
-    read = f"{count:,} rows read (at most {SAMPLE_ROWS:,} of a source)"
+    read = f"{count:,} examples read (at most {SAMPLE_ROWS:,} of a source)"
     remote = len(sources) - len(local)
     return f"{read}, {remote} sources elsewhere not looked at" if remote else read

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qwen_tune.data.json_files import BYTE_ORDER_MARK
-from qwen_tune.data.source_file import VALUE_LIMIT_BYTES, Row, SourceFile, data_suffix
+from qwen_tune.data.source_file import VALUE_LIMIT_BYTES, Record, SourceFile, data_suffix
 from qwen_tune.errors import Problem, first_line
 
 _BATCH_ROWS = 256
@@ -18,8 +18,8 @@ _BUFFER_BYTES = 1 << 20  # of each column
 _QUOTES = "put texts that hold quotes, commas or line breaks in double quotes, and double the quotes in them"
 
 
-def read_csv(file: SourceFile) -> Iterator[Row | Problem]:
-    """The rows of a table in text, with a header; a tab between the values of `.tsv`, a comma in `.csv`."""
+def read_csv(file: SourceFile) -> Iterator[Record | Problem]:
+    """The examples of a table in text, with a header; a tab between the values of `.tsv`, a comma in `.csv`."""
     csv.field_size_limit(VALUE_LIMIT_BYTES)
     name = file.name
     with file.open() as stream:
@@ -33,21 +33,21 @@ def read_csv(file: SourceFile) -> Iterator[Row | Problem]:
             if repeated := {column for column in header if header.count(column) > 1}:
                 yield Problem(f"{name}:1", f"the header names {', '.join(sorted(repeated))[:80]} twice", "rename one")
                 return
-            any_row, line = False, reader.line_num + 1
+            any_example, line = False, reader.line_num + 1
             for values in reader:
                 source, line = f"{name}:{line}", reader.line_num + 1
-                any_row = True
+                any_example = True
                 if not values:
                     continue
                 if len(values) != len(header):
-                    what = f"the row has {len(values)} values; the header has {len(header)} columns"
+                    what = f"the example has {len(values)} values; the header has {len(header)} columns"
                     yield Problem(source, what, _QUOTES)
                 else:
-                    yield Row(source, dict(zip(header, values)))  # noqa: B905
-            if not any_row:
-                yield Problem(f"{name}:1", "the file holds a header and no rows", "add rows")
+                    yield Record(source, dict(zip(header, values)))  # noqa: B905
+            if not any_example:
+                yield Problem(f"{name}:1", "the file holds a header and no examples", "add examples")
         except csv.Error as error:
-            yield Problem(f"{name}:{line}", f"the row is not CSV: {error}", _QUOTES)
+            yield Problem(f"{name}:{line}", f"the example is not CSV: {error}", _QUOTES)
         except UnicodeDecodeError as error:
             what = f"byte {error.start + 1} of the line is not UTF-8"
             yield Problem(f"{name}:{reader.line_num + 1}", what, "save the file as UTF-8")
@@ -63,8 +63,8 @@ def _lines(stream: BinaryIO) -> Iterator[str]:
         first = False
 
 
-def read_parquet(file: SourceFile) -> Iterator[Row | Problem]:
-    """The rows of a Parquet file, a batch at a time."""
+def read_parquet(file: SourceFile) -> Iterator[Record | Problem]:
+    """The examples of a Parquet file, a batch at a time."""
     import pyarrow
     import pyarrow.parquet
 
@@ -79,8 +79,8 @@ def read_parquet(file: SourceFile) -> Iterator[Row | Problem]:
         yield Problem(file.name, f"the file is not Parquet: {first_line(error)}", "is it whole?")
 
 
-def read_arrow(file: SourceFile) -> Iterator[Row | Problem]:
-    """The rows of an Arrow file, or of an Arrow stream, which `datasets` writes under the same name."""
+def read_arrow(file: SourceFile) -> Iterator[Record | Problem]:
+    """The examples of an Arrow file, or of an Arrow stream, which `datasets` writes under the same name."""
     import pyarrow
 
     try:
@@ -99,7 +99,7 @@ def read_arrow(file: SourceFile) -> Iterator[Row | Problem]:
 
 
 def without_nulls(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """A table's row without the nulls that Arrow invents where structs of one column differ in their keys."""
+    """A table's example without the nulls that Arrow invents where structs of one column differ in their keys."""
     return {name: _without_nulls(value) for name, value in columns.items()}
 
 
@@ -111,7 +111,7 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _table_rows(batches: Iterable[Any], name: str) -> Iterator[Row | Problem]:
+def _table_rows(batches: Iterable[Any], name: str) -> Iterator[Record | Problem]:
     number = 0
     for batch in batches:
         batch.validate(full=True)  # a damaged file may hold lengths and texts that crash whoever trusts them
@@ -122,7 +122,7 @@ def _table_rows(batches: Iterable[Any], name: str) -> Iterator[Row | Problem]:
         for start in range(0, batch.num_rows, _BATCH_ROWS):
             for columns in batch.slice(start, _BATCH_ROWS).to_pylist():
                 number += 1
-                yield Row(f"{name}:{number}", without_nulls(columns))
+                yield Record(f"{name}:{number}", without_nulls(columns))
 
 
 def _table_errors() -> tuple[type[Exception], ...]:

@@ -2,7 +2,7 @@
 
     ids.bin        4 bytes a token
     learned.bin    1 byte a token: 1 where it is supervised
-    <column>.bin   a number a sample or a row (see COLUMNS), and a sketch a row
+    <column>.bin   a number a sample or an example (see COLUMNS), and a sketch an example
     store.json     names, counts, and the hash of it all; written last
 
 Nothing here depends on lengths, packs, weights or seeds, so that those can change without tokenizing again.
@@ -41,7 +41,7 @@ COLUMNS: dict[str, np.dtype[Any]] = {
     "length": np.dtype("<i4"),
     "supervised": np.dtype("<i4"),
     "straddling": np.dtype("<i4"),
-    # a row
+    # an example
     "file_number": np.dtype("<i4"),
     "line": np.dtype("<i8"),
     "digest": np.dtype("<u8"),
@@ -55,8 +55,8 @@ COLUMNS: dict[str, np.dtype[Any]] = {
 Integers = npt.NDArray[np.int64]
 
 
-class StoreRow(NamedTuple):
-    """What is kept of a row beside its tokens.
+class StoredExample(NamedTuple):
+    """What is kept of an example beside its tokens.
 
     `digest` is a hash of what it says, `lesson` one of that and of what of it is supervised.
     """
@@ -70,9 +70,9 @@ class StoreRow(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredBatch:
-    """Some rows and their samples as numbers, as they stand in a store but for two columns.
+    """Some examples and their samples as numbers, as they stand in a store but for two columns.
 
-    `file_number` and `warnings` count within the batch: places in `files` (names) and `warnings` (those of one row
+    `file_number` and `warnings` count within the batch: places in `files` (names) and `warnings` (those of one example
     together).
     """
 
@@ -81,8 +81,8 @@ class StoredBatch:
     warnings: tuple[tuple[str, ...], ...]
 
     @classmethod
-    def of(cls, encoded: EncodedSamples, rows: Sequence[StoreRow], sketches: Sketches) -> StoredBatch:
-        """The samples of some rows, in the order of the rows."""
+    def of(cls, encoded: EncodedSamples, rows: Sequence[StoredExample], sketches: Sketches) -> StoredBatch:
+        """The samples of some examples, in the order of the examples."""
         first_tokens = np.cumsum(encoded.lengths) - encoded.lengths
         supervised = np.concatenate((np.zeros(1, np.int64), np.cumsum(encoded.loss_mask)))
         places = [row.source.rpartition(":") for row in rows]
@@ -127,7 +127,7 @@ class StoreWriter:
             file.close()
 
     def add(self, batch: StoredBatch) -> None:
-        """Adds some rows after those that are there."""
+        """Adds some examples after those that are there."""
         files = [self._names.setdefault(name, len(self._names)) for name in batch.files]
         bits = [self._warning_bits(warnings) for warnings in batch.warnings]
         numbered = {"file_number": np.array(files), "warnings": np.array(bits, np.uint64)}
@@ -165,9 +165,9 @@ class StoreWriter:
 class TokenStore:
     """A finished store.
 
-    Samples have `lengths`, `supervised`, `straddling` (tokens); rows have `samples` (how many), `first_sample`, `line`,
-    `digests` (what they say), `supervision_digests` (what of it is supervised), `warnings`
-    (a bit for each of `warning_names`) and `sketches`.
+    Samples have `lengths`, `supervised`, `straddling` (tokens); examples have `samples` (how many), `first_sample`,
+    `line`, `digests` (what they say), `supervision_digests` (what of it is supervised), `warnings` (a bit for each of
+    `warning_names`) and `sketches`.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -189,7 +189,7 @@ class TokenStore:
         for name, expected in meta["sha256"].items():
             if sha256(directory / f"{name}.bin") != expected:
                 raise ValueError(f"{name}.bin is not as it was written")
-        # Of what trains: where rows stand may change.
+        # Of what trains: where examples stand may change.
         self.sha256 = hashlib.sha256(
             str([meta["sha256"][name] for name in ("ids", "learned", "length")]).encode()
         ).hexdigest()
@@ -211,15 +211,15 @@ class TokenStore:
 
     @property
     def rows(self) -> int:
-        """How many rows the source has."""
+        """How many examples the source has."""
         return len(self.samples)
 
     def source(self, row: int) -> str:
-        """Where a row stands, as `file:line`."""
+        """Where an example stands, as `file:line`."""
         return f"{self.files[self._file[row]]}:{self._line[row]}"
 
     def row_of(self, sample: int) -> int:
-        """The row that a sample was made of."""
+        """The example that a sample was made of."""
         return int(np.searchsorted(self.first_sample, sample, side="right")) - 1
 
     def tokens(self, sample: int, limit: int | None = None) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -258,7 +258,7 @@ def _mapped(path: Path, entries: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """A source of the recipe and its tokens; `first_row` is the number of its first row in a `RowTable`."""
+    """A source of the recipe and its tokens; `first_row` is the number of its first example in a `ExampleTable`."""
 
     spec: SourceSpec
     store: TokenStore
@@ -306,7 +306,7 @@ class Samples(Sequence[TokenizedExample]):
         return self.sources[int(self.source[index])].store.tokens(int(self.sample[index]), int(self.lengths[index]))
 
     def place(self, index: int) -> str:
-        """Where the row stands that a sample was made of, as `file:line`."""
+        """Where the example stands that a sample was made of, as `file:line`."""
         store = self.sources[int(self.source[index])].store
         return store.source(store.row_of(int(self.sample[index])))
 

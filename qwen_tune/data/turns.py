@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_tune.data.values import kind, parse_json_text
-from qwen_tune.errors import RowError
+from qwen_tune.errors import ExampleError
 
 TURN_COLUMNS = ("messages", "conversations", "conversation")
 SHAREGPT_ROLES = {
@@ -26,13 +26,13 @@ def list_column(row: Mapping[str, Any], column: str) -> list[Any]:
     """A column that holds a list of turns, or JSON text of one.
 
     Raises:
-        RowError: It holds something else.
+        ExampleError: It holds something else.
     """
     value = row.get(column)
     if isinstance(value, str):
         value = parse_json_text(value, column)
     if not isinstance(value, list):
-        raise RowError(f"{column} is {kind(value)}; expected a list of turns", f"{_TURN_FIX} for each turn")
+        raise ExampleError(f"{column} is {kind(value)}; expected a list of turns", f"{_TURN_FIX} for each turn")
     return value
 
 
@@ -51,7 +51,7 @@ def to_messages(turns: list[Any], column: str) -> list[Any]:
     """Turns in any spelling as messages.
 
     Raises:
-        RowError: A turn is in none.
+        ExampleError: A turn is in none.
     """
     for turn in turns:
         if type(turn) is not dict or "role" not in turn:
@@ -62,7 +62,7 @@ def to_messages(turns: list[Any], column: str) -> list[Any]:
     for index, turn in enumerate(turns):
         at = f"{column}[{index}]"
         if not isinstance(turn, dict):
-            raise RowError(f"{at} is {kind(turn)}; expected a turn", _TURN_FIX)
+            raise ExampleError(f"{at} is {kind(turn)}; expected a turn", _TURN_FIX)
         spelled = spelling(turn)
         if spelled == "from and value":
             messages.append(_from_and_value(turn, at))
@@ -73,7 +73,7 @@ def to_messages(turns: list[Any], column: str) -> list[Any]:
         else:
             keys = ", ".join(str(key)[:40] for key in list(turn)[:8]) or "no keys"
             what = f'{at} has {keys}; expected "role" and "content", "from" and "value", or "human" and "assistant"'
-            raise RowError(what, _TURN_FIX)
+            raise ExampleError(what, _TURN_FIX)
     return messages
 
 
@@ -81,19 +81,19 @@ def history_pairs(row: Mapping[str, Any]) -> list[Any]:
     """The turns of the column `history`: [question, answer] pairs.
 
     Raises:
-        RowError: It holds something else.
+        ExampleError: It holds something else.
     """
     history = row.get("history") or []
     if isinstance(history, str):
         history = parse_json_text(history, "history")
     fix = "write [[question, answer], …]"
     if not isinstance(history, list):
-        raise RowError(f"history is {kind(history)}; expected a list of [question, answer] pairs", fix)
+        raise ExampleError(f"history is {kind(history)}; expected a list of [question, answer] pairs", fix)
     messages: list[Any] = []
     for index, pair in enumerate(history):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             found = f"{kind(pair)} of {len(pair)}" if isinstance(pair, (list, tuple)) else kind(pair)
-            raise RowError(f"history[{index}] is {found}; expected a [question, answer] pair", fix)
+            raise ExampleError(f"history[{index}] is {found}; expected a [question, answer] pair", fix)
         for role, text in zip(("user", "assistant"), pair, strict=True):
             messages.append({"role": role, "content": _spoken(text, f"history[{index}]")})
     return messages
@@ -103,7 +103,7 @@ def text_column(row: Mapping[str, Any], column: str) -> str:
     """A column that holds what somebody says.
 
     Raises:
-        RowError: It holds no text.
+        ExampleError: It holds no text.
     """
     return _spoken(row.get(column), column)
 
@@ -111,14 +111,14 @@ def text_column(row: Mapping[str, Any], column: str) -> str:
 def _spoken(value: Any, at: str) -> str:
     if isinstance(value, str) and value and not value.isspace():
         return value
-    raise RowError(f"{at} is {kind(value)}; expected text", "write the text or remove the row")
+    raise ExampleError(f"{at} is {kind(value)}; expected text", "write the text or remove the example")
 
 
 def _from_and_value(turn: dict[str, Any], at: str) -> dict[str, Any]:
     speaker, value = turn["from"], turn.get("value")
     if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         found = f'"{speaker[:40]}"' if isinstance(speaker, str) else kind(speaker)
-        raise RowError(f"{at}.from is {found}; expected one of {', '.join(SHAREGPT_ROLES)}", "rename the speaker")
+        raise ExampleError(f"{at}.from is {found}; expected one of {', '.join(SHAREGPT_ROLES)}", "rename the speaker")
     role = SHAREGPT_ROLES[speaker]
     if len(turn) == 2 and speaker != "function_call":
         return {"role": role, "content": value}
@@ -135,13 +135,13 @@ def _human_and_assistant(turn: dict[str, Any], at: str, *, is_first: bool) -> li
     if unknown := turn.keys() - {"human", "assistant", "system"}:
         # The turn is two messages: nobody can say to which of them a further key belongs.
         what = f'{at} has the key "{min(unknown)[:40]}"; expected human, assistant and system'
-        raise RowError(what, 'remove it, or write turns with "role" and "content"')
+        raise ExampleError(what, 'remove it, or write turns with "role" and "content"')
     messages = [
         {"role": role, "content": _spoken(turn.get(key), f"{at}.{key}")}
         for key, role in (("human", "user"), ("assistant", "assistant"))
     ]
     if turn.get("system"):
         if not is_first:
-            raise RowError(f"{at} has a system text; expected it in the first turn", "move it there")
+            raise ExampleError(f"{at} has a system text; expected it in the first turn", "move it there")
         messages.insert(0, {"role": "system", "content": turn["system"]})
     return messages

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from qwen_tune.errors import RowError
+from qwen_tune.errors import ExampleError
 
 DEEPEST = 100
 """Levels of nesting that a tool, a call's arguments or a template's argument may have."""
@@ -118,22 +118,22 @@ def check_json(value: Any, name: str) -> None:
     """Refuses what a template could not write as JSON.
 
     Raises:
-        RowError: The value holds a table's date, an infinite number, or too many levels.
+        ExampleError: The value holds a table's date, an infinite number, or too many levels.
     """
     if found := unlike_json(value):
-        raise RowError(f"{name} holds {found}; expected plain JSON", "write it as text or as a number")
+        raise ExampleError(f"{name} holds {found}; expected plain JSON", "write it as text or as a number")
 
 
 def parse_json_text(text: str, name: str) -> Any:
-    """Parses JSON that a row carries inside a string.
+    """Parses JSON that an example carries inside a string.
 
     Raises:
-        RowError: The string is not JSON.
+        ExampleError: The string is not JSON.
     """
     try:
         return decode(text)
     except ValueError as error:
-        raise RowError(f"{name} is a string that is not JSON ({error}); expected JSON", "fix the string") from None
+        raise ExampleError(f"{name} is a string that is not JSON ({error}); expected JSON", "fix the string") from None
 
 
 def kind(value: Any) -> str:
@@ -151,8 +151,8 @@ def kind(value: Any) -> str:
     return type(value).__name__
 
 
-def shown_row(row: Mapping[str, Any]) -> str:
-    """A row for an error message: its columns and the beginnings of their values, in at most 300 characters."""
+def shown_example(row: Mapping[str, Any]) -> str:
+    """An example for an error message: its columns and the beginnings of their values, in at most 300 characters."""
     text = "{" + ", ".join(f'"{name[:40]}": {_shown(value, 2)}' for name, value in row.items()) + "}"
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 1]}…"
 

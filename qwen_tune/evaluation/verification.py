@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 PLAIN_PROMPTS = ("Hello!", "Write a function that adds two numbers.", "What is the capital of France?")
 
 
-def rows_of_the_run(run: Path, template: ChatTemplate, count: int) -> list[TokenizedExample]:
-    """The first held-out samples, or training samples; none where the rows are not available any more."""
+def examples_of_the_run(run: Path, template: ChatTemplate, count: int) -> list[TokenizedExample]:
+    """The first held-out samples, or training samples; none where the examples are not available any more."""
     from qwen_tune.data.preparation import prepare_data
     from qwen_tune.recipe.files import load_recipe
 
@@ -45,7 +45,7 @@ def plain_prompts(template: ChatTemplate) -> list[list[int]]:
 
 
 def mean_loss(model: PreTrainedModel, rows: list[TokenizedExample], longest: int) -> float:
-    """Nats/token, over supervised tokens, over the first `longest` tokens of each row; computed a row at a time."""
+    """Nats/token over supervised tokens, of the first `longest` tokens of each example, one example at a time."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -108,7 +108,7 @@ class Comparison:
         )
         if self.losses:
             parts = ", ".join(f"{name.replace('_', ' ')} {loss:.4f}" for name, loss in self.losses.items())
-            text += f"\nloss on rows of the run (nats/token): {parts}"
+            text += f"\nloss on examples of the run (nats/token): {parts}"
         return text
 
 
@@ -148,7 +148,8 @@ def compare_merged(paths: Sequence[Path], merged: Path, base: str | None = None)
     """Loads both models one after the other and compares their logits.
 
     Args:
-        paths: The run, whose held-out rows are used (or training rows, or else a few plain prompts), or adapters in
+        paths: The run, whose held-out examples are used (or training examples, or else a few plain prompts), or
+        adapters in
             the order in which they were merged.
         merged: The merged model's directory.
         base: Another base than the one that the adapter names.
@@ -167,7 +168,7 @@ def compare_merged(paths: Sequence[Path], merged: Path, base: str | None = None)
     _check_memory(merged)
     template = ChatTemplate(AutoTokenizer.from_pretrained(merged))
     run = adapters[0].run
-    rows = rows_of_the_run(run, template, LOSS_SAMPLES) if run else []
+    rows = examples_of_the_run(run, template, LOSS_SAMPLES) if run else []
     samples = [row.input_ids for row in rows[:SAMPLES]] or plain_prompts(template)
     batches = [torch.tensor([ids[:TOKENS_A_SAMPLE]]) for ids in samples]
     expected = list(_logits(load_with_adapters(adapters, torch.float32), batches))

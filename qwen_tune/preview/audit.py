@@ -1,4 +1,4 @@
-"""What became of the rows, with places: the balance, what was left out and why, what looks odd."""
+"""What became of the examples, with places: the balance, what was left out and why, what looks odd."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SHARES_KEPT = (0.9, 0.99, 1.0)
 IN_WORDS = {
     OVERLONG: "longer than data.max_length_tokens",
     NO_LABELS: "nothing to learn from",
-    IN_EVALUATION: "also an evaluation row",
-    NEAR_EVALUATION: "almost the same as an evaluation row",
-    DUPLICATE: "the same as an earlier row",
-    NEAR_DUPLICATE: "almost the same as an earlier row",
+    IN_EVALUATION: "also an evaluation example",
+    NEAR_EVALUATION: "almost the same as an evaluation example",
+    DUPLICATE: "the same as an earlier example",
+    NEAR_DUPLICATE: "almost the same as an earlier example",
 }
 
 
@@ -38,7 +38,7 @@ class Found:
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """One source: its form and why it was taken for that, its rows, and the samples and tokens that it contributes.
+    """One source: its form and why it was taken for that, its examples, and the samples and tokens that it contributes.
 
     `train` and `evaluation` count samples, as often as they are drawn.
     """
@@ -98,7 +98,7 @@ def audit(data: PreparedData, spec: DataSpec) -> Audit:
     sources = [_source_facts(data, number) for number in range(len(data.sources))]
     mixture = data.mixture
     both = (data.train, data.evaluation)
-    dropped = _merged([mixture.dropped, *(split.dropped_rows for split in both)])
+    dropped = _merged([mixture.dropped, *(split.dropped_examples for split in both)])
     gone = np.concatenate([np.empty(0, np.int64), *dropped.values()])
     duplicates = {
         IN_WORDS[DUPLICATE]: np.setdiff1d(mixture.duplicates, gone),
@@ -110,7 +110,7 @@ def audit(data: PreparedData, spec: DataSpec) -> Audit:
         sources=sources,
         lengths=_lengths(data, spec.max_length_tokens),
         dropped=_found(data, dropped, IN_WORDS),
-        warnings=_found(data, _merged([split.warned_rows for split in both]), {}),
+        warnings=_found(data, _merged([split.warned_examples for split in both]), {}),
         duplicates=_found(data, duplicates, {}),
         silent_sources=[source.name for source in sources if not source.train + source.evaluation],
     )
@@ -134,7 +134,7 @@ def _found(data: PreparedData, kinds: Mapping[str, Rows], in_words: Mapping[str,
 
 def _source_facts(data: PreparedData, number: int) -> SourceFacts:
     source = data.sources[number]
-    recognised = source.store.facts.get("recognised") or {"name": "none", "reason": "no rows"}
+    recognised = source.store.facts.get("recognised") or {"name": "none", "reason": "no examples"}
 
     def of(split: PreparedSplit) -> npt.NDArray[np.bool_]:
         own: npt.NDArray[np.bool_] = split.examples.source == number

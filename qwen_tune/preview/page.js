@@ -1,6 +1,6 @@
 "use strict";
 
-// All that rows say arrives through textContent or attributes; nothing here writes HTML.
+// All that examples say arrives through textContent or attributes; nothing here writes HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
 const { audit } = data;
 const SUPERVISED = 1, CONTROL = 2, PER_PAGE = 10, LONG = 400, CONTEXT = 60;
@@ -54,10 +54,10 @@ function showCards() {
   const dropped = Object.values(rows.dropped).reduce((sum, value) => sum + value, 0);
   const fates = [[rows.trained, "train"], [rows.evaluation, "evaluate"], [rows.not_sampled, "not drawn"]];
   const parts = fates.filter(([value]) => value).map(([value, name]) => `${count(value)} ${name}`);
-  const more = samples.expanded ? ` · ${count(samples.expanded)} added by rows that make several` : "";
-  const again = samples.repeated ? ` · ${plural(samples.repeated, "row")} drawn again` : "";
+  const more = samples.expanded ? ` · ${count(samples.expanded)} added by examples that make several` : "";
+  const again = samples.repeated ? ` · ${plural(samples.repeated, "example")} drawn again` : "";
   const cards = [
-    ["Rows read", count(rows.read), [...parts, `${count(dropped)} dropped`].join(" · ")],
+    ["Examples read", count(rows.read), [...parts, `${count(dropped)} dropped`].join(" · ")],
     ["Samples", count(samples.train + samples.evaluation),
       `${count(samples.train)} train · ${count(samples.evaluation)} evaluate${more}${again}`],
     ["Tokens", count(tokens.prepared), `longest sample ${count(audit.lengths.longest)}`],
@@ -71,7 +71,7 @@ function showCards() {
 }
 
 function showSources() {
-  const names = ["Source", "Form", "Rows", "Train", "Evaluate", "Tokens", "Supervised"];
+  const names = ["Source", "Form", "Examples", "Train", "Evaluate", "Tokens", "Supervised"];
   const kind = (index) => (index === 6 ? "bar-cell" : index > 1 ? "number" : "");
   const cell = (index, ...content) => make("td", { class: kind(index), "data-name": names[index] }, ...content);
   const heads = names.map((name, index) => make("th", { class: kind(index) }, name));
@@ -132,12 +132,12 @@ function showFindings() {
   for (const [kind, found] of rows) {
     const places = make("div", { class: "places" }, ...byFile(found.places).map((place) => make("span", {}, place)));
     if (found.rows > found.places.length) places.append(`and ${count(found.rows - found.places.length)} more`);
-    addFinding(kind, "warn", `${plural(found.rows, "row")}: ${found.what}`, places);
+    addFinding(kind, "warn", `${plural(found.rows, "example")}: ${found.what}`, places);
   }
   for (const name of audit.silent_sources) addFinding("silent", "warn", `The source ${name} contributes nothing.`);
   if (!audit.dropped.length) addFinding("complete", "fine", "Nothing was dropped.");
-  if (!audit.duplicates.length) addFinding("distinct", "fine", "No row repeats another, and none is on both sides.");
-  if (!audit.warnings.length) addFinding("clean", "fine", "No row looks odd.");
+  if (!audit.duplicates.length) addFinding("distinct", "fine", "No example repeats another, and none is on both sides.");
+  if (!audit.warnings.length) addFinding("clean", "fine", "No example looks odd.");
 }
 
 // ["a.jsonl:4", "a.jsonl:9"] as ["a.jsonl:4, 9"].

@@ -1,6 +1,6 @@
 """The preview as one page of HTML that needs nothing else: the audit, and samples to look through token by token.
 
-The page's parts lie beside this module. What comes from rows goes in as JSON and is shown as text, never as HTML.
+The page's parts lie beside this module. What comes from examples goes in as JSON and is shown as text, never as HTML.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def page(
     Args:
         recipe: Gives its name and the settings that decide what is supervised.
         inputs: The checkpoint, its tokenizer, and everything that trains and evaluates.
-        audit: What became of the rows.
+        audit: What became of the examples.
         places: The training samples to hold; as many of them as a page of sensible size has room for.
     """
     facts = {

@@ -29,7 +29,7 @@ BAR = 8  # cells
 # White space at the border of what is supervised decides whether an answer begins or ends as it should.
 BORDER = {" ": "·", "\t": "⇥", "\n": "↵\n"}
 
-# A row must not command the terminal that shows it.
+# An example must not command the terminal that shows it.
 HARMLESS = {
     **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"},
     0x7F: 0x2421,
@@ -193,7 +193,7 @@ def _in_one_line(text: str, longest: int) -> str:
 
 
 def show_audit(audit: Audit, shown: int, console: Console) -> None:
-    """Prints what became of all rows: sources, balance, lengths, and what was left out or looks odd, with places."""
+    """Prints what became of all examples: sources, balance, lengths; what was left out or looks odd, with places."""
     facts = audit.facts
     rows, samples, tokens = facts["rows"], facts["samples"], facts["tokens"]
     print_rule(console)
@@ -214,12 +214,12 @@ def show_audit(audit: Audit, shown: int, console: Console) -> None:
     parts = " + ".join(f"{count:,} {name}" for name, count in balance.items() if count)
     counted = [f"{samples['train'] + samples['evaluation']:,}"]
     if samples["expanded"]:
-        counted.append(f"{samples['expanded']:,} added by rows that make several")
+        counted.append(f"{samples['expanded']:,} added by examples that make several")
     if samples["repeated"]:
-        counted.append(f"{samples['repeated']:,} {_plural('row', samples['repeated'])} drawn again")
+        counted.append(f"{samples['repeated']:,} {_plural('example', samples['repeated'])} drawn again")
     lines = [
         *(("form", text) for text in _forms(audit)),
-        ("rows", f"{rows['read']:,} read = {parts}"),
+        ("examples", f"{rows['read']:,} read = {parts}"),
         ("samples", ", ".join(counted)),
         ("tokens", f"{tokens['prepared']:,} = {tokens['supervised']:,} supervised + {tokens['context']:,} context"),
         ("lengths", _in_words(audit)),
@@ -232,7 +232,7 @@ def _sources_table(audit: Audit) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     table.add_column("source", overflow="fold")
     table.add_column("form")
-    for name in ("rows", "train", "evaluate", "tokens"):
+    for name in ("examples", "train", "evaluate", "tokens"):
         table.add_column(name, justify="right")
     table.add_column("supervised")
     for source in audit.sources:
@@ -255,7 +255,7 @@ def _in_words(audit: Audit) -> str:
 
 
 def _forms(audit: Audit) -> Iterator[str]:
-    """What the rows were taken for and why, once for all sources of which the same is true."""
+    """What the examples were taken for and why, once for all sources of which the same is true."""
     names: dict[str, list[str]] = {}
     for source in audit.sources:
         names.setdefault(f"{source.format}: {source.why}", []).append(source.name)
@@ -280,12 +280,12 @@ def findings(audit: Audit) -> Iterator[tuple[str, str]]:
 
 
 def _with_places(found: Found) -> str:
-    """As `3 rows: nothing to learn from (a.jsonl:4, 9, b.jsonl:1)`."""
+    """As `3 examples: nothing to learn from (a.jsonl:4, 9, b.jsonl:1)`."""
     places = []
     for file, group in groupby((place.rpartition(":") for place in found.places), key=lambda parts: parts[0]):
         places.append(f"{file}:{', '.join(line for _, _, line in group)}")
     more = ", …" if found.rows > len(found.places) else ""
-    return f"{found.rows:,} {_plural('row', found.rows)}: {found.what} ({', '.join(places)}{more})"
+    return f"{found.rows:,} {_plural('example', found.rows)}: {found.what} ({', '.join(places)}{more})"
 
 
 def _plural(word: str, count: int) -> str:

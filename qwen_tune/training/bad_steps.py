@@ -18,7 +18,7 @@ from torch import Tensor
 from qwen_tune.errors import Problem, TrainingError
 
 PlacesOf = Callable[[int, Sequence[int] | None], list[str]]
-"""`file:line` of the rows of some micro-batches of a step, numbered through all processes; of all for None."""
+"""`file:line` of the examples of some micro-batches of a step, numbered through all processes; of all for None."""
 
 WORSE_THAN_GUESSING = 2.0
 MOST_IN_A_ROW = 10
@@ -33,7 +33,7 @@ class BadStep:
     loss: float | None
     grad_norm: float | None
     rows: list[str]
-    """`file:line` of the rows that were in it; where some of its batches alone were bad, those of these."""
+    """`file:line` of the examples that were in it; where some of its batches alone were bad, those of these."""
 
     def __str__(self) -> str:
         measures = {"loss": self.loss, "gradient norm": self.grad_norm}
@@ -43,7 +43,7 @@ class BadStep:
             what = f"the loss is {self.loss:.4g}, more than twice that of guessing"
         shown = ", ".join(self.rows[:ROWS_SHOWN])
         rest = f" and {len(self.rows) - ROWS_SHOWN} more (bad_steps in run.json)" if len(self.rows) > ROWS_SHOWN else ""
-        return f"{what}; its rows are {shown}{rest}"
+        return f"{what}; its examples are {shown}{rest}"
 
 
 class StepWatch:
@@ -54,7 +54,7 @@ class StepWatch:
         skips: Whether bad steps are left out, instead of ending the run.
         judges_gradients: Whether a gradient that is not finite is bad; under float16 the loss scale deals with it.
         gather: Puts the numbers of all processes together, process by process.
-        places_of: Tells the rows of a step.
+        places_of: Tells the examples of a step.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class StepWatch:
         bad = []
         for step, (batches, norm) in enumerate(steps, start=last_step - len(steps) + 1):
             numbers = torch.stack([*batches, norm.to(batches[0])])
-            # a row a process: its micro-batches, then the norm
+            # an example a process: its micro-batches, then the norm
             table = self._gather(numbers[None]).reshape(-1, len(numbers)).tolist()
             losses = [row[:-1] for row in table]
             loss, grad_norm = sum(map(sum, losses)) / len(losses), table[0][-1]
@@ -136,7 +136,7 @@ class StepWatch:
         """
         if bad and not self.skips:
             fix = (
-                "fix these rows (and allow that with train.allow_drift=[data_fingerprint]); or lower "
+                "fix these examples (and allow that with train.allow_drift=[data_fingerprint]); or lower "
                 "train.learning_rate (train.allow_drift=[train.learning_rate]); or leave such steps out with "
                 "train.on_bad_step=skip. The run resumes from its last checkpoint"
             )

@@ -44,8 +44,8 @@ class _SummedNll(torch.autograd.Function):
         total = torch.zeros((), dtype=precise, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         if rows is not None and row_ids is not None:
-            new_rows = rows.to(weight.dtype)
-            change = new_rows - weight[row_ids]
+            new_examples = rows.to(weight.dtype)
+            change = new_examples - weight[row_ids]
             rows_gradient = torch.zeros_like(rows, dtype=precise)
         # One buffer for the logits of every chunk: on a CPU, fresh pages cost as much as the sums over them.
         buffer = hidden.new_empty((min(CHUNK_TOKENS, hidden.shape[0]), weight.shape[0]), dtype=weight.dtype)
@@ -54,7 +54,7 @@ class _SummedNll(torch.autograd.Function):
             target = targets[start : start + CHUNK_TOKENS]
             raw = torch.matmul(states, weight.T, out=buffer[: states.shape[0]])
             if row_ids is not None:
-                raw[:, row_ids] = states @ new_rows.T
+                raw[:, row_ids] = states @ new_examples.T
             logits = raw.to(precise)
             chosen = logits.gather(1, target[:, None]).squeeze(1)
             largest = logits.amax(dim=1)

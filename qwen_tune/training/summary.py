@@ -48,7 +48,7 @@ def show_job(job: Job) -> None:
     tokens_per_step = job.data.train.tokens * min(recipe.train.global_batch_size, schedule.packs) // schedule.packs
     lines = {
         "base": f"{job.base.id}  ({job.base.model_type}, {_precision(recipe, job.dtype)})",
-        "data": f"{rows['read']:,} rows: {rows['trained']:,} train, {rows['evaluation']:,} evaluate"
+        "data": f"{rows['read']:,} examples: {rows['trained']:,} train, {rows['evaluation']:,} evaluate"
         + (f", {rows['not_sampled']:,} not drawn" if rows["not_sampled"] else "")
         + (f", {sum(rows['dropped'].values()):,} dropped" if rows["dropped"] else ""),
         "tokens": f"{tokens['prepared']:,} in {samples['train'] + samples['evaluation']:,} samples, "

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from training_bench.cases import PRESETS  # noqa: E402
-from training_bench.rows import draw_rows, probe_rows, read_rows, write_rows  # noqa: E402
+from training_bench.rows import draw_rows, probe_examples, read_records, write_rows  # noqa: E402
 from training_bench.shapes import SHAPES  # noqa: E402
 from training_bench.sides import build_base, rows_needed, train_ours, wait  # noqa: E402
 
@@ -41,7 +41,7 @@ def main() -> None:
         base, rows = Path(folder) / "base", Path(folder) / "rows.jsonl"
         build_base(base, SHAPES[case.shape])
         write_rows(rows, draw_rows(case.length, rows_needed(case)))
-        probe = probe_rows(read_rows(rows), case.length)
+        probe = probe_examples(read_records(rows), case.length)
         watcher = profiling(case.warm_up_steps, options.steps)
         train_ours(case, base, rows, probe, Path(folder), compiled=options.compiled, watcher=watcher)
     print(watcher.table(options.top))

@@ -56,12 +56,12 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_records(path: Path) -> list[Row]:
     """From JSON lines."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def probe_rows(rows: list[Row], length: int) -> list[Row]:
+def probe_examples(rows: list[Row], length: int) -> list[Row]:
     """The first rows that fit into one pack, at most a batch of them."""
     chosen: list[Row] = []
     for row in rows:

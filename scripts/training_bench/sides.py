@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from training_bench.cases import Case
-from training_bench.rows import ROWS_A_BATCH, Row, probe_rows, read_rows
+from training_bench.rows import ROWS_A_BATCH, Row, probe_examples, read_records
 from training_bench.shapes import ALPHA, LINEAR, RANK, SHAPES, Shape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,8 +107,8 @@ def build_base(folder: Path, shape: Shape) -> None:
 
 def measure(side: str, case: Case, base: Path, rows: Path) -> dict[str, Any]:
     """Trains one side and returns what its gauges found."""
-    data = read_rows(rows)
-    probe = probe_rows(data, case.length)
+    data = read_records(rows)
+    probe = probe_examples(data, case.length)
     with tempfile.TemporaryDirectory() as folder:
         if side.startswith("ours"):
             return train_ours(case, base, rows, probe, Path(folder), compiled=side == "ours-compiled")
