@@ -60,10 +60,6 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _open_privately(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
 def temporary_beside(path: Path) -> Path:
     """The path in the same directory at which something is made before it is renamed to `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -80,7 +76,8 @@ def write_atomically(path: Path, text: str, *, private: bool = False) -> None:
     """
     temporary = temporary_beside(path)
     temporary.unlink(missing_ok=True)  # a killed process with the same id may have left one with another mode
-    with open(temporary, "w", encoding="utf-8", opener=_open_privately if private else None) as file:
+    mode = 0o600 if private else 0o666  # less the umask
+    with open(temporary, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -3,7 +3,8 @@
     .venv/bin/python scripts/bench_prepare.py BASE_DIR [--rows 20000] [--max-length 2048] [--rounds 3] [--sides SIDE …]
 
 BASE_DIR needs a tokenizer and the template of a Qwen2.5 checkpoint. The chats are generated anew from the bundled
-examples and invented words. Each measurement is a process of its own, timed after its imports and with the tokenizer loaded:
+examples and invented words. Each measurement is a separate process, timed after its imports and with the
+tokenizer loaded:
 
     qwen-tune   from the file to packs, with an empty cache: reading, checking, rendering, tokenizing, labels,
                 hashes, near-duplicates, writing the cache, packing; on all cores

@@ -1,7 +1,7 @@
 """The definition of the loss mask, read slowly and literally, apart from the code that it judges.
 
-It works on examples as they stand in a file and on what is documented of a family (`Revision`), where the toolkit parses
-examples and finds out about a template by rendering. Nothing here comes from `qwen_tune`.
+It works on examples as they stand in a file and on what is documented of a family (`Revision`), where the toolkit
+parses examples and learns a template by rendering. Nothing here comes from `qwen_tune`.
 """
 
 from __future__ import annotations

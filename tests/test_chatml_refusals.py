@@ -110,7 +110,7 @@ def test_a_row_that_contradicts_its_own_arguments_is_refused(template):
     ],
 )
 def test_a_row_sets_variables_of_the_template_only(template, name):
-    """The rest are the tokenizer's and Jinja's own: an example could bring another template along, or break its loops."""
+    """The rest are the tokenizer's and Jinja's own: an example could bring another template, or break its loops."""
     with pytest.raises(ExampleError, match=f'sets "{name}", which no example can set'):
         render_samples(replace(conversation(CHAT), chat_template_kwargs={name: 1}), template["qwen3"], data())
 

@@ -145,7 +145,7 @@ def test_other_facts_are_refused_unless_they_are_allowed(uninterrupted, tmp_path
     assert weights(resumed) == weights(uninterrupted)
 
 
-def test_another_processor_or_number_of_threads_is_told(uninterrupted, tmp_path, monkeypatch, capsys):
+def test_another_processor_or_number_of_threads_is_reported(uninterrupted, tmp_path, monkeypatch, capsys):
     folder = copy_of(uninterrupted, tmp_path, at="step-6")
     record = folder / "run" / "run.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "threads": 96}))

@@ -1,4 +1,4 @@
-"""The house itself: what imports what, what is named how, and that nothing is promised that does not exist."""
+"""The structure of the package: imports, names, and that everything the documentation mentions exists."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def loaded_modules(code: str) -> set[str]:
     return set(json.loads(result.stdout.splitlines()[-1]))
 
 
-def test_commands_that_answer_at_once_load_nothing_heavy():
+def test_quick_commands_load_nothing_heavy():
     code = (
         "from qwen_tune.cli import run_command\n"
         "import contextlib, io\n"
@@ -64,7 +64,7 @@ def test_commands_that_answer_at_once_load_nothing_heavy():
     assert not loaded_modules(code) & set(HEAVY)
 
 
-def test_no_module_answers_to_a_name_of_another_package():
+def test_no_module_has_the_name_of_another_package():
     taken = set(sys.stdlib_module_names) | set(packages_distributions())
     assert not {name for name in MODULES if not name.startswith("__")} & taken
 
@@ -72,7 +72,7 @@ def test_no_module_answers_to_a_name_of_another_package():
 def test_imports_between_folders_run_one_way():
     assert set(FOLDERS) == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     for path in PACKAGE.rglob("*.py"):
-        # The modules beside the folders are either below all of them, or the commands above.
+        # The modules outside the folders are either below all of them, or the commands above.
         is_command = path.parent == PACKAGE and path.stem in ("__main__", "cli", "train")
         here = -1 if path.parent == PACKAGE else FOLDERS.index(path.parent.name)
         imported = re.findall(r"^ *(?:from|import) qwen_tune\.(\w+)", path.read_text(), re.M)
@@ -129,10 +129,10 @@ def _anchors(page: Path) -> set[str]:
 
 
 OF_OTHERS = {"peft_helper.py"}
-"""Modules of other packages that ours are spoken of."""
+"""Modules of other packages that our texts mention."""
 
 
-def test_modules_that_are_spoken_of_exist():
+def test_mentioned_modules_exist():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     names = [name for name in listed.split("\0") if name.endswith((".py", ".md"))]
     for name in names:
@@ -140,7 +140,7 @@ def test_modules_that_are_spoken_of_exist():
             assert any(f"/{path}".endswith(f"/{spoken}") for path in names), f"{name}: {spoken}"
 
 
-def test_the_tree_of_errors_is_drawn_whole():
+def test_the_tree_of_errors_is_complete():
     from qwen_tune import errors
 
     named = {
@@ -150,7 +150,7 @@ def test_the_tree_of_errors_is_drawn_whole():
     assert named == drawn
 
 
-def test_no_file_holds_a_path_of_the_machine_it_was_written_on():
+def test_no_file_contains_a_path_of_a_developers_machine():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files = [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
     assert len(files) > 50
@@ -162,7 +162,7 @@ def test_no_file_holds_a_path_of_the_machine_it_was_written_on():
 
 
 Sections = frozenset[str]
-"""Names of classes of the schema: what an expression may be, or hold as items."""
+"""Classes of the schema that an expression may be, or contain as items."""
 
 
 class KeyReads(ast.NodeVisitor):
@@ -230,7 +230,7 @@ SECTION_FIELDS = {
 
 
 def test_every_recipe_key_is_used_or_refused():
-    """A key that is accepted and does nothing is a typo that the user cannot see."""
+    """An accepted key without effect is a typo that the user cannot see."""
     reads = {f"TrainSpec.{ALLOWED.removeprefix('train.')}"}  # `runs/drift.py` reads it in the resolved YAML
     for path in PACKAGE.rglob("*.py"):
         if path.parent.name != "recipe":
@@ -248,7 +248,7 @@ def test_every_recipe_key_is_used_or_refused():
     assert [key for key, read in keys.items() if read not in reads and key not in refused] == []
 
 
-def test_constraints_pin_everything_the_project_asks_for():
+def test_constraints_pin_every_dependency():
     try:
         import tomllib
     except ModuleNotFoundError:

@@ -75,11 +75,13 @@ def launch(arguments: Sequence[str], processes: int, logs: Path) -> int:
 
     All but the first write their output to `logs`. Returns 0, or the exit code of the process that failed.
     """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        free_port = listener.getsockname()[1]
     shared = {
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port),
     }
     if not visible_gpus():
         shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(max(1, usable_cores() // processes))}
@@ -125,13 +127,6 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int | None:
                 worker.kill()
         time.sleep(0.05 if running else 0)
     return failed
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def resume_command(recipe_path: str | Path, overrides: Sequence[str], recipe: Recipe) -> str:
