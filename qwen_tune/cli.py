@@ -330,7 +330,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _name_or_path(text: str) -> str:
     if fault := path_fault(text):
         shown = text if len(text) <= 80 else f"{text[:80]}…"
-        raise argparse.ArgumentTypeError(f"got {shown}, which is no usable path ({fault})")
+        raise argparse.ArgumentTypeError(f"got {shown}, which is not a usable path ({fault})")
     return text
 
 
@@ -350,7 +350,7 @@ def _size(text: str) -> int:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
     number, unit = text[:-2].strip(), text[-2:].upper()
     if unit not in units or not number.isdecimal() or int(number) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no size; expected a whole number with KB, MB or GB, such as 5GB")
+        raise argparse.ArgumentTypeError(f"{text} is not a size; expected a number with KB, MB or GB, such as 5GB")
     return int(number) * units[unit]
 
 

@@ -13,7 +13,7 @@ QwenTuneError                  the message is all that the user sees; the proces
 
 ExampleError is what is wrong with a record whose place is not known yet; it becomes a `Problem`.
 
-Interrupted, a KeyboardInterrupt, is no error: a run that was asked to stop and has saved its work; exit code 130.
+Interrupted, a KeyboardInterrupt, is not an error: a run that was asked to stop and has saved its work; exit code 130.
 
 Anything else that is raised is a bug of ours and keeps its traceback.
 """

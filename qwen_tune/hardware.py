@@ -112,7 +112,7 @@ def find_gpu(name: str) -> Gpu:
         return found[0]
     names = [gpu.name for gpu in found or GPUS]
     near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
-    what = f"got {name!r}, which {'several are called' if found else 'is no GPU that is known here'}"
+    what = f"got {name!r}, which {'names several GPUs' if found else 'is not a known GPU'}"
     raise QwenTuneError(Problem("--gpu", what, f"write {' or '.join(names if found else near or names)}"))
 
 

@@ -138,12 +138,12 @@ def test_loraplus_gives_the_b_matrices_a_rate_of_their_own(workspace, monkeypatc
         ("lora.alpha_pattern={w_pack: 4}", "lora.alpha_pattern: w_pack matches no layer"),
         ("lora.modules_to_save=[head]", "head matches no module"),
         ("lora.modules_to_save=[lm_head]", "lm_head is tied to the other end"),
-        ("lora.trainable_token_indices=[99999]", "99999 is no token of this model; ids go from 0"),
+        ("lora.trainable_token_indices=[99999]", "99999 is not a token of this model; ids go from 0"),
         ("lora.trainable_token_indices={wte: [1]}", "wte has no token rows of its own; expected embed_tokens"),
         ("lora.trainable_token_indices={lm_head: [1]}", "(its two ends are tied: one row a token)"),
         ("lora.trainable_token_indices={q_proj: [1]}", "q_proj has no token rows of its own"),
         ("lora.modules_to_save=[layers]", "layers holds layers that get an adapter"),
-        ('lora.rank_pattern={"(": 4}', "( is no regular expression"),
+        ('lora.rank_pattern={"(": 4}', "( is not a regular expression"),
     ],
 )
 def test_what_is_not_in_the_model_is_told(workspace, monkeypatch, override, message):

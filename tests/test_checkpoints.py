@@ -41,7 +41,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named(uninterrupted, tmp_path, monk
     damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     resumed = run(folder, monkeypatch)
     printed = capsys.readouterr().out
-    assert "passed over checkpoint step-6: optimizer.safetensors has been changed" in " ".join(printed.split())
+    assert "skipped checkpoint step-6: optimizer.safetensors has been changed" in " ".join(printed.split())
     assert "resuming from step-3" in printed
     assert weights(resumed) == weights(uninterrupted)
 

@@ -155,8 +155,8 @@ def broken_companion(base, adapter):
 
 DAMAGES = [
     (with_a_head_of_fewer_tokens, "does not fit the base .*lm_head"),
-    (with_a_pattern_list, "rank_pattern in adapter_config.json is no mapping"),
-    (with_targets_of_no_names, "target_modules in adapter_config.json is no list of names"),
+    (with_a_pattern_list, "rank_pattern in adapter_config.json is not a mapping"),
+    (with_targets_of_no_names, "target_modules in adapter_config.json is not a list of names"),
     (broken_tokenizer, "tokenizer.json: the file is cut off, or no JSON"),
     (broken_companion, r"generation_config\.json: cannot be read as JSON"),
     (without_a_module, r"no matrices for model\.layers\.3\.self_attn\.q_proj\.weight, which adapter_config"),

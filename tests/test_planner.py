@@ -419,7 +419,7 @@ def test_recipes_state_the_memory_that_is_counted(path, monkeypatch):
 def test_gpus_are_found_by_their_names():
     assert find_gpu("h100-80gb") is find_gpu("H100") is find_gpu("NVIDIA H100")
     assert find_gpu("RTX 4090").name == "rtx4090-24gb"
-    with pytest.raises(QwenTuneError, match=r"several are called\. Fix: write a100-40gb or a100-80gb"):
+    with pytest.raises(QwenTuneError, match=r"names several GPUs\. Fix: write a100-40gb or a100-80gb"):
         find_gpu("a100")
     with pytest.raises(QwenTuneError, match="h200-141gb"):
         find_gpu("h220")

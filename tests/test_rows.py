@@ -388,7 +388,7 @@ def test_notes_beside_rows_are_not_read(tmp_path):
 
 def test_a_pipe_is_no_data_file(tmp_path):
     os.mkfifo(tmp_path / "rows.jsonl")
-    with pytest.raises(DataError, match=r"rows\.jsonl: it is no regular file"):
+    with pytest.raises(DataError, match=r"rows\.jsonl: it is not a regular file"):
         find_files(str(tmp_path / "rows.jsonl"))
     for path in (tmp_path, tmp_path / "*.jsonl"):
         with pytest.raises(DataError):

@@ -141,7 +141,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _without_start(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An adapter as the difference to its start: B·A - B₀·A₀ = [B, -B₀] · [A; A₀], of twice the rank.
 
-    All that is no LoRA matrix (token rows, biases, modules that are saved whole) stays as it is.
+    All that is not a LoRA matrix (token rows, biases, modules that are saved whole) stays as it is.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, first in start.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 from qwen_tune.disk import NO_ROOM, flush, temporary_beside
 from qwen_tune.errors import MergeError, NoRoomError, Problem, first_line
 
-SPARE_BYTES = 64 << 20  # for all that is no weight
+SPARE_BYTES = 64 << 20  # for all that is not a weight
 
 
 def check_room(part: Path, needed: int) -> None:

@@ -1,4 +1,4 @@
-"""Text in an example that spells a control token: refused, or told apart from the tokens that the template writes.
+"""Text in an example that spells a control token: refused, or kept apart from the tokens that the template writes.
 
 `neutralize` renders the example with stand-ins for such text, so that neither the template nor the search for the end
 of an answer takes it for a token, and puts it back afterwards with its place in the text.

@@ -68,7 +68,7 @@ def _run_limited(render: Callable[[], object]) -> None:
         render()
     except MemoryError:
         code = 1
-    except BaseException:  # told by the caller's own rendering
+    except BaseException:  # the caller's own rendering reports it
         code = 0
     finally:
         os._exit(code)  # nothing of the parent's is ended here

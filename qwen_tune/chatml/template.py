@@ -367,7 +367,7 @@ def _parsed(source: str) -> tuple[Environment, Template]:
     """The environment that Transformers renders in, and the template as a tree.
 
     Raises:
-        ModelError: The template is no Jinja.
+        ModelError: The template is not valid Jinja.
     """
     import jinja2
     from transformers.utils.chat_template_utils import _compile_jinja_template

@@ -16,7 +16,7 @@ MARK = "\ue0f7"  # a private-use character that stands around every stand-in, so
 
 
 class UntraceableError(BaseException):  # Jinja takes any Exception of a test for an answer
-    """The template does something with a text that cannot be told without the text."""
+    """The template does something with a text that cannot be reported without the text."""
 
 
 @dataclass(frozen=True)

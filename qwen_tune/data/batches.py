@@ -46,11 +46,11 @@ class Problems:
 
     @property
     def are_enough(self) -> bool:
-        """Whether nothing further would be told."""
+        """Whether nothing further would be reported."""
         return len(self.of_rows) >= PROBLEMS_KEPT
 
     @property
-    def told(self) -> list[Problem]:
+    def reported(self) -> list[Problem]:
         """Those that are reported."""
         return (self.of_rows or self.not_ended)[:PROBLEMS_KEPT]
 

@@ -31,7 +31,7 @@ def cache_folder(name: str) -> Path:
     variable = "QWEN_TUNE_CACHE" if os.environ.get("QWEN_TUNE_CACHE") else "XDG_CACHE_HOME"
     chosen = os.environ.get(variable) or "~/.cache"
     if fault := path_fault(chosen):
-        what = f"got {chosen[:80]}, which is no usable path ({fault})"
+        what = f"got {chosen[:80]}, which is not a usable path ({fault})"
         raise DataError(Problem(variable, what, "set QWEN_TUNE_CACHE to a folder for prepared data"))
     folder = Path(chosen).expanduser()
     return folder / name if variable == "QWEN_TUNE_CACHE" else folder / "qwen-tune" / name

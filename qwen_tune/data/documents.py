@@ -1,4 +1,4 @@
-"""Rows that are no conversations: plain text, and token ids that somebody else has made."""
+"""Examples other than conversations: plain text, and token ids made elsewhere."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def to_pretokenized_example(
     """An example with the columns `input_ids` and, where only some are supervised, `labels`.
 
     Raises:
-        ExampleError: They are no token ids, or do not fit each other.
+        ExampleError: They are not token ids, or do not fit each other.
     """
     ids = _integers(row["input_ids"], "input_ids")
     if not ids:

@@ -104,7 +104,7 @@ def in_ranges(file: SourceFile, size: int) -> list[SourceFile]:
     """A file in ranges of lines, of about `size` bytes each, that together have the examples and problems of the whole.
 
     Returns:
-        The file itself where it cannot be parted: it is no plain JSONL, or it does not begin with an example, which may
+        The file itself if it cannot be divided: it is not plain JSONL, or it does not begin with an example, which may
         say something of the whole file.
 
     Raises:
@@ -174,7 +174,7 @@ def _saved_files(folder: Path) -> list[Path]:
 def _known_file(path: Path) -> Path:
     if not path.is_file():
         raise DataError(
-            Problem(str(path), "it is no regular file; expected a data file", "write the examples to a file")
+            Problem(str(path), "it is not a regular file; expected a data file", "write the examples to a file")
         )
     if is_data_file(path.name):
         return path

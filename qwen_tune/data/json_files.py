@@ -160,7 +160,7 @@ class _Text:
         return self._window[self.position : self.position + 20]
 
     def skip_space(self) -> str:
-        """Moves to the next character that is no white space and returns it, or an empty string at the end."""
+        """Moves to the next character that is not white space and returns it, or an empty string at the end."""
         while True:
             rest = self._window[self.position : self.position + 256]
             if blank := len(rest) - len(rest.lstrip(" \t\r\n")):

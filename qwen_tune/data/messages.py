@@ -31,7 +31,7 @@ def parse_messages(raw: Any, name: str = "messages") -> tuple[Sequence[Message],
         name: The column that holds it, for errors.
 
     Returns:
-        The messages and warnings (keys that were passed over, turns that are odd but legal).
+        The messages and warnings (keys that were ignored, turns that are odd but legal).
 
     Raises:
         ExampleError: The first thing in the list that cannot be trained on.
@@ -241,7 +241,7 @@ def joined_parts(entry: Mapping[str, Any], role: str, at: str) -> dict[str, Any]
         at: The message's place in the example.
 
     Raises:
-        ExampleError: A part is no text, or says what no template would write.
+        ExampleError: A part is not text, or says what no template would write.
     """
     texts: list[str] = []
     reasons: list[str] = []

@@ -78,7 +78,7 @@ def near_groups(digests: npt.NDArray[np.uint64], sketches: Sketches) -> npt.NDAr
     for band in range(0, BINS, BAND):
         keys = np.ascontiguousarray(sketches[kept, band : band + BAND]).view(np.uint64).ravel()
         order = np.argsort(keys, kind="stable")
-        told = keys[order] != np.uint64(0xFFFFFFFFFFFFFFFF)
+        is_known = keys[order] != np.uint64(0xFFFFFFFFFFFFFFFF)
         members = kept[order]
         # Each candidate is compared with the first of its bucket, and with its neighbour in it.
         begins = np.concatenate(([True], keys[order][1:] != keys[order][:-1]))
@@ -86,7 +86,7 @@ def near_groups(digests: npt.NDArray[np.uint64], sketches: Sketches) -> npt.NDAr
         neighbours = np.concatenate((members[:1], members[:-1]))
         for other in (heads, neighbours):
             # Most of what is alike has been joined in the bands before.
-            pairs = np.flatnonzero(told & ~begins & (root[other] != root[members]))
+            pairs = np.flatnonzero(is_known & ~begins & (root[other] != root[members]))
             alike = pairs[_similarity(sketches, members[pairs], other[pairs]) >= SIMILAR]
             for one, two in zip(members[alike].tolist(), other[alike].tolist(), strict=True):
                 _join(root, one, two)

@@ -62,7 +62,7 @@ class Packs:
         return self._sums(self.samples.supervised)
 
     def _sums(self, of_samples: Rows) -> Rows:
-        # Of no packs at all there is no first one to begin a sum with.
+        # Without packs there is no first one to start a sum with.
         sums: Rows = np.add.reduceat(of_samples[self.members], self._first) if len(self) else self.sizes
         return sums
 

@@ -101,17 +101,17 @@ class SourceStores:
         self._tools[1].expect(size)  # before processes are forked, so that all have it
         made, reader = self._batches(source, files, self._division or Division.of(size), directory)
         with StoreWriter(directory) as writer, collecting_by_batch() as collect:
-            told = time.monotonic()
+            reported = time.monotonic()
             for batch in made.batches():
                 if batch is not None:
                     writer.add(batch)
                 collect()
-                if time.monotonic() > told + SECONDS_OF_SILENCE:
-                    told = time.monotonic()
+                if time.monotonic() > reported + SECONDS_OF_SILENCE:
+                    reported = time.monotonic()
                     # Not on stdout, where a preview may write JSON.
                     report(f"preparing {source.path}: {made.rows:,} examples so far")
             if made.problems:
-                raise DataError(made.problems.told)
+                raise DataError(made.problems.reported)
             if _stamps(files) != stamps:
                 raise DataError(Problem(source.path, "the file changed while it was read", "run the command again"))
             writer.finish({"recognised": vars(reader.recognised) if reader.recognised else None})

@@ -181,7 +181,7 @@ def _renamed_columns(source: SourceSpec) -> dict[str, str]:
         raise DataError(
             Problem(
                 f"data.train[].columns ({source.name})",
-                f"{', '.join(unknown)} is no column that a format has; they have {', '.join(COLUMNS)}",
+                f"{', '.join(unknown)} is not a column of any format; they have {', '.join(COLUMNS)}",
                 "write our name first, then the name in the data: messages: chat",
             )
         )

@@ -36,7 +36,7 @@ def decode_at(text: str, position: int) -> tuple[Any, int]:
     """Parses the value that begins at a position; returns it with the position after it.
 
     Raises:
-        ValueError: See `decode`; a `json.JSONDecodeError`, with its place, where it is no JSON.
+        ValueError: See `decode`; a `json.JSONDecodeError`, with its place, where it is not JSON.
     """
     try:
         value, end = DECODER.raw_decode(text, position)

@@ -13,7 +13,7 @@ Kernel = Literal["eager", "sdpa", "varlen"]
 """How attention is computed, as far as memory and time depend on it."""
 
 VARLEN = "varlen"
-"""FlashAttention 2 as torch has it, told the boundaries of a pack's samples; registered by `model.attention`."""
+"""FlashAttention 2 as torch has it, given the boundaries of a pack's samples; registered by `model.attention`."""
 
 FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 

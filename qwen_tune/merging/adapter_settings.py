@@ -44,12 +44,12 @@ class AdapterSettings:
                 raise self._problem(what, "serve the adapter beside its base, or merge it with PEFT")
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(adapter.config.get(name) or {}, Mapping):
-                raise self._problem(f"{name} in adapter_config.json is no mapping", _NOT_WHOLE)
+                raise self._problem(f"{name} in adapter_config.json is not a mapping", _NOT_WHOLE)
         for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
             given = adapter.config.get(name) or []
             is_pattern = isinstance(given, str) and name in ("target_modules", "exclude_modules")
             if not is_pattern and not (isinstance(given, list) and all(isinstance(entry, str) for entry in given)):
-                raise self._problem(f"{name} in adapter_config.json is no list of names", _NOT_WHOLE)
+                raise self._problem(f"{name} in adapter_config.json is not a list of names", _NOT_WHOLE)
         self.use_dora = bool(adapter.config.get("use_dora"))
         self.target_parameters = tuple(adapter.config.get("target_parameters") or ())
 
@@ -118,7 +118,7 @@ class AdapterSettings:
         try:
             return re.match(pattern, module) is not None
         except re.error:
-            what = f"adapter_config.json has {pattern!r}, which is no regular expression"
+            what = f"adapter_config.json has {pattern!r}, which is not a regular expression"
             raise self._problem(what, _NOT_WHOLE) from None
 
     def _problem(self, what: str, fix: str) -> MergeError:

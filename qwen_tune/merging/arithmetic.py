@@ -76,7 +76,7 @@ class Source:
             return False
         shape = (rows[1] - rows[0], *self._span.shape[1:]) if self._span.shape else ()
         weight = torch.frombuffer(data, dtype=DTYPES[self._span.dtype]).view(shape)
-        # What 4 or 8 bits left of the base is no work of the adapter's.
+        # What 4 or 8 bits left of the base is not the adapter's doing.
         seen = weight.clone() if not self._steps else None
         if self._unpacked is not None:
             weight.copy_(self._unpacked[rows[0] : rows[1]])

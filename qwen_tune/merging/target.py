@@ -19,7 +19,7 @@ def choose_target(path: Path, adapter: AdapterDir, output: Path | None) -> Path:
     if output is not None:
         return output.resolve()  # what a link names is written, not the link
     if adapter.path.parent.name == "checkpoints":
-        raise MergeError(Problem(str(path), "a checkpoint is no place for a model", "say where it goes with --output"))
+        raise MergeError(Problem(str(path), "a checkpoint cannot hold a merged model", "give --output"))
     if adapter.run:
         return adapter.run / "merged"
     place = (path if path.exists() else Path(path.name)).resolve()  # what came from the Hub goes here
@@ -52,7 +52,7 @@ def check_free(target: Path, overwrite: bool) -> None:
         return
     if not (target / "merge.json").exists():
         raise MergeError(
-            Problem(str(target), "something is there that is no merged model of ours", "give another --output")
+            Problem(str(target), "it holds something that qwen-tune did not merge", "give another --output")
         )
     if not overwrite:
         raise MergeError(

@@ -42,7 +42,7 @@ def target_modules(model: PreTrainedModel, lora: LoraSpec, family: Family) -> li
         Last parts of names where these mean just the wanted layers, else whole names.
 
     Raises:
-        ModelError: A name that the recipe lists is no linear layer of the model, or `exclude_modules` leaves none.
+        ModelError: A name that the recipe lists is not a linear layer of the model, or `exclude_modules` leaves none.
     """
     output = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not output]
@@ -59,7 +59,7 @@ def lora_config(
     Args:
         model: The base model.
         lora: The recipe's lora section.
-        trained_tokens: Token rows to train where the recipe says nothing of them; see `untuned`.
+        trained_tokens: Token rows to train where the recipe says nothing of them; see `is_pretrained_only`.
 
     Raises:
         ModelError: Something that the recipe names is not in the model, or cannot be trained in it.
@@ -141,7 +141,7 @@ def _check_tokens(model: PreTrainedModel, tokens: Sequence[int] | Mapping[str, S
     ids = [token for part in tokens.values() for token in part] if isinstance(tokens, Mapping) else list(tokens)
     vocabulary = int(model.config.vocab_size)
     if wrong := [token for token in ids if token >= vocabulary]:
-        what = f"{wrong[0]} is no token of this model; ids go from 0 to {vocabulary - 1}"
+        what = f"{wrong[0]} is not a token of this model; ids go from 0 to {vocabulary - 1}"
         raise ModelError(Problem("lora.trainable_token_indices", what, "correct it"))
     ends = EMBEDDINGS[:1] if model.config.tie_word_embeddings else EMBEDDINGS
     if other := [name for name in tokens if name not in ends] if isinstance(tokens, Mapping) else []:

@@ -36,9 +36,7 @@ def check_dtype(model: ModelSpec) -> None:
             )
         )
     if model.dtype == "float16" and not cuda:
-        raise ModelError(
-            Problem("model.dtype", "float16 is asked for, and there is no GPU to train it on", "write dtype: auto")
-        )
+        raise ModelError(Problem("model.dtype", "float16 needs a GPU, and there is none", "write dtype: auto"))
 
 
 def training_dtype(model: ModelSpec, base: BaseCheckpoint) -> torch.dtype:

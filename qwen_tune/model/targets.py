@@ -71,7 +71,7 @@ def _require_matches(key: str, patterns: Iterable[str], targets: Iterable[str]) 
         try:
             matches = any(_matches(pattern, name) for name in targets)
         except re.error as error:
-            raise ModelError(Problem(key, f"{pattern} is no regular expression ({error})", "correct it")) from None
+            raise ModelError(Problem(key, f"{pattern} is not a regular expression ({error})", "correct it")) from None
         if not matches:
             what = f"{pattern} matches no layer that gets an adapter"
             raise ModelError(Problem(key, what, "write the end of a module's name, such as layers.0.self_attn.q_proj"))

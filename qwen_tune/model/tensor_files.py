@@ -50,7 +50,7 @@ def read_spans(file: Path) -> dict[str, TensorSpan]:
     """Every tensor of a file, in the order of their bytes: 8 bytes of length, a JSON header, then the bytes.
 
     Raises:
-        ModelError: It is no safetensors file, or not a whole one.
+        ModelError: It is not a safetensors file, or is cut off.
     """
     entries, begin, size = _read_header(file)
     try:
@@ -167,7 +167,7 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int, int]:
                 raise ValueError("the header is longer than the file")
             entries = parse_json(stream.read(length))
         if not isinstance(entries, dict):
-            raise ValueError("the header is no JSON object")
+            raise ValueError("the header is not a JSON object")
     except (OSError, struct.error, ValueError) as error:
         raise ModelError(Problem(str(file), f"not a safetensors file ({error})", "download it again")) from None
     return entries, _LENGTH.size + length, size
@@ -177,7 +177,7 @@ def _span(file: Path, entry: Mapping[str, Any], begin: int) -> TensorSpan:
     start, end = entry["data_offsets"]
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     if not all(type(number) is int and number >= 0 for number in (start, end, *shape)):
-        raise ValueError("a shape or place is no whole number")
+        raise ValueError("a shape or position is not a whole number")
     if dtype in ITEM_BYTES and end - start != ITEM_BYTES[dtype] * math.prod(shape):
         raise ValueError("a tensor's bytes do not fit its shape")
     return TensorSpan(file, dtype, shape, begin + start, end - start)

@@ -88,7 +88,7 @@ def load_tokenizer(model: ModelSpec, base: BaseCheckpoint) -> PreTrainedTokenize
     """The checkpoint's tokenizer, with the recipe's chat template where it gives one and turns that end the text.
 
     Raises:
-        ModelError: The tokenizer cannot be read, is no ChatML tokenizer, or would lose the ends of turns.
+        ModelError: The tokenizer cannot be read, is not a ChatML tokenizer, or would lose the ends of turns.
     """
     from transformers import AutoTokenizer
 

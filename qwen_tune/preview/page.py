@@ -48,7 +48,7 @@ def write(file: Path, text: str) -> None:
     """
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        # A file's name may hold bytes that are no text.
+        # A file's name may hold bytes that are not text.
         part.write_text(text, encoding="utf-8", errors="replace")
         part.replace(file)
     except OSError as error:

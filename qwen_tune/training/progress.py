@@ -64,7 +64,7 @@ class MetricsLog(TrainerCallback):
             control.should_training_stop = control.should_save = True
         if state.global_step >= state.max_steps or control.should_save or control.should_evaluate:
             # After a save, which an evaluation may lead to, the losses of steps that were not logged yet would be lost
-            # to a run that goes on.
+            # to a resumed run.
             control.should_log = True
 
     def on_log(

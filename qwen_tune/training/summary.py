@@ -73,7 +73,7 @@ def show_job(job: Job) -> None:
     print_pairs(console, lines.items())
     print_pairs(console, findings(found), style="yellow")
     for note in plan.notes:
-        console.print(f"  [yellow]warning[/] passed over checkpoint {escape(note)}", highlight=False)
+        console.print(f"  [yellow]warning[/] skipped checkpoint {escape(note)}", highlight=False)
     _show_sample(console, job)
     _show_drift(run, plan, job.facts)
 
@@ -87,7 +87,7 @@ def _show_drift(run: RunDir, plan: Plan, facts: Mapping[str, Any]) -> None:
     if any(value is not None and value != facts[name] for name, value in before.items()):
         was = f"{before['device']}, {before['threads']} threads a process"
         what = "results agree with those of a run never stopped to rounding, not to the last bit"
-        _console().print(f"  [yellow]note[/] begun on {escape(was)}: {what}", highlight=False)
+        _console().print(f"  [yellow]note[/] started on {escape(was)}: {what}", highlight=False)
     step = step_of(plan.checkpoint)
     changes = [Drift(entry["field"], entry["was"], entry["now"]) for entry in facts["drift"] if entry["step"] == step]
     for change in changes:
