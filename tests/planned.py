@@ -7,7 +7,7 @@ from typing import Any
 from qwen_tune.errors import ModelError
 from qwen_tune.families.attention import choose_attention
 from qwen_tune.families.shape import read_shape
-from qwen_tune.planner.job import Job, read_job
+from qwen_tune.planner.workload import Workload, read_workload
 from qwen_tune.recipe.schema import Recipe
 
 
@@ -53,7 +53,7 @@ def made_recipe(**sections: dict[str, Any]) -> Recipe:
     return Recipe.model_validate({"name": "made", "model": model, "data": data, **sections})
 
 
-def job(recipe: Recipe, *, processes: int = 1, on_gpu: bool = True, dtype: str | None = None) -> Job:
+def workload(recipe: Recipe, *, processes: int = 1, on_gpu: bool = True, dtype: str | None = None) -> Workload:
     """What a recipe with one of the bases above is to the planner."""
     shape = read_shape(CONFIGS[recipe.model.base], recipe.model.base)
     own: Any = dtype or ("bfloat16" if on_gpu else "float32")
@@ -61,4 +61,4 @@ def job(recipe: Recipe, *, processes: int = 1, on_gpu: bool = True, dtype: str |
         attention = choose_attention(recipe.model.attention, own, shape, has_flash=on_gpu)
     except ModelError:
         attention = "sdpa"
-    return read_job(recipe, shape, dtype=own, attention=attention, processes=processes, on_gpu=on_gpu)
+    return read_workload(recipe, shape, dtype=own, attention=attention, processes=processes, on_gpu=on_gpu)

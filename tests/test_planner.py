@@ -15,7 +15,7 @@ from flash_on_cpu import FlashOnCpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
-from planned import CONFIGS, config, job, made_recipe
+from planned import CONFIGS, config, made_recipe, workload
 from step_flops import NOT_COUNTED
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,8 +32,8 @@ from qwen_tune.planner.activations import LEVELS, LOSS_CHUNK, kept
 from qwen_tune.planner.adapter import read_adapter
 from qwen_tune.planner.choice import LARGEST_MASKED_TOKENS, choose, levels, usable_bytes
 from qwen_tune.planner.estimate import flops, tokens_per_second
-from qwen_tune.planner.job import Job, read_job
 from qwen_tune.planner.memory import int8_bytes, memory, nf4_bytes, optimizer_bytes
+from qwen_tune.planner.workload import Workload, read_workload
 from qwen_tune.recipe.files import load_recipe
 from qwen_tune.training.loss import CHUNK_TOKENS, add_supervised_loss
 
@@ -96,7 +96,7 @@ def kept_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     return sum(found.values())
 
 
-def small_job(kind: str, dtype: torch.dtype, attention: str, *, fused: bool, **lora: Any) -> Job:
+def small_workload(kind: str, dtype: torch.dtype, attention: str, *, fused: bool, **lora: Any) -> Workload:
     """What the planner makes of the same."""
     recipe = made_recipe(
         model={"attention": attention, "kernels": "auto" if fused else "off"},
@@ -104,7 +104,7 @@ def small_job(kind: str, dtype: torch.dtype, attention: str, *, fused: bool, **l
         lora=lora,
     )
     name: Any = str(dtype).removeprefix("torch.")
-    counted = read_job(recipe, read_shape(LAYERS[kind], kind), dtype=name, attention=attention, on_gpu=False)
+    counted = read_workload(recipe, read_shape(LAYERS[kind], kind), dtype=name, attention=attention, on_gpu=False)
     return replace(counted, supervised_share=SHARE)
 
 
@@ -139,13 +139,13 @@ def test_what_a_forward_keeps_is_what_is_counted(kind, dtype, attention, checkpo
     if checkpointing == "full":
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    counted_job = small_job(kind, dtype, attention, fused=fused, **lora)
-    counted = kept(counted_job, 1, checkpointing)
+    work = small_workload(kind, dtype, attention, fused=fused, **lora)
+    counted = kept(work, 1, checkpointing)
     # The mask that layers share, and rotary tables after a checkpoint, are held but not by the graph.
-    held = TOKENS * TOKENS * (counted_job.width if attention == "eager" else 1)
+    held = TOKENS * TOKENS * (work.width if attention == "eager" else 1)
     if attention == VARLEN:
         held = -(3 * 4 + 2 * 16)  # instead of a mask the boundaries, and the state of no dropout in each layer
-    held += 2 * TOKENS * counted_job.shape.head_dim * counted_job.width if checkpointing == "full" else 0
+    held += 2 * TOKENS * work.shape.head_dim * work.width if checkpointing == "full" else 0
     assert counted.layers + counted.ends - held == pytest.approx(kept_bytes(model, dtype), rel=0.05)
     if fused and not lora:
         assert counted.layers + counted.ends - held == kept_bytes(model, dtype)  # to the byte
@@ -173,10 +173,10 @@ def test_what_experts_keep_is_what_is_counted(monkeypatch, dtype, attention, fus
     if fused:
         found = fuse(model)
         assert (found.layers, found.attention, found.mlp) == (3, 3, 1)
-    counted_job = small_job("qwen3_moe", dtype, attention, fused=fused)
-    assert counted_job.fused == (((fused, False), (fused, fused), (fused, False)))
-    counted = kept(counted_job, 1, "none")
-    held = TOKENS * TOKENS * (counted_job.width if attention == "eager" else 1) if attention != VARLEN else 0
+    work = small_workload("qwen3_moe", dtype, attention, fused=fused)
+    assert work.fused == (((fused, False), (fused, fused), (fused, False)))
+    counted = kept(work, 1, "none")
+    held = TOKENS * TOKENS * (work.width if attention == "eager" else 1) if attention != VARLEN else 0
     assert counted.layers + counted.ends - held == pytest.approx(kept_bytes(model, dtype), rel=0.05)
 
 
@@ -226,7 +226,7 @@ def test_what_is_counted_as_fused_is_what_is_fused(kind, lora):
         base = AutoModelForCausalLM.from_config(made)
         model = get_peft_model(base, lora_config(base, recipe.lora))
     found = fuse(model)
-    counted = read_job(recipe, read_shape(sizes, kind), dtype="float32", attention="sdpa", on_gpu=False)
+    counted = read_workload(recipe, read_shape(sizes, kind), dtype="float32", attention="sdpa", on_gpu=False)
     assert [sum(halves) for halves in zip(*counted.fused, strict=True)] == [found.attention, found.mlp]
     assert ("selective" in levels(counted, "auto")) == (found.mlp == found.layers)
 
@@ -278,14 +278,14 @@ def test_quantized_matrices_have_the_bytes_that_bitsandbytes_gives_them():
 def test_optimizers_remember_what_is_counted():
     from bitsandbytes.optim import AdamW8bit
 
-    counted_job = small_job("qwen2", torch.float32, "sdpa", fused=True)
-    tensors = [nn.Parameter(torch.zeros(shape)) for shape in counted_job.adapter.tensors]
+    work = small_workload("qwen2", torch.float32, "sdpa", fused=True)
+    tensors = [nn.Parameter(torch.zeros(shape)) for shape in work.adapter.tensors]
     for tensor in tensors:
         tensor.grad = torch.ones_like(tensor)
     optimizer = torch.optim.AdamW(tensors)
     optimizer.step()
     states = [value for state in optimizer.state.values() for value in state.values() if value.numel() > 1]
-    assert optimizer_bytes(counted_job) == sum(tensor.nbytes for tensor in states)
+    assert optimizer_bytes(work) == sum(tensor.nbytes for tensor in states)
     small = AdamW8bit(tensors)
     try:
         small.step()
@@ -293,7 +293,7 @@ def test_optimizers_remember_what_is_counted():
         pytest.skip("bitsandbytes has no 8-bit optimizer on this CPU")
     names = ("state1", "state2", "absmax1", "absmax2")
     states = [value for state in small.state.values() for name, value in state.items() if name in names]
-    assert optimizer_bytes(replace(counted_job, optim="adamw_8bit")) == sum(tensor.nbytes for tensor in states)
+    assert optimizer_bytes(replace(work, optim="adamw_8bit")) == sum(tensor.nbytes for tensor in states)
 
 
 def test_every_optimizer_of_the_schema_is_counted():
@@ -301,10 +301,10 @@ def test_every_optimizer_of_the_schema_is_counted():
 
     from qwen_tune.recipe.schema import TrainSpec
 
-    counted_job = small_job("qwen2", torch.float32, "sdpa", fused=True)
+    work = small_workload("qwen2", torch.float32, "sdpa", fused=True)
     for name in get_args(TrainSpec.model_fields["optim"].annotation):
-        assert optimizer_bytes(replace(counted_job, optim=name)) >= 0
-    assert optimizer_bytes(replace(counted_job, optim="sgd")) == 0
+        assert optimizer_bytes(replace(work, optim=name)) >= 0
+    assert optimizer_bytes(replace(work, optim="sgd")) == 0
 
 
 def test_the_loss_counts_the_chunk_that_it_has():
@@ -320,11 +320,11 @@ def test_operations_are_those_of_the_published_table():
         "Qwen3-8B": 34.8,
     }
     for name, gflops in expected.items():
-        counted_job = replace(job(made_recipe(model={"base": f"Qwen/{name}"})), attention="varlen")
-        assert flops(counted_job, 1, "none") / 1e9 == pytest.approx(gflops, rel=0.01)
-        assert 1.3 < flops(counted_job, 1, "full") / flops(counted_job, 1, "none") < 1.5
-    counted_job = replace(job(made_recipe()), attention="varlen")
-    assert tokens_per_second(counted_job, find_gpu("h100"), 1, "none") == pytest.approx(14_110, rel=0.01)
+        work = replace(workload(made_recipe(model={"base": f"Qwen/{name}"})), attention="varlen")
+        assert flops(work, 1, "none") / 1e9 == pytest.approx(gflops, rel=0.01)
+        assert 1.3 < flops(work, 1, "full") / flops(work, 1, "none") < 1.5
+    work = replace(workload(made_recipe()), attention="varlen")
+    assert tokens_per_second(work, find_gpu("h100"), 1, "none") == pytest.approx(14_110, rel=0.01)
 
 
 @pytest.mark.parametrize("lora", [{}, {"target_modules": ["gate_proj", "down_proj"], "r": 64}], ids=str)
@@ -339,13 +339,13 @@ def test_operations_of_what_is_computed_again_are_counted(lora):
         with counter:
             model(**inputs, **labels).backward()
         extra.append(counter.get_total_flops() / tokens)
-    counted_job = small_job("qwen2", torch.float32, "sdpa", fused=True, **lora)
-    difference = flops(counted_job, 1, "selective") - flops(counted_job, 1, "none")
+    work = small_workload("qwen2", torch.float32, "sdpa", fused=True, **lora)
+    difference = flops(work, 1, "selective") - flops(work, 1, "none")
     assert difference == pytest.approx(extra[1] - extra[0])
 
 
-jobs = st.builds(
-    lambda base, quantization, attention, dropout, packing, length, dtype: job(
+workloads = st.builds(
+    lambda base, quantization, attention, dropout, packing, length, dtype: workload(
         made_recipe(
             model={"base": base, "quantization": quantization, "attention": attention},
             data={"packing": packing, "max_length_tokens": length},
@@ -364,40 +364,40 @@ jobs = st.builds(
 
 
 @settings(deadline=None, max_examples=20)
-@given(jobs, st.integers(1, 200), st.integers(1, 64), st.sampled_from(["auto", "none", "full"]))
-def test_a_plan_fits_divides_and_gets_no_worse_with_memory(counted_job, gib, batch, checkpointing):
+@given(workloads, st.integers(1, 200), st.integers(1, 64), st.sampled_from(["auto", "none", "full"]))
+def test_a_plan_fits_divides_and_gets_no_worse_with_memory(work, gib, batch, checkpointing):
     train = made_recipe(train={"global_batch_size": batch, "gradient_checkpointing": checkpointing}).train
-    choice = choose(counted_job, train, gib * GIB)
-    assert batch % choice.rows == 0
-    assert choice.rows == 1 or choice.rows * counted_job.row_tokens <= 16_384
-    if counted_job.is_masked(choice.rows):
-        assert choice.rows == 1 or choice.rows * counted_job.row_tokens <= LARGEST_MASKED_TOKENS
-    smallest = memory(counted_job, 1, "full" if checkpointing == "auto" else checkpointing).peak
+    choice = choose(work, train, gib * GIB)
+    assert batch % choice.sequences == 0
+    assert choice.sequences == 1 or choice.sequences * work.sequence_tokens <= 16_384
+    if work.is_masked(choice.sequences):
+        assert choice.sequences == 1 or choice.sequences * work.sequence_tokens <= LARGEST_MASKED_TOKENS
+    smallest = memory(work, 1, "full" if checkpointing == "auto" else checkpointing).peak
     assert choice.fits == (choice.memory.peak <= usable_bytes(gib * GIB))
     assert choice.fits or smallest > usable_bytes(gib * GIB)
-    larger = choose(counted_job, train, 2 * gib * GIB)
+    larger = choose(work, train, 2 * gib * GIB)
     if choice.fits:
         assert larger.fits
         # Less is computed again, or as much with as many rows.
-        order = (LEVELS.index(choice.checkpointing), -choice.rows)
-        assert (LEVELS.index(larger.checkpointing), -larger.rows) <= order
-    assert choose(counted_job, train, None).fits
+        order = (LEVELS.index(choice.checkpointing), -choice.sequences)
+        assert (LEVELS.index(larger.checkpointing), -larger.sequences) <= order
+    assert choose(work, train, None).fits
 
 
 @settings(deadline=None, max_examples=15)
-@given(jobs)
-def test_computing_more_again_takes_less_memory(counted_job):
-    peaks = [memory(counted_job, 1, level).peak for level in LEVELS]
+@given(workloads)
+def test_computing_more_again_takes_less_memory(work):
+    peaks = [memory(work, 1, level).peak for level in LEVELS]
     assert peaks == sorted(peaks, reverse=True)
-    assert all(size >= 0 for level in LEVELS for size in memory(counted_job, 1, level).parts().values())
+    assert all(size >= 0 for level in LEVELS for size in memory(work, 1, level).parts().values())
 
 
 def test_half_a_layer_is_computed_again_only_where_it_is_fused():
-    plain, stock = job(made_recipe()), job(made_recipe(model={"kernels": "off"}))
+    plain, stock = workload(made_recipe()), workload(made_recipe(model={"kernels": "off"}))
     assert "selective" not in levels(stock, "auto")
     assert levels(plain, "selective") == ("selective",)
     saved = kept(plain, 1, "none").layers - kept(plain, 1, "selective").layers
-    wide = 2 * plain.shape.intermediate * plain.width * plain.row_tokens * plain.shape.layers
+    wide = 2 * plain.shape.intermediate * plain.width * plain.sequence_tokens * plain.shape.layers
     assert saved == pytest.approx(wide, rel=0.01)
     assert kept(stock, 1, "none").layers == kept(stock, 1, "selective").layers
 
@@ -409,10 +409,10 @@ def test_recipes_state_the_memory_that_is_counted(path, monkeypatch):
     if path.stem == "quickstart":
         return
     recipe = load_recipe(path)
-    least = memory(job(recipe), 1, "full").peak / 1e9
+    least = memory(workload(recipe), 1, "full").peak / 1e9
     assert float(stated[0][0]) == pytest.approx(least, rel=0.1, abs=0.5)
     if stated[0][1]:
-        on_cpu = memory(job(recipe, on_gpu=False), 1, "none").peak / 1e9
+        on_cpu = memory(workload(recipe, on_gpu=False), 1, "none").peak / 1e9
         assert float(stated[0][1]) == pytest.approx(on_cpu, rel=0.1, abs=0.5)
 
 
@@ -521,7 +521,7 @@ def test_advice_on_memory_that_ran_out_is_in_numbers():
     from qwen_tune.training.batch_plan import explain_out_of_memory
 
     recipe = made_recipe(train={"gradient_checkpointing": "none"})
-    choice = choose(job(recipe), recipe.train, 24 * GIB)
+    choice = choose(workload(recipe), recipe.train, 24 * GIB)
     with pytest.raises(TrainingError) as caught, explain_out_of_memory(recipe, choice):
         raise torch.OutOfMemoryError("CUDA out of memory")
     text = str(caught.value)

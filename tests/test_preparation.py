@@ -248,7 +248,7 @@ def test_nothing_is_lost_between_rows_and_packs(tmp_path, template, trained, eva
         packs = pack(split.examples, data)
         packed = []
         for index in range(len(packs)):
-            row = packs.row(index)
+            row = packs[index]
             edges = np.cumsum([0, *row["lengths"]]).tolist()
             assert edges[-1] == len(row["input_ids"]) <= data.max_length_tokens
             for start, stop in pairwise(edges):

@@ -1,5 +1,5 @@
 import pytest
-from planned import job, made_recipe
+from planned import made_recipe, workload
 
 from qwen_tune.errors import RecipeError
 from qwen_tune.planner.choice import choose
@@ -10,7 +10,7 @@ def schedule_of(rows: int, *, packing: bool = True, processes: int = 1, **train)
     """The schedule of a train section on a CPU."""
     recipe = made_recipe(data={"packing": packing}, train=train)
     return plan_schedule(
-        recipe.train, choose(job(recipe, processes=processes, on_gpu=False), recipe.train, None), packs=rows
+        recipe.train, choose(workload(recipe, processes=processes, on_gpu=False), recipe.train, None), packs=rows
     )
 
 

@@ -33,7 +33,7 @@ class Packs:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def row(self, index: int) -> dict[str, Rows]:
+    def __getitem__(self, index: int) -> dict[str, Rows]:
         """One pack: `input_ids`, `labels`, and `lengths` (tokens of each sample in it)."""
         parts = [self.samples.tokens(place) for place in self._members_of(index)]
         return {

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_tune.planner.activations import LEVELS, Checkpointing
-from qwen_tune.planner.job import Job
 from qwen_tune.planner.memory import Memory, memory
+from qwen_tune.planner.workload import Workload
 from qwen_tune.recipe.schema import TrainSpec
 
 MARGIN = 0.05  # of a device's memory that is left free: sums over shapes know nothing of fragments
@@ -21,15 +21,15 @@ class Choice:
     """A microbatch that was chosen.
 
     Attributes:
-        job: What it was chosen for.
-        rows: Rows of it.
+        work: What it was chosen for.
+        sequences: Sequences of it.
         checkpointing: Which activations are computed again.
         memory: What it is counted to take.
         available_bytes: The memory that it was chosen for; None where nothing limits it.
     """
 
-    job: Job
-    rows: int
+    work: Workload
+    sequences: int
     checkpointing: Checkpointing
     memory: Memory
     available_bytes: int | None
@@ -41,7 +41,7 @@ class Choice:
 
     def facts(self) -> dict[str, Any]:
         return {
-            "per_device_train_batch_size": self.rows,
+            "per_device_train_batch_size": self.sequences,
             "gradient_checkpointing": self.checkpointing,
             "predicted_peak_bytes": self.memory.peak,
             "predicted_bytes": self.memory.parts(),
@@ -55,53 +55,53 @@ def usable_bytes(available: int) -> int:
     return int(available * (1 - MARGIN))
 
 
-def levels(job: Job, asked: str) -> tuple[Checkpointing, ...]:
+def levels(work: Workload, asked: str) -> tuple[Checkpointing, ...]:
     """The kinds of checkpointing that `train.gradient_checkpointing` leaves, the fastest first.
 
     `auto` takes half a layer only where layers are fused.
     """
     if asked != "auto":
         return tuple(level for level in LEVELS if level == asked)
-    return tuple(level for level in LEVELS if level != "selective" or job.fuses_every_mlp)
+    return tuple(level for level in LEVELS if level != "selective" or work.fuses_every_mlp)
 
 
-def batch_sizes(job: Job, asked: int | str, per_process: int) -> list[int]:
-    """The rows of a microbatch that `train.per_device_train_batch_size` leaves, the most first.
+def batch_sizes(work: Workload, asked: int | str, per_process: int) -> list[int]:
+    """The sequences of a microbatch that `train.per_device_train_batch_size` leaves, the most first.
 
-    Several rows share a forward only while their tokens are few, and only as many as divide a process' share of a step.
+    Several share a forward only while their tokens are few, and only as many as divide a process' share of a step.
     """
     if isinstance(asked, int):
         return [asked]
-    if not job.on_gpu:
-        most = 1 if job.packing else LARGEST_ON_CPU
+    if not work.on_gpu:
+        most = 1 if work.packing else LARGEST_ON_CPU
         return [next((size for size in range(most, 0, -1) if per_process % size == 0), 1)]
     sizes = [1]
-    for size in range(2, min(per_process, LARGEST_TOKENS // job.row_tokens) + 1):
-        most_tokens = LARGEST_MASKED_TOKENS if job.is_masked(size) else LARGEST_TOKENS
-        if per_process % size == 0 and size * job.row_tokens <= most_tokens:
+    for size in range(2, min(per_process, LARGEST_TOKENS // work.sequence_tokens) + 1):
+        most_tokens = LARGEST_MASKED_TOKENS if work.is_masked(size) else LARGEST_TOKENS
+        if per_process % size == 0 and size * work.sequence_tokens <= most_tokens:
             sizes.append(size)
     return sizes[::-1]
 
 
-def choose(job: Job, train: TrainSpec, available_bytes: int | None) -> Choice:
+def choose(work: Workload, train: TrainSpec, available_bytes: int | None) -> Choice:
     """The fastest plan that is counted to fit: no recomputation before some, and then the largest microbatch.
 
     Args:
-        job: The run.
+        work: The run.
         train: The recipe's train section.
         available_bytes: The device's memory; None to take the fastest plan.
 
     Returns:
         The smallest plan where none fits; see `Choice.fits`.
     """
-    per_process = max(train.global_batch_size // job.processes, 1)
-    if not job.on_gpu and train.gradient_checkpointing == "auto":
+    per_process = max(train.global_batch_size // work.processes, 1)
+    if not work.on_gpu and train.gradient_checkpointing == "auto":
         candidates: tuple[Checkpointing, ...] = ("none",)  # time is what runs out on a CPU
     else:
-        candidates = levels(job, train.gradient_checkpointing)
-    sizes = batch_sizes(job, train.per_device_train_batch_size, per_process)
+        candidates = levels(work, train.gradient_checkpointing)
+    sizes = batch_sizes(work, train.per_device_train_batch_size, per_process)
     plans = [
-        Choice(job, size, level, memory(job, size, level), available_bytes) for level in candidates for size in sizes
+        Choice(work, size, level, memory(work, size, level), available_bytes) for level in candidates for size in sizes
     ]
     smallest = min(plans, key=lambda plan: plan.memory.peak)
     return next((plan for plan in plans if plan.fits), smallest)

@@ -1,7 +1,7 @@
 """How long a token takes: operations that have to be done, at a share of what a GPU is rated for.
 
 An estimate that nothing has been measured against here. Where it is far off: models below 1.5B, whose many small
-kernels wait for their launches, and short rows.
+kernels wait for their launches, and short sequences.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qwen_tune.machine import cpu_bfloat16_units
 from qwen_tune.model.base import BaseCheckpoint
 from qwen_tune.planner.activations import INNER, Checkpointing
 from qwen_tune.planner.choice import Choice, choose
-from qwen_tune.planner.job import Job, read_job
+from qwen_tune.planner.workload import Workload, read_workload
 from qwen_tune.recipe.schema import Recipe
 
 EFFICIENCY = 0.45
@@ -28,17 +28,21 @@ EFFICIENCY = 0.45
 NF4_BYTES_MOVED = 2.5  # a weight: half a byte read, two written
 
 
-def attention_flops(job: Job, rows: int) -> float:
+def attention_flops(work: Workload, sequences: int) -> float:
     """Operations a token of all attentions' forwards.
 
     2 for each of QKᵀ and PV, channel and key: with a causal kernel half of the keys of the longest sample, with a mask
-    every token of the joined rows.
+    every token of the joined sequences.
     """
-    keys = rows * job.row_tokens if job.is_masked(rows) or job.attention == "eager" else job.row_tokens / 2
-    return job.shape.layers * 4 * job.shape.query * keys
+    keys = (
+        sequences * work.sequence_tokens
+        if work.is_masked(sequences) or work.attention == "eager"
+        else work.sequence_tokens / 2
+    )
+    return work.shape.layers * 4 * work.shape.query * keys
 
 
-def flops(job: Job, rows: int, checkpointing: Checkpointing) -> float:
+def flops(work: Workload, sequences: int, checkpointing: Checkpointing) -> float:
     """Operations a token, forward and backward.
 
     4 N_body + 4 N_head (share of supervised tokens) + 6 N_lora + 3.5 attention: the base is frozen, so that its
@@ -46,33 +50,33 @@ def flops(job: Job, rows: int, checkpointing: Checkpointing) -> float:
     forward of what is computed again: 2 N_body, 2 N_lora and an attention, or gate and up projection alone. Of experts
     N_body has those that a token goes through.
     """
-    shape, attention = job.shape, attention_flops(job, rows)
+    shape, attention = work.shape, attention_flops(work, sequences)
     body = shape.body + shape.active_experts
-    total = 4 * body + 4 * shape.head * job.supervised_share + 6 * job.adapter.lora_parameters + 3.5 * attention
+    total = 4 * body + 4 * shape.head * work.supervised_share + 6 * work.adapter.lora_parameters + 3.5 * attention
     if checkpointing == "full":
-        total += 2 * body + 2 * job.adapter.lora_parameters + attention
+        total += 2 * body + 2 * work.adapter.lora_parameters + attention
     elif checkpointing == "selective":
-        total += 2 * (shape.gate_and_up + _inner_adapters(job))
+        total += 2 * (shape.gate_and_up + _inner_adapters(work))
     return total
 
 
-def _inner_adapters(job: Job) -> int:
+def _inner_adapters(work: Workload) -> int:
     """Parameters of the adapters on gate and up projections."""
-    inner = [(name, linear) for name, linear in job.shape.matrices.items() if name in INNER]
+    inner = [(name, linear) for name, linear in work.shape.matrices.items() if name in INNER]
     return sum(
-        ranks.get(name, 0) * (linear.inputs + linear.outputs) for ranks in job.adapter.ranks for name, linear in inner
+        ranks.get(name, 0) * (linear.inputs + linear.outputs) for ranks in work.adapter.ranks for name, linear in inner
     )
 
 
-def tokens_per_second(job: Job, gpu: Gpu, rows: int, checkpointing: Checkpointing) -> float:
+def tokens_per_second(work: Workload, gpu: Gpu, sequences: int, checkpointing: Checkpointing) -> float:
     """Tokens per second of one process on a GPU."""
-    rate = gpu.float32_tflops if job.dtype == "float32" else gpu.tflops
-    seconds = flops(job, rows, checkpointing) / (rate * 1e12 * EFFICIENCY)
-    if job.quantization == "nf4":
+    rate = gpu.float32_tflops if work.dtype == "float32" else gpu.tflops
+    seconds = flops(work, sequences, checkpointing) / (rate * 1e12 * EFFICIENCY)
+    if work.quantization == "nf4":
         # Every matrix is unpacked in the forward, in the backward, and in a forward that is done again.
-        again = {"none": 0, "selective": job.shape.gate_and_up, "full": job.shape.body}[checkpointing]
-        moved = NF4_BYTES_MOVED * (2 * job.shape.body + again)
-        seconds += moved / (gpu.bandwidth * 1e9) / (rows * job.row_tokens)
+        again = {"none": 0, "selective": work.shape.gate_and_up, "full": work.shape.body}[checkpointing]
+        moved = NF4_BYTES_MOVED * (2 * work.shape.body + again)
+        seconds += moved / (gpu.bandwidth * 1e9) / (sequences * work.sequence_tokens)
     return 1 / seconds
 
 
@@ -115,8 +119,8 @@ class Estimate:
             "device": self.name,
             "memory_bytes": self.gpu.memory_bytes if self.gpu else None,
             **self.choice.facts(),
-            "dtype": self.choice.job.dtype,
-            "fused": all(all(halves) for halves in self.choice.job.fused),
+            "dtype": self.choice.work.dtype,
+            "fused": all(all(halves) for halves in self.choice.work.fused),
             "tokens_per_second": self.tokens_per_second,
             "hours": self.hours,
         }
@@ -138,9 +142,9 @@ def estimate(recipe: Recipe, base: BaseCheckpoint, gpus: Sequence[Gpu] | None = 
             if gpus is None:
                 continue
             raise
-        job = read_job(recipe, shape, dtype=dtype, attention=attention, processes=processes)
-        choice = choose(job, recipe.train, gpu.memory_bytes)
-        speed = processes * tokens_per_second(job, gpu, choice.rows, choice.checkpointing)
+        work = read_workload(recipe, shape, dtype=dtype, attention=attention, processes=processes)
+        choice = choose(work, recipe.train, gpu.memory_bytes)
+        speed = processes * tokens_per_second(work, gpu, choice.sequences, choice.checkpointing)
         found.append(Estimate(gpu, choice, speed, _run_tokens(recipe)))
     on_cpu = "sdpa" if asked == "auto" else asked
     cpu_dtype = automatic_cpu_dtype(base.config) if recipe.model.dtype == "auto" else recipe.model.dtype
@@ -149,8 +153,8 @@ def estimate(recipe: Recipe, base: BaseCheckpoint, gpus: Sequence[Gpu] | None = 
         and on_cpu in ("eager", "sdpa")
         and (cpu_dtype == "float32" or (cpu_dtype == "bfloat16" and cpu_bfloat16_units()))
     ):
-        job = read_job(recipe, shape, dtype=cpu_dtype, attention=on_cpu, processes=processes, on_gpu=False)
-        found.append(Estimate(None, choose(job, recipe.train, None), None, _run_tokens(recipe)))
+        work = read_workload(recipe, shape, dtype=cpu_dtype, attention=on_cpu, processes=processes, on_gpu=False)
+        found.append(Estimate(None, choose(work, recipe.train, None), None, _run_tokens(recipe)))
     if not found:
         what = f"got {asked} in {recipe.model.dtype}, which no device that is known here computes"
         raise QwenTuneError(Problem("model.attention", what, "write attention: auto"))
@@ -171,7 +175,7 @@ def _attention_on(gpu: Gpu, asked: str, dtype: Dtype, shape: Shape) -> str:
 
 
 def _run_tokens(recipe: Recipe) -> int | None:
-    """Tokens of the run, where the recipe tells: full packs for a number of steps. Else it takes the rows to know."""
+    """Tokens of the run, where the recipe tells: full packs for a number of steps. Else only the examples say."""
     if recipe.train.max_steps is None or not recipe.data.packing:
         return None
     return recipe.train.max_steps * recipe.train.global_batch_size * recipe.data.max_length_tokens
@@ -179,8 +183,8 @@ def _run_tokens(recipe: Recipe) -> int | None:
 
 def lines(recipe: Recipe, base: BaseCheckpoint, estimates: Sequence[Estimate]) -> Iterator[str]:
     """The estimates as a table, then the parts of the first that fits."""
-    shape, job = base.shape, estimates[0].choice.job
-    sizes = f"{shape.parameters / 1e9:.2f} billion parameters, {_trained(job.adapter.parameters)} trained"
+    shape, work = base.shape, estimates[0].choice.work
+    sizes = f"{shape.parameters / 1e9:.2f} billion parameters, {_trained(work.adapter.parameters)} trained"
     yield f"{recipe.name}: {base.id}, {sizes}"
     yield ""
     known = estimates[0].run_tokens is not None
@@ -189,7 +193,7 @@ def lines(recipe: Recipe, base: BaseCheckpoint, estimates: Sequence[Estimate]) -
         "fits",
         "peak GiB",
         "of GiB",
-        "rows",
+        "batch",
         "recomputed",
         "tokens/s",
         "hours" if known else "s/1M tokens",
@@ -204,7 +208,7 @@ def lines(recipe: Recipe, base: BaseCheckpoint, estimates: Sequence[Estimate]) -
                 "-" if entry.gpu is None else "yes" if entry.choice.fits else "no",
                 f"{entry.choice.memory.peak / GIB:.1f}",
                 f"{entry.gpu.memory_gib:.1f}" if entry.gpu else "-",
-                str(entry.choice.rows),
+                str(entry.choice.sequences),
                 {"none": "nothing", "selective": "MLPs", "full": "layers"}[entry.choice.checkpointing],
                 f"{speed:,.0f}" if speed and entry.choice.fits else "-",
                 f"{time:,.{2 if known else 1}f}" if time and entry.choice.fits else "-",
@@ -212,7 +216,8 @@ def lines(recipe: Recipe, base: BaseCheckpoint, estimates: Sequence[Estimate]) -
         )
     chosen = next((entry for entry in estimates if entry.choice.fits), estimates[-1])
     yield ""
-    yield f"on {chosen.name}, {chosen.choice.rows} x {job.row_tokens:,} tokens a forward, {chosen.choice.job.dtype}:"
+    tokens = f"{chosen.choice.sequences} x {work.sequence_tokens:,} tokens per forward"
+    yield f"on {chosen.name}, {tokens}, {chosen.choice.work.dtype}:"
     for part, size in chosen.choice.memory.parts().items():
         if size:
             yield f"  {PART_NAMES[part]:36}{size / GIB:8.2f} GiB"

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from math import ceil, prod
 
 from qwen_tune.planner.activations import FLOAT, Checkpointing, kept
-from qwen_tune.planner.job import Job
+from qwen_tune.planner.workload import Workload
 
 RUNTIME_BYTES = 1_000_000_000
 """CUDA's context (about 0.5 GB), cuBLAS' workspaces, and what the allocator cannot use; stated, not measured."""
@@ -77,37 +77,37 @@ class Memory:
         return asdict(self)
 
 
-def memory(job: Job, rows: int, checkpointing: Checkpointing) -> Memory:
+def memory(work: Workload, sequences: int, checkpointing: Checkpointing) -> Memory:
     """The memory of a process.
 
     Args:
-        job: The run.
-        rows: Rows of a microbatch.
+        work: The run.
+        sequences: Sequences of a microbatch.
         checkpointing: Which activations are computed again.
     """
-    activations = kept(job, rows, checkpointing)
+    activations = kept(work, sequences, checkpointing)
     return Memory(
-        weights=weight_bytes(job),
-        adapter=job.adapter.parameters * (2 * FLOAT + (FLOAT if job.processes > 1 else 0)),
-        optimizer=optimizer_bytes(job),
+        weights=weight_bytes(work),
+        adapter=work.adapter.parameters * (2 * FLOAT + (FLOAT if work.processes > 1 else 0)),
+        optimizer=optimizer_bytes(work),
         activations=activations.layers,
         ends=activations.ends,
         recomputed=activations.recomputed,
         work=activations.work,
-        unpacked_weights=_unpacked_bytes(job),
-        runtime=RUNTIME_BYTES if job.on_gpu else CPU_RUNTIME_BYTES + CPU_PRIMITIVE_BYTES * (job.width < FLOAT),
+        unpacked_weights=_unpacked_bytes(work),
+        runtime=RUNTIME_BYTES if work.on_gpu else CPU_RUNTIME_BYTES + CPU_PRIMITIVE_BYTES * (work.width < FLOAT),
     )
 
 
-def weight_bytes(job: Job) -> int:
+def weight_bytes(work: Workload) -> int:
     """The base's weights in memory."""
-    shape = job.shape
-    if job.quantization == "none":
-        return job.width * shape.parameters
+    shape = work.shape
+    if work.quantization == "none":
+        return work.width * shape.parameters
     matrices = shape.linears.values()
-    of_one = nf4_bytes if job.quantization == "nf4" else int8_bytes
+    of_one = nf4_bytes if work.quantization == "nf4" else int8_bytes
     quantized = sum(of_one(matrix.outputs, matrix.inputs) for matrix in matrices)
-    return quantized + job.width * (shape.parameters - shape.body)
+    return quantized + work.width * (shape.parameters - shape.body)
 
 
 def nf4_bytes(outputs: int, inputs: int) -> int:
@@ -125,7 +125,7 @@ def int8_bytes(outputs: int, inputs: int) -> int:
     return outputs * inputs + 4 * outputs
 
 
-def optimizer_bytes(job: Job) -> int:
+def optimizer_bytes(work: Workload) -> int:
     """What the optimizer remembers, on the device.
 
     `STATES` float32 numbers for each trained one; in 8 bits a byte and 4 bytes a block of 256, for tensors of at least
@@ -133,26 +133,26 @@ def optimizer_bytes(job: Job) -> int:
     memory, where CUDA moves them when room runs out.
     """
     total = 0
-    for shape in job.adapter.tensors:
+    for shape in work.adapter.tensors:
         numbers = prod(shape)
-        if job.optim == "adafactor":
+        if work.optim == "adafactor":
             total += FLOAT * (sum(shape) if len(shape) == 2 else numbers)
             continue
-        if job.optim.startswith("paged_") and numbers >= SMALLEST_PAGED:
+        if work.optim.startswith("paged_") and numbers >= SMALLEST_PAGED:
             continue
-        in_8_bits = job.optim.endswith("8bit") and numbers >= SMALLEST_8BIT
+        in_8_bits = work.optim.endswith("8bit") and numbers >= SMALLEST_8BIT
         of_one = numbers + FLOAT * ceil(numbers / BLOCK_8BIT) if in_8_bits else FLOAT * numbers
-        total += STATES[job.optim] * of_one
+        total += STATES[work.optim] * of_one
     return total
 
 
-def _unpacked_bytes(job: Job) -> int:
+def _unpacked_bytes(work: Workload) -> int:
     """Matrices that a quantized base unpacks at the same time.
 
     A fused half still holds one when it unpacks the next; bitsandbytes' own 4-bit product holds one, its 8-bit product
     one and the half of another as it scales it.
     """
-    if job.quantization == "none":
+    if work.quantization == "none":
         return 0
-    largest = job.width * max(matrix.parameters for matrix in job.shape.linears.values())
-    return 2 * largest if job.is_fused or job.quantization == "int8" else largest
+    largest = work.width * max(matrix.parameters for matrix in work.shape.linears.values())
+    return 2 * largest if work.is_fused or work.quantization == "int8" else largest

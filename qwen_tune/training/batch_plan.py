@@ -18,8 +18,8 @@ from qwen_tune.machine import uses_gpu
 from qwen_tune.model.base import BaseCheckpoint
 from qwen_tune.planner.activations import Checkpointing
 from qwen_tune.planner.choice import Choice, choose
-from qwen_tune.planner.job import Job, read_job
 from qwen_tune.planner.memory import memory
+from qwen_tune.planner.workload import Workload, read_workload
 from qwen_tune.recipe.schema import Recipe, TrainSpec
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ def choose_batch_plan(recipe: Recipe, base: BaseCheckpoint, dtype: torch.dtype) 
         "torch.float32": "float32",
     }
     chosen = choose_attention(recipe.model, dtype, base.shape)
-    job = read_job(
+    work = read_workload(
         recipe, base.shape, dtype=names[str(dtype)], attention=chosen, processes=world_size(), on_gpu=uses_gpu()
     )
-    return choose(job, recipe.train, available_memory_bytes() if uses_gpu() else None)
+    return choose(work, recipe.train, available_memory_bytes() if uses_gpu() else None)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def plan_schedule(train: TrainSpec, choice: Choice, *, packs: int) -> Schedule:
     """
     num_processes = world_size()
     per_process, remainder = divmod(train.global_batch_size, num_processes)
-    per_device = choice.rows
+    per_device = choice.sequences
     if remainder or per_process % per_device:
         share = per_device * num_processes
         below = train.global_batch_size // share * share
@@ -146,16 +146,16 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 def _advice(error: BaseException, recipe: Recipe, choice: Choice) -> Problem:
     """What to change first, in the order in which it costs the least, with the peak that is then counted."""
-    job, rows, level = choice.job, choice.rows, choice.checkpointing
-    changes: list[tuple[str, Job, int, Checkpointing]] = []
-    if rows > 1:
-        changes.append(("train.per_device_train_batch_size=1", job, 1, level))
+    work, sequences, level = choice.work, choice.sequences, choice.checkpointing
+    changes: list[tuple[str, Workload, int, Checkpointing]] = []
+    if sequences > 1:
+        changes.append(("train.per_device_train_batch_size=1", work, 1, level))
     if level != "full":
-        changes.append(("train.gradient_checkpointing=full", job, rows, "full"))
-    if job.quantization == "none":
-        changes.append(("model.quantization=nf4", replace(job, quantization="nf4"), rows, level))
+        changes.append(("train.gradient_checkpointing=full", work, sequences, "full"))
+    if work.quantization == "none":
+        changes.append(("model.quantization=nf4", replace(work, quantization="nf4"), sequences, level))
     half = recipe.data.max_length_tokens // 2
-    changes.append((f"data.max_length_tokens={half}", replace(job, row_tokens=half), rows, level))
+    changes.append((f"data.max_length_tokens={half}", replace(work, sequence_tokens=half), sequences, level))
     advice = [f"{key} ({_gib(memory(other, size, kind).peak)})" for key, other, size, kind in changes]
     what = f"memory ran out ({first_line(error)}); {_gib(choice.memory.peak)} were counted"
     return Problem("training", what, "; or ".join([*advice, "a smaller base"]))

@@ -1,4 +1,4 @@
-"""From packs to the batches that a model gets: the rows of the data set, their order, and the tensors of a batch."""
+"""From packs to the batches that a model gets: the records of the data set, their order, and the tensors of a batch."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ FILLER = -1
 
 
 def pack_dataset(packs: Packs, *, multiple: int, pad_id: int) -> Dataset:
-    """Rows for the trainer, read from disk when they are asked for.
+    """Records for the trainer, read from disk when they are asked for.
 
     Args:
-        packs: The samples of each row.
-        multiple: The rows are filled up to a multiple of this with one token without loss, so that every process gets
-            equally many and none is trained twice: processes times rows of each, or 1 for one process.
+        packs: The packs.
+        multiple: The packs are filled up to a multiple of this with one token without loss, so that every process gets
+            equally many and none is trained twice: processes times packs of each, or 1 for one process.
         pad_id: That token.
 
     Returns:
-        Rows with `input_ids`, `labels` and `lengths` (tokens of each sample in the row). Fillers come last.
+        Records with `input_ids`, `labels` and `lengths` (tokens of each sample in the pack). Fillers come last.
     """
     numbers = [*range(len(packs)), *[FILLER] * count_fillers(len(packs), multiple)]
     return Dataset.from_dict({"pack": numbers}).with_transform(PackReader(packs, pad_id))
@@ -42,20 +42,20 @@ class PackReader:
     pad_id: int
 
     def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
-        rows = [self._filler() if number == FILLER else self.packs.row(number) for number in batch["pack"]]
-        return {name: [row[name] for row in rows] for name in ("input_ids", "labels", "lengths")}
+        packs = [self._filler() if number == FILLER else self.packs[number] for number in batch["pack"]]
+        return {name: [pack[name] for pack in packs] for name in ("input_ids", "labels", "lengths")}
 
     def _filler(self) -> dict[str, Any]:
         return {"input_ids": np.array([self.pad_id]), "labels": np.array([IGNORED]), "lengths": np.array([1])}
 
 
-def count_fillers(rows: int, multiple: int) -> int:
+def count_fillers(packs: int, multiple: int) -> int:
     """Packs without loss that bring a number of packs up to a multiple."""
-    return -rows % multiple
+    return -packs % multiple
 
 
 class SeededOrder(Sampler[int]):
-    """A new order of the rows every epoch, from the seed and the epoch alone; fillers stay at the end."""
+    """A new order of the packs every epoch, from the seed and the epoch alone; fillers stay at the end."""
 
     def __init__(self, packs: int, fillers: int, seed: int) -> None:
         self.packs = packs
@@ -100,16 +100,16 @@ class BatchShape:
     longest: int
 
     @classmethod
-    def holding(cls, packs: Packs, rows: int, max_length: int) -> BatchShape:
+    def holding(cls, packs: Packs, most: int, max_length: int) -> BatchShape:
         """The shape that any so many of these packs fit into.
 
         Args:
-            packs: The rows.
-            rows: How many a micro-batch has at most.
+            packs: The packs.
+            most: How many a micro-batch has at most.
             max_length: Tokens that a pack holds.
         """
-        # The most samples of a pack are known, not which packs will meet; the filling takes one for each row at most.
-        return cls(rows * max_length, rows * (int(packs.sizes.max(initial=1)) + 1), max_length)
+        # The most samples of a pack are known, not which packs will meet; the filling takes one for each pack at most.
+        return cls(most * max_length, most * (int(packs.sizes.max(initial=1)) + 1), max_length)
 
     def filling(self, lengths: Sequence[int]) -> list[int]:
         """The samples without loss that fill up a micro-batch of these; boundaries of empty ones are added to it."""
@@ -122,16 +122,16 @@ class BatchShape:
 
 
 class StepPacks:
-    """Which rows an optimizer step is made of, in all processes: the order is known without having been gone through.
+    """Which packs an optimizer step is made of, in all processes: the order is known without having been gone through.
 
     So no process has to ask the others how many tokens a step has, which would make each wait for its GPU.
 
     Args:
-        packs: The rows of an epoch.
+        packs: The packs of an epoch.
         schedule: Batch and steps.
-        fillers: Rows without loss after them.
+        fillers: Packs without loss after them.
         seed: The recipe's.
-        shape: What micro-batches are filled up to; None for as long as their rows are.
+        shape: What micro-batches are filled up to; None for as long as their packs are.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class StepPacks:
         self._orders: dict[int, list[int]] = {}
 
     def batches(self, step: int) -> list[list[int]]:
-        """The rows of each micro-batch of a step, counted through all processes; the first step is 1.
+        """The packs of each micro-batch of a step, counted through all processes; the first step is 1.
 
         They come in turns: one of each process, then the next one of each.
         """
@@ -153,8 +153,8 @@ class StepPacks:
             self.sampler.set_epoch(epoch)
             self._orders = {epoch: list(self.sampler)}
         size = self.schedule.per_device_train_batch_size
-        rows = size * self.schedule.num_processes * self.schedule.gradient_accumulation_steps
-        of_step = self._orders[epoch][number * rows : (number + 1) * rows]
+        packs = size * self.schedule.num_processes * self.schedule.gradient_accumulation_steps
+        of_step = self._orders[epoch][number * packs : (number + 1) * packs]
         return [of_step[start : start + size] for start in range(0, len(of_step), size)]
 
     def count(self, step: int, process: int | None = None) -> Counts:
@@ -162,28 +162,28 @@ class StepPacks:
         batches = self.batches(step)
         if process is not None:
             batches = batches[process :: self.schedule.num_processes]
-        rows = np.array([row for batch in batches for row in batch], np.int64)
-        real = rows[rows < len(self.packs)]
+        packs = np.array([pack for batch in batches for pack in batch], np.int64)
+        real = packs[packs < len(self.packs)]
         labels, tokens = (int(sums[real].sum()) for sums in (self.packs.supervised, self.packs.lengths))
-        padding = len(batches) * self.shape.tokens - tokens if self.shape else len(rows) - len(real)
+        padding = len(batches) * self.shape.tokens - tokens if self.shape else len(packs) - len(real)
         return Counts(labels, tokens + padding, padding)
 
     def places(self, step: int, batches: Sequence[int] | None = None) -> list[str]:
-        """Where the rows of a step stand, as `file:line`, each once; of some micro-batches, or of all when None."""
+        """Where the examples of a step stand, as `file:line`, each once; of some micro-batches, or of all when None."""
         of_step = self.batches(step)
         chosen = of_step if batches is None else [of_step[batch] for batch in batches]
-        real = (row for batch in chosen for row in batch if row < len(self.packs))
-        return list(dict.fromkeys(place for row in real for place in self.packs.places(row)))
+        real = (pack for batch in chosen for pack in batch if pack < len(self.packs))
+        return list(dict.fromkeys(place for pack in real for place in self.packs.places(pack)))
 
 
 class PackCollator:
-    """Joins packs into one row of tokens.
+    """Joins packs into one sequence of tokens.
 
     Position ids start at 0 with every sample; that (with no attention mask and no cache) is what makes Transformers
     build a mask in which no sample sees another.
 
     Args:
-        shape: What the row is filled up to, with samples without loss; None for as long as it is.
+        shape: What the sequence is filled up to, with samples without loss; None for as long as it is.
         pad_id: The token of the filling.
     """
 
@@ -195,8 +195,8 @@ class PackCollator:
         """Makes a batch.
 
         Args:
-            packs: Rows with `input_ids`, `labels` (the token's own id, -100 without loss; -100 at every sample's first
-                token) and `lengths` (tokens of each sample in the pack).
+            packs: With `input_ids`, `labels` (the token's own id, -100 without loss and at every sample's first token)
+                and `lengths` (tokens of each sample in the pack).
 
         Returns:
             `input_ids` and `position_ids` of shape (1, tokens); `labelled`, the positions whose next token carries

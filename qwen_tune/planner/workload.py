@@ -13,11 +13,11 @@ from qwen_tune.machine import repeats_key_heads
 from qwen_tune.planner.adapter import Adapter, read_adapter
 from qwen_tune.recipe.schema import Recipe
 
-SUPERVISED_SHARE = 1.0  # of tokens: the most; what rows really label is known once they are prepared
+SUPERVISED_SHARE = 1.0  # of tokens: the most; how many are supervised is known once examples are prepared
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What is counted.
 
     Attributes:
@@ -26,8 +26,8 @@ class Job:
         dtype: The type of the base, and of all products.
         quantization: How the decoder layers' matrices are held.
         attention: How attention is computed; `varlen` stands for every kernel that takes the samples' boundaries.
-        packing: Whether a row of the data is a pack of samples.
-        row_tokens: The longest row in tokens.
+        packing: Whether a sequence is a pack of samples.
+        sequence_tokens: The longest sequence in tokens.
         fused: Of each decoder layer, whether its halves train in their fused form: attention, MLP.
         dropout: Whether the adapters have some.
         dora: Whether they are DoRA.
@@ -44,7 +44,7 @@ class Job:
     quantization: Literal["none", "int8", "nf4"]
     attention: Kernel
     packing: bool
-    row_tokens: int
+    sequence_tokens: int
     fused: tuple[tuple[bool, bool], ...]
     dropout: bool
     dora: bool
@@ -69,14 +69,14 @@ class Job:
         """Whether the MLP halves of all layers are fused."""
         return all(mlp for _, mlp in self.fused)
 
-    def is_masked(self, rows: int) -> bool:
+    def is_masked(self, sequences: int) -> bool:
         """Whether attention over some packs, joined into one, needs a mask that separates samples."""
-        return self.attention != "varlen" and (self.packing or rows > 1)
+        return self.attention != "varlen" and (self.packing or sequences > 1)
 
 
-def read_job(
+def read_workload(
     recipe: Recipe, shape: Shape, *, dtype: Dtype, attention: str, processes: int = 1, on_gpu: bool = True
-) -> Job:
+) -> Workload:
     """What a recipe is to the planner.
 
     Args:
@@ -91,14 +91,14 @@ def read_job(
         ModelError: A name in the recipe means no module of the model.
     """
     adapter = read_adapter(shape, recipe.lora)
-    return Job(
+    return Workload(
         shape=shape,
         adapter=adapter,
         dtype=dtype,
         quantization=recipe.model.quantization,
         attention=kernel_of(attention),
         packing=recipe.data.packing,
-        row_tokens=recipe.data.max_length_tokens,
+        sequence_tokens=recipe.data.max_length_tokens,
         fused=_fused(recipe, shape, adapter),
         dropout=recipe.lora.lora_dropout > 0,
         dora=recipe.lora.use_dora,
