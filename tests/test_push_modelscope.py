@@ -13,7 +13,7 @@ from fakes.modelscope_server import PRIVATE, PUBLIC, Repository, State
 
 from qwen_tune.errors import PublishError
 from qwen_tune.publishing.modelscope import ModelScope
-from qwen_tune.publishing.remote import Account
+from qwen_tune.publishing.remote import Account, create_repository
 from qwen_tune.publishing.remote import Repository as Found
 
 TOKEN = "ms-canary-2b7e151628aed2a6"
@@ -65,7 +65,7 @@ def folder(tmp_path: Path) -> Path:
 
 def push(folder: Path, *, revision: str | None = None) -> str:
     hub = ModelScope()
-    repository = hub.find(NAME) or hub.create(NAME, private=True)
+    repository = hub.find(NAME) or create_repository(hub, NAME, private=True)
     return hub.upload(repository, folder, revision=revision, create_pr=False, title="A push")
 
 
@@ -144,10 +144,10 @@ def test_a_link_to_nothing_is_refused(server: State, folder: Path, secrecy: list
 
 def test_a_repository_that_comes_out_public_is_refused(server: State, secrecy: list[str]) -> None:
     server.always_public = True
-    message = refusal(secrecy, ModelScope().create, NAME, private=True)
-    created = "alice/adapter was to be created as a private repository, and it is not private; nothing was uploaded"
+    message = refusal(secrecy, create_repository, ModelScope(), NAME, private=True)
+    created = "alice/adapter: it was to be created as a private repository, and it is public; nothing was uploaded"
     assert created in message
-    assert ModelScope().create("alice/open", private=False).private is False
+    assert create_repository(ModelScope(), "alice/open", private=False).private is False
 
 
 def test_the_upload_makes_no_repository(server: State, folder: Path, secrecy: list[str]) -> None:
@@ -278,7 +278,7 @@ def test_the_server_says_how_long_to_wait(
 
 def test_an_answer_that_got_lost(server: State) -> None:
     server.fail("POST .*models$", None, after=True)
-    assert ModelScope().create(NAME, private=True).private
+    assert create_repository(ModelScope(), NAME, private=True).private
 
 
 def test_an_answer_that_is_no_json(server: State, secrecy: list[str]) -> None:

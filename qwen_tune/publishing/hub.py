@@ -70,6 +70,8 @@ def explain(error: BaseException) -> tuple[str, str]:
         return "the Hub's client is set to offline mode (HF_HUB_OFFLINE)", "unset it"
     if isinstance(error, LocalTokenNotFoundError):
         return "there is no token on this machine", LOG_IN
+    if isinstance(error, UnicodeDecodeError):
+        return "its README.md is not UTF-8 and would be lost", "save it as UTF-8"
     if isinstance(error, UnicodeEncodeError):
         return "the token has invalid characters", LOG_IN
     if isinstance(error, json.JSONDecodeError):
@@ -99,9 +101,8 @@ def explain(error: BaseException) -> tuple[str, str]:
 
 T = TypeVar("T")
 
-LONGEST_WAIT_S = 300
-SHORT_WAIT_S = 10
-"""Seconds to wait for an answer, without and with `patient=False`. The client has no limit of its own."""
+TIMEOUT_S, SHORT_TIMEOUT_S = 300, 10
+"""For one answer, without and with `patient=False`. The client has no limit of its own."""
 
 _WRITERS = ("admin", "write", "contributor")
 
@@ -121,17 +122,17 @@ class HuggingFace:
 
         def client() -> Any:
             made = default_client()
-            made.timeout = LONGEST_WAIT_S if patient else SHORT_WAIT_S
+            made.timeout = TIMEOUT_S if patient else SHORT_TIMEOUT_S
             return made
 
         default_client = _default_client_factory()
         set_client_factory(client)
         self._api: HfApi = HfApi()
-        self._token: str | None = get_token()
+        self.token: str | None = get_token()
         self._patient = patient
         self._name: str | None = None
         self._secrets = Secrets()
-        self._secrets.add(self._token)
+        self._secrets.add(self.token)
 
     def close(self) -> None:
         """Restores the client's own time limits: the same process downloads the base."""
@@ -139,12 +140,8 @@ class HuggingFace:
 
         set_client_factory(_default_client_factory())
 
-    @property
-    def token(self) -> str | None:
-        return self._token
-
     def account(self) -> Account:
-        if self._token is None or not self._token.strip():
+        if self.token is None or not self.token.strip():
             raise PublishError(Problem("the Hub", "there is no token on this machine", LOG_IN))
         answer = self._call("the Hub", self._api.whoami)
         if not isinstance(answer, dict) or not isinstance(answer.get("name"), str):
@@ -166,44 +163,36 @@ class HuggingFace:
     def find(self, repo_id: str) -> Repository | None:
         from huggingface_hub.errors import RepositoryNotFoundError
 
-        try:
-            info = self._retried(lambda: self._api.model_info(repo_id))
-        except RepositoryNotFoundError:
-            return None
-        except Exception as error:
-            raise self._explained(repo_id, error) from None
-        return Repository(str(info.id), bool(info.private), f"{self._api.endpoint}/{info.id}")
+        def look() -> Any:
+            try:
+                return self._api.model_info(repo_id)
+            except RepositoryNotFoundError:
+                return None
 
-    def create(self, repo_id: str, *, private: bool) -> Repository:
+        info = self._call(repo_id, look)
+        return Repository(str(info.id), bool(info.private), f"{self._api.endpoint}/{info.id}") if info else None
+
+    def create(self, repo_id: str, *, private: bool) -> None:
         self._call(repo_id, lambda: self._api.create_repo(repo_id, private=private, exist_ok=True))
-        made = self.find(repo_id)
-        if made is None or made.private != private:
-            what = f"the new repository is not {'private' if private else 'public'}"
-            raise PublishError(Problem(repo_id, what, "create it on the website, and push again"))
-        return made
 
     def read_card(self, repo_id: str, revision: str | None = None) -> str | None:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
-        # Not from the cache: if the Hub does not answer, that would return an old card as the newest.
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                path = self._retried(lambda: hf_hub_download(repo_id, "README.md", revision=revision, local_dir=folder))
+        def read(revision: str | None) -> str | None:
+            # Not from the cache: if the Hub does not answer, that would return an old card as the newest.
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    path = hf_hub_download(repo_id, "README.md", revision=revision, local_dir=folder)
+                except RevisionNotFoundError:
+                    return read(None) if revision else None
+                except (EntryNotFoundError, RepositoryNotFoundError) as error:
+                    if isinstance(error, FileNotFoundError):  # the Hub did not answer
+                        raise
+                    return None
                 return Path(path).read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                what = "its README.md is not UTF-8 and would be lost"
-                raise PublishError(Problem(repo_id, what, "save it as UTF-8")) from None
-            except RevisionNotFoundError:
-                return self.read_card(repo_id) if revision else None
-            except RepositoryNotFoundError:
-                return None
-            except EntryNotFoundError as error:
-                if isinstance(error, FileNotFoundError):  # the Hub did not answer
-                    raise self._explained(repo_id, error) from None
-                return None
-            except Exception as error:
-                raise self._explained(repo_id, error) from None
+
+        return self._call(repo_id, lambda: read(revision))
 
     def check_target(self, repository: Repository | None, revision: str | None, *, create_pr: bool) -> None:
         """Always possible: branches are created, and everyone who sees a repository may open a pull request."""
@@ -267,18 +256,12 @@ class HuggingFace:
 
     def _call(self, where: str, call: Callable[[], T]) -> T:
         try:
-            return self._retried(call)
+            if not self._patient:
+                return call()
+            return retrying(call, wait_of, title="the Hub", say=lambda line: report(self._secrets.redact(line)))
         except Exception as error:  # of the client, the HTTP library or the transfer library
-            raise self._explained(where, error) from None
-
-    def _retried(self, call: Callable[[], T]) -> T:
-        if not self._patient:
-            return call()
-        return retrying(call, wait_of, title="the Hub", say=lambda line: report(self._secrets.redact(line)))
-
-    def _explained(self, where: str, error: BaseException) -> PublishError:
-        what, fix = explain(error)
-        return PublishError(Problem(where, self._secrets.redact(what), fix))
+            what, fix = explain(error)
+            raise PublishError(Problem(where, self._secrets.redact(what), fix)) from None
 
 
 def _default_client_factory() -> Callable[[], Any]:

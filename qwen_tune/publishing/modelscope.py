@@ -80,7 +80,7 @@ class ModelScope:
         name = found.id if "/" in str(found.id) else f"{found.owner}/{found.name}"
         return Repository(name, found.visibility == PRIVATE, self._url(name))
 
-    def create(self, repo_id: str, *, private: bool) -> Repository:
+    def create(self, repo_id: str, *, private: bool) -> None:
         from modelscope_hub.errors import AlreadyExistsError
 
         tries = 0
@@ -98,16 +98,6 @@ class ModelScope:
                 # An earlier try succeeded; its answer was lost.
 
         self._ask(f"create {repo_id}", lambda: self._retried(make))
-        made = self.find(repo_id)
-        if made is None:
-            what = f"{repo_id} was created but cannot be found"
-            raise PublishError(Problem(TITLE, what, "run the same command again"))
-        if made.private != private:
-            asked, got = ("private", "not private") if private else ("public", "private")
-            what = f"{repo_id} was to be created as a {asked} repository, and it is {got}; nothing was uploaded"
-            fix = f"set its visibility at {made.url}, or delete it and run the same command again"
-            raise PublishError(Problem(TITLE, what, fix))
-        return made
 
     def read_card(self, repo_id: str, revision: str | None = None) -> str | None:
         from modelscope_hub import NotExistError

@@ -10,7 +10,7 @@ from pathlib import Path
 from qwen_tune.console import print_once, report
 from qwen_tune.errors import Problem, PublishError, first_line
 from qwen_tune.publishing.card import licence_of
-from qwen_tune.publishing.remote import Account, Remote, Repository
+from qwen_tune.publishing.remote import Account, Remote, Repository, create_repository
 from qwen_tune.publishing.upload_plan import Options, UploadPlan, add_card, plan_upload, resolve_existing_weights
 from qwen_tune.recipe.schema import HubSpec, Recipe
 
@@ -117,7 +117,8 @@ def _describe(plan: UploadPlan, account: Account, remote: Remote) -> str:
 
 def _send(plan: UploadPlan, remote: Remote) -> str:
     options = plan.options
-    repository = plan.repository or remote.create(plan.repo_id, private=options.private is not False)
+    private = options.private is not False
+    repository = plan.repository or create_repository(remote, plan.repo_id, private=private)
     if options.private is False and repository.private:
         report(f"{repository.id} is private and stays private; {repository.url}/settings makes it public")
     title = f"{' and '.join(plan.folders)} of {plan.name}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from qwen_tune.console import report
-from qwen_tune.errors import first_line
+from qwen_tune.errors import Problem, PublishError, first_line
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Remote(Protocol):
     def find(self, repo_id: str) -> Repository | None:
         """Returns the repository; None if it does not exist or the account cannot see it."""
 
-    def create(self, repo_id: str, *, private: bool) -> Repository:
-        """Creates a repository and checks its visibility."""
+    def create(self, repo_id: str, *, private: bool) -> None:
+        """Creates a repository; see `create_repository`, which checks the result."""
 
     def read_card(self, repo_id: str, revision: str | None = None) -> str | None:
         """Returns README.md of any model; None if it has none."""
@@ -81,6 +81,24 @@ class Remote(Protocol):
 
     def tag(self, repository: Repository, name: str, revision: str | None) -> None:
         """Tags the commit of the upload. A tag that exists is not moved."""
+
+
+def create_repository(remote: Remote, repo_id: str, *, private: bool) -> Repository:
+    """Creates a repository.
+
+    Raises:
+        PublishError: The site refuses, or the visibility of the new repository is not the one that was asked for.
+    """
+    remote.create(repo_id, private=private)
+    created = remote.find(repo_id)
+    if created is None:
+        raise PublishError(Problem(repo_id, "it was created but cannot be found", "run the same command again"))
+    if created.private != private:
+        asked, found = ("private", "public") if private else ("public", "private")
+        what = f"it was to be created as a {asked} repository, and it is {found}; nothing was uploaded"
+        fix = f"change its visibility at {created.url}, or delete it, and run the same command again"
+        raise PublishError(Problem(repo_id, what, fix))
+    return created
 
 
 T = TypeVar("T")
