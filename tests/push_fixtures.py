@@ -1,4 +1,4 @@
-"""A server with a base on it, a finished run, and the command, for tests of a push."""
+"""Fixtures for tests of a push: a server with a base, a finished run, and the command."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def served(base):
 
 @pytest.fixture
 def hub(served, base):
-    """The server with nothing on it but the base."""
+    """The server with only the base."""
     served.clear()
     served.add_folder("qwen/tiny", base)
     yield served
@@ -43,7 +43,7 @@ def hub(served, base):
 
 @pytest.fixture(scope="module")
 def commands(served, tmp_path_factory):
-    """The client reads its environment when it is imported, and that takes most of a push's time here."""
+    """The client reads its environment when it is imported, and the import takes most of a push's time here."""
     folder = tmp_path_factory.mktemp("client")
     modules = ("huggingface_hub.hf_api", "matplotlib.figure", "qwen_tune.publishing.push")
     with fork_server(modules, client(served, folder)) as server:
@@ -63,7 +63,7 @@ def push(hub, commands, tmp_path) -> Push:
 
 @pytest.fixture(scope="module")
 def run(trained, tmp_path_factory) -> Path:
-    """The bundled recipe's run, in a place of its own."""
+    """The run of the bundled recipe, in a folder of its own."""
     folder = tmp_path_factory.mktemp("runs") / "quickstart"
     shutil.copytree(trained[0], folder)
     return folder

@@ -1,4 +1,4 @@
-"""What tests of a push share beside their fixtures."""
+"""Constants and helpers for tests of a push."""
 
 from __future__ import annotations
 

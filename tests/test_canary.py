@@ -1,4 +1,4 @@
-"""Tokens of the environment are in nothing that a run leaves, says or sends: all of it is searched."""
+"""No token of the environment is in anything that a run writes, prints or sends: all of it is searched."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def leaks(name: str, data: bytes) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory) -> dict[str, bytes]:
-    """All that is left of a run that trains, tracks, merges and pushes, and of one that crashes with a traceback."""
+    """Everything from a run that trains, tracks, merges and pushes, and from one that crashes with a traceback."""
     folder = make_workspace(tmp_path_factory.mktemp("canary"))
     found = {}
     with serve_hub(token=HUB) as hub, serve() as wandb:
@@ -68,19 +68,18 @@ def traces(tmp_path_factory) -> dict[str, bytes]:
         found["pushed"] = hub.bodies
         assert {"README.md", "adapter/adapter_config.json", "merged/config.json"} <= set(hub.received("regular"))
         for number, (headers, path, body) in enumerate(wandb.requests):
-            # Who sends it is what this header is for, and nothing else is.
+            # Only this header may have the token.
             sent = "\n".join(line for line in headers.splitlines() if not line.lower().startswith("authorization:"))
             found[f"W&B: {number}"] = f"{sent}\n{path}\n{body}".encode()
     files = [path for path in folder.rglob("*") if path.is_file() and "tiny-qwen" not in path.parts]
     return found | {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_no_secret_is_left_said_or_sent(traces):
+def test_no_secret_is_written_printed_or_sent(traces):
     assert not [leak for name, data in traces.items() for leak in leaks(name, data)]
 
 
-def test_the_search_looked_where_it_should(traces):
-    """Everything that a run can leave is among what was searched."""
+def test_the_search_covers_everything_that_a_run_leaves(traces):
     names = set(traces)
     expected = {
         "run/run.json",

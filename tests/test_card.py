@@ -164,7 +164,11 @@ def test_a_missing_marker_is_an_error(card):
 
 
 def test_the_card_of_training_is_not_kept(trained):
-    assert kept_text((trained[0] / "adapter" / "README.md").read_text()) == ""
+    card = (trained[0] / "adapter" / "README.md").read_text()
+    code = card[card.index("```python") :]
+    earlier = card.replace(code, '```python\nfolder = "."\nmodel = AutoModelForCausalLM.from_pretrained(folder)\n```\n')
+    assert kept_text(card) == kept_text(earlier) == ""
+    assert kept_text(card + "My own words.\n").endswith("My own words.")
 
 
 def test_the_owners_front_matter_is_kept():

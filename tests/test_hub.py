@@ -1,4 +1,4 @@
-"""Bases and data sets from the Hub, read by its real client from a server on this machine."""
+"""Bases and data sets from the Hub, read by its real client from a local server."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def recipe(folder: Path, **changes: str) -> Path:
     return path
 
 
-def test_a_base_and_rows_from_the_hub_are_trained_and_recorded(hub, qwen_tune, tmp_path):
+def test_a_base_and_data_from_the_hub_are_trained_and_recorded(hub, qwen_tune, tmp_path):
     result = qwen_tune("train", str(recipe(tmp_path)), cwd=tmp_path, **hub)
     assert result.returncode == 0, result.stderr
     run = tmp_path / "runs" / "hub"
@@ -58,7 +58,7 @@ def test_a_base_and_rows_from_the_hub_are_trained_and_recorded(hub, qwen_tune, t
     assert "base_model: me/tiny" in (run / "adapter" / "README.md").read_text()
     merged = qwen_tune("merge", str(run), cwd=tmp_path, **{**hub, "HF_HUB_OFFLINE": "1"})
     assert merged.returncode == 0, merged.stderr
-    # The adapter as it is published, on a machine that has neither it nor its base.
+    # The published adapter, on a machine that has neither it nor its base.
     with serve({"models/me/tiny": TINY, "models/me/adapter": run / "adapter"}) as address:
         elsewhere = {**hub, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "elsewhere")}
         published = qwen_tune("merge", "me/adapter", cwd=tmp_path, **elsewhere)
@@ -70,7 +70,7 @@ def test_a_base_and_rows_from_the_hub_are_trained_and_recorded(hub, qwen_tune, t
     assert models[0].read_bytes() == models[1].read_bytes()
 
 
-def test_a_split_is_chosen_and_a_preview_takes_no_weights(hub, qwen_tune, tmp_path):
+def test_a_split_is_chosen_and_a_preview_downloads_no_weights(hub, qwen_tune, tmp_path):
     path = recipe(tmp_path, more=", split: test")
     result = qwen_tune("preview", str(path), "--json", "--all", cwd=tmp_path, **hub)
     assert result.returncode == 0, result.stderr
@@ -95,7 +95,7 @@ def test_a_subset_and_a_revision_are_chosen(hub, qwen_tune, tmp_path):
         ({"more": ", split: dev"}, "dev"),
     ],
 )
-def test_what_the_hub_does_not_have_is_one_message(hub, qwen_tune, tmp_path, changes, expected):
+def test_what_the_hub_does_not_have_is_reported_in_one_message(hub, qwen_tune, tmp_path, changes, expected):
     result = qwen_tune("train", str(recipe(tmp_path, **changes)), cwd=tmp_path, **hub)
     assert result.returncode == 2, result.stderr
     assert expected in result.stderr

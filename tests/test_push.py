@@ -1,4 +1,4 @@
-"""Pushing a run with the Hub's own client, to a server on this machine that goes wrong in every way a Hub can."""
+"""Pushing a run with the Hub's own client, to a local server with every fault that a Hub can have."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ with torch.inference_mode():
 """
 
 
-def test_what_was_pushed_answers_as_what_was_trained(hub, push, run, tmp_path):
+def test_a_pushed_model_answers_as_the_trained_one(hub, push, run, tmp_path):
     first = push(run, "me/lighthouse", *BASE)
     assert first.returncode == 0, first.stderr
     assert f"pushed adapter of quickstart: {hub.address}/me/lighthouse (private)" in first.stdout
@@ -58,7 +58,7 @@ def test_what_was_pushed_answers_as_what_was_trained(hub, push, run, tmp_path):
     private = {name: hub.repository(f"me/{name}").private for name in ("lighthouse", "both", "full")}
     assert private == {"lighthouse": True, "both": True, "full": False}
 
-    # Nothing of this machine is in anything that was sent, and nothing that is no part of the model.
+    # No file names this machine, and only files of the model were sent.
     for name in private:
         for path, data in hub.repository(f"me/{name}").files().items():
             assert str(run.parent).encode() not in data, path
@@ -73,7 +73,7 @@ def test_what_was_pushed_answers_as_what_was_trained(hub, push, run, tmp_path):
     facts = json.loads((run / "run.json").read_text())
     assert f"refs/tags/quickstart-{facts['fingerprint'][:12]}" in hub.repository("me/lighthouse").refs
 
-    # As others get it: with an empty cache, from the server alone.
+    # As others load it: with an empty cache, from the server alone.
     elsewhere = {**client(hub, tmp_path), "HF_HOME": str(tmp_path / "elsewhere")}
     wanted: list[Any] = [["me/lighthouse", "adapter", {}], ["me/full", "merged", {}]]
     wanted += [["me/both", kind, {"subfolder": kind}] for kind in ("adapter", "merged")]
@@ -85,7 +85,7 @@ def test_what_was_pushed_answers_as_what_was_trained(hub, push, run, tmp_path):
     answers = [json.loads(line) for line in loaded.stdout.splitlines() if line.startswith("[")]
     assert answers[0] == answers[2] == answers[4]
     assert answers[1] == answers[3] == answers[5]
-    # The recipe on the card trains again, given rows.
+    # The published recipe can be loaded again, given the data.
     (tmp_path / "quickstart.jsonl").write_bytes((ROOT / "data" / "quickstart.jsonl").read_bytes())
     (tmp_path / "recipe.yaml").write_bytes(files["recipe.yaml"])
     from qwen_tune.recipe.files import load_recipe
@@ -94,7 +94,7 @@ def test_what_was_pushed_answers_as_what_was_trained(hub, push, run, tmp_path):
 
 
 @pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
-def test_what_is_there_is_not_sent_again(base, run, tmp_path, xet):
+def test_existing_files_are_not_sent_again(base, run, tmp_path, xet):
     with serve_hub(token=TOKEN, lfs=not xet) as hub:
         hub.add_folder("qwen/tiny", base)
         command = [
@@ -116,14 +116,14 @@ def test_what_is_there_is_not_sent_again(base, run, tmp_path, xet):
         assert len(hub.repository("me/x").commits[head].files) > 5
 
 
-def test_a_client_that_is_told_to_stay_offline_says_so(hub, run, tmp_path, qwen_tune):
+def test_offline_mode_is_reported(hub, run, tmp_path, qwen_tune):
     offline = client(hub, tmp_path, HF_HUB_OFFLINE="1")
     result = qwen_tune("push", str(run), "me/x", *BASE, cwd=tmp_path, **offline)
     assert result.returncode == 2
     assert "the Hub's client is set to offline mode (HF_HUB_OFFLINE). Fix: unset it" in result.stderr
 
 
-def test_a_dry_run_says_all_and_writes_nothing(hub, push, own_run):
+def test_a_dry_run_lists_everything_and_writes_nothing(hub, push, own_run):
     (own_run / "adapter" / "training_args.bin").write_text("hub_token=secret")
     (own_run / "adapter" / "notes.docx").write_text("mine")
     result = push(own_run, "me/x", "--dry-run", *BASE)
@@ -137,7 +137,7 @@ def test_a_dry_run_says_all_and_writes_nothing(hub, push, own_run):
     assert writes(hub) == []
 
 
-def test_a_public_repository_is_no_place_for_what_is_not_said_to_be_public(hub, push, run, base):
+def test_a_public_repository_is_refused_without_public(hub, push, run, base):
     hub.add_folder("me/open", base)
     before = hub.repository("me/open").refs["refs/heads/main"]
     result = push(run, "me/open", *BASE)
@@ -147,20 +147,20 @@ def test_a_public_repository_is_no_place_for_what_is_not_said_to_be_public(hub, 
     assert push(run, "me/open", "--public", "--what", "merged", *BASE).returncode == 0
 
 
-def test_weights_of_others_are_never_deleted(hub, push, run):
+def test_only_weights_of_an_earlier_push_are_deleted(hub, push, run):
     assert push(run, "me/x", "--what", "merged", *BASE).returncode == 0
     model = hub.repository("me/x").files()
     refused = push(run, "me/x", *BASE)
     assert refused.returncode == 2
     assert "me/x: it holds a full model in its root, where the adapter would go" in refused.stderr
-    # In folders they lie beside it, and nothing at the root is touched.
+    # In folders they are next to it, and nothing at the root changes.
     put(hub, "me/x", "consolidated.safetensors", "by hand")
     both = push(run, "me/x", "--what", "merged", "--what", "adapter", "--what", "adapter", *BASE)
     assert both.returncode == 0, both.stderr
     files = hub.repository("me/x").files()
     assert files["model.safetensors"] == model["model.safetensors"]
     assert {"consolidated.safetensors", "adapter/adapter_model.safetensors", "merged/model.safetensors"} <= files.keys()
-    # Other shards of an earlier push go, and that is said before.
+    # Other shards of an earlier push are deleted, and the dry run says so.
     put(hub, "me/x", "merged/model-00001-of-00002.safetensors", "old")
     planned = push(run, "me/x", "--what", "adapter", "--what", "merged", "--dry-run", *BASE)
     assert "would delete, as weights of an earlier push:\n  merged/model-00001-of-00002.safetensors" in planned.stdout
@@ -169,14 +169,14 @@ def test_weights_of_others_are_never_deleted(hub, push, run):
     assert hub.repository("me/x").files().keys() == files.keys()
 
 
-def test_a_part_has_one_place(hub, push, run):
+def test_a_part_is_in_one_folder_only(hub, push, run):
     assert push(run, "me/x", "--what", "merged", "--what", "adapter", *BASE).returncode == 0
     refused = push(run, "me/x", *BASE)
     assert refused.returncode == 2
     assert "me/x: an earlier push put this part into adapter/; there would be another one at the root" in refused.stderr
 
 
-def test_a_model_does_not_go_where_an_adapter_is(hub, push, run):
+def test_a_model_is_refused_next_to_an_adapter(hub, push, run):
     assert push(run, "me/x", *BASE).returncode == 0
     hub.forget()
     refused = push(run, "me/x", "--what", "merged", "--create-pr", "--dry-run", *BASE)
@@ -185,7 +185,7 @@ def test_a_model_does_not_go_where_an_adapter_is(hub, push, run):
     assert writes(hub) == []
 
 
-def test_others_can_be_proposed_something(hub, push, run, base):
+def test_a_pull_request_to_another_owner_is_possible(hub, push, run, base):
     hub.add_folder("bob/open", base)
     put(hub, "bob/open", "config.json", "{}")
     files = hub.repository("bob/open").at("main").files
@@ -198,7 +198,7 @@ def test_others_can_be_proposed_something(hub, push, run, base):
     assert (ours.author, ours.status) == ("me", "open")
 
 
-def test_what_lies_in_a_directory_by_chance_stays(hub, push, own_run):
+def test_files_that_are_not_of_the_model_are_not_sent(hub, push, own_run):
     for name in ("customers.txt", "train_rows.json", "all_results.json"):
         (own_run / "merged" / name).write_text("{}")
     planned = push(own_run, "me/x", "--what", "merged", "--dry-run", *BASE)
@@ -213,7 +213,7 @@ def test_a_run_is_found_from_within(hub, commands, run, tmp_path):
     assert "recipe.yaml" in result.stdout
 
 
-def test_a_bare_adapter_has_a_card_that_says_less(hub, push, run, tmp_path):
+def test_a_bare_adapter_has_a_shorter_card(hub, push, run, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -226,7 +226,7 @@ def test_a_bare_adapter_has_a_card_that_says_less(hub, push, run, tmp_path):
     assert "Made with" not in card
 
 
-def test_the_owners_words_are_kept(hub, push, run):
+def test_the_owners_text_is_kept(hub, push, run):
     assert push(run, "me/x", *BASE).returncode == 0
     repository = hub.repository("me/x")
     card = repository.files()["README.md"].decode()
@@ -241,7 +241,7 @@ def test_the_owners_words_are_kept(hub, push, run):
     assert push(run, "me/x", *BASE).returncode == 0
     renewed = repository.files()["README.md"].decode()
     assert "## About\n\nMy words." in renewed
-    # A card that others wrote is not lost either.
+    # A card that was written by hand is not lost either.
     put(hub, "me/x", "README.md", "---\nlicense: mit\n---\n\n# By hand\n\nLong work.\n")
     assert push(run, "me/x", *BASE).returncode == 0
     assert "# By hand\n\nLong work.\n" in repository.files()["README.md"].decode()
@@ -258,7 +258,7 @@ def test_a_branch_and_a_pull_request(hub, push, run):
     assert push(run, "me/x", *BASE).returncode == 0
     assert push(run, "me/x", "--revision", "v2", *BASE).returncode == 0
     assert "adapter_model.safetensors" in hub.repository("me/x").files("v2")
-    # A pull request that could not be finished is gone on with.
+    # A pull request that failed is resumed.
     put(hub, "me/x", "adapter_config.json", "{}")
     hub.fail("POST .*/commit/", status=403, times=1)
     assert push(run, "me/x", "--create-pr", *BASE).returncode == 2
@@ -282,7 +282,7 @@ def test_a_renamed_repository_is_found(hub, push, run):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "status", "headers", "goes_on"),
+    ("pattern", "status", "headers", "is_retried"),
     [
         ("POST .*/commit/", 429, {"Retry-After": "1"}, True),
         ("POST .*/commit/", 500, {}, True),
@@ -294,10 +294,10 @@ def test_a_renamed_repository_is_found(hub, push, run):
         ("POST .*/commit/", 404, {"X-Error-Code": "RepoNotFound"}, False),
     ],
 )
-def test_a_fault_of_the_hub_is_waited_out_or_told(hub, push, run, pattern, status, headers, goes_on):
+def test_a_fault_of_the_hub_is_retried_or_reported(hub, push, run, pattern, status, headers, is_retried):
     hub.fail(pattern, status=status, headers=headers, times=1)
     result = push(run, "me/x", *BASE)
-    if goes_on:
+    if is_retried:
         assert result.returncode == 0, result.stderr
     else:
         assert result.returncode == 2, result.stdout
@@ -306,7 +306,7 @@ def test_a_fault_of_the_hub_is_waited_out_or_told(hub, push, run, pattern, statu
     assert "adapter_model.safetensors" in hub.repository("me/x").files()
 
 
-def test_a_cut_connection_and_a_slow_answer_are_waited_out(hub, push, run):
+def test_a_cut_connection_and_a_slow_answer_are_retried(hub, push, run):
     hub.cut("PUT ", after_bytes=100_000)
     hub.lose("POST .*/commit/")
     hub.slow("GET /api/models/", seconds=1.0)
@@ -316,7 +316,7 @@ def test_a_cut_connection_and_a_slow_answer_are_waited_out(hub, push, run):
     assert sizes["adapter_model.safetensors"] == (run / "adapter" / "adapter_model.safetensors").stat().st_size
 
 
-def test_a_hub_that_stays_away_is_told(hub, push, run):
+def test_a_hub_that_does_not_answer_is_reported(hub, push, run):
     hub.fail("GET /api/whoami", status=503, headers={"Retry-After": "3600"}, times=math.inf)
     result = push(run, "me/x", *BASE)
     assert result.returncode == 2
@@ -324,7 +324,7 @@ def test_a_hub_that_stays_away_is_told(hub, push, run):
     assert writes(hub) == []
 
 
-def test_a_killed_push_goes_on(hub, push, run, tmp_path):
+def test_a_killed_push_resumes(hub, push, run, tmp_path):
     arrived, go = hub.hold("POST .*/commit/")
     command = [str(Path(sys.executable).with_name("qwen-tune")), "push", str(run), "me/x", "--what", "merged", *BASE]
     process = subprocess.Popen(command, env=client(hub, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -340,7 +340,7 @@ def test_a_killed_push_goes_on(hub, push, run, tmp_path):
     assert hub.repository("me/x").files()["model.safetensors"] == (run / "merged" / "model.safetensors").read_bytes()
 
 
-def test_a_recipe_pushes_when_it_has_trained_and_a_failed_push_fails_no_run(hub, tmp_path):
+def test_a_recipe_pushes_after_training_and_a_failed_push_does_not_fail_the_run(hub, tmp_path):
     make_workspace(tmp_path)
     recipe = tmp_path / "recipe.yaml"
     pushed = "hub: {repo_id: me/small, base_id: qwen/tiny, push: [adapter, merged], repo_ids: {merged: me/full}}\n"
@@ -353,8 +353,8 @@ def test_a_recipe_pushes_when_it_has_trained_and_a_failed_push_fails_no_run(hub,
     )
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "runs/small/run.json").read_text())["state"] == "finished"
-    assert "warning: the push after training would fail: the Hub: does not say whose token it is" in result.stdout
-    assert "warning: not pushed to me/small: me/small: the token may not do this" in result.stdout
+    assert "warning: the push after training would fail: the Hub: does not name the owner of the token" in result.stdout
+    assert "warning: not pushed to me/small: me/small: the token does not allow this" in result.stdout
     again = "qwen-tune push runs/small me/small --what adapter --base-id qwen/tiny"
     assert f"resume with: {again}" in result.stdout
     assert f"pushed merged of small: {hub.address}/me/full (private)" in result.stdout
@@ -363,7 +363,7 @@ def test_a_recipe_pushes_when_it_has_trained_and_a_failed_push_fails_no_run(hub,
     result = subprocess.run(words, cwd=tmp_path, env=client(hub, tmp_path), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "adapter_model.safetensors" in hub.repository("me/small").files()
-    # Asked again it says how, and a hub that is away keeps nobody from training.
+    # Run again, the recipe prints the command to push.
     result = subprocess.run(
         command, cwd=tmp_path, env=client(hub, tmp_path), capture_output=True, text=True, timeout=300
     )

@@ -40,7 +40,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[State]:
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long everything wanted to sleep; nothing does."""
+    """The seconds of every sleep; nothing really sleeps."""
     seconds: list[float] = []
     monkeypatch.setattr("time.sleep", seconds.append)
     return seconds
@@ -48,7 +48,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture(autouse=True)
 def secrecy(capfd: pytest.CaptureFixture[str]) -> Iterator[list[str]]:
-    """Nothing that is printed has the token in it, nor has a message that a test puts here."""
+    """Checks that neither the output nor any message that a test adds contains the token."""
     texts: list[str] = []
     yield texts
     assert TOKEN not in "".join([*capfd.readouterr(), *texts])
@@ -70,7 +70,7 @@ def push(folder: Path, *, revision: str | None = None) -> str:
 
 
 def refusal(secrecy: list[str], call: object, *arguments: object, **options: object) -> str:
-    """The message of a call that is refused."""
+    """Returns the message of a call that is refused."""
     assert callable(call)
     with pytest.raises(PublishError) as caught:
         call(*arguments, **options)
@@ -92,7 +92,7 @@ def test_a_private_repository_gets_the_folder(
     assert kept <= {"home/credentials", "home/credentials/session"}
 
 
-def test_what_is_there_is_not_sent_again(server: State, folder: Path) -> None:
+def test_existing_files_are_not_sent_again(server: State, folder: Path) -> None:
     push(folder)
     server.requests.clear()
     push(folder)
@@ -106,7 +106,7 @@ def test_what_is_there_is_not_sent_again(server: State, folder: Path) -> None:
     assert server.repositories[NAME].branches["master"] == {**FILES, "README.md": b"# B model\n"}
 
 
-def test_a_broken_upload_goes_on(server: State, folder: Path, secrecy: list[str]) -> None:
+def test_a_broken_upload_resumes(server: State, folder: Path, secrecy: list[str]) -> None:
     server.fail("POST .*/commit/", 403)
     refusal(secrecy, push, folder)
     push(folder)
@@ -124,7 +124,7 @@ def test_links_are_followed(server: State, folder: Path, tmp_path: Path) -> None
     assert server.repositories[NAME].branches["master"] == FILES
 
 
-def test_weights_of_an_earlier_push_go(server: State, folder: Path, secrecy: list[str]) -> None:
+def test_weights_of_an_earlier_push_are_deleted(server: State, folder: Path, secrecy: list[str]) -> None:
     old = {"model-00001-of-00002.safetensors": b"old", "notes.txt": b"kept", "other/model.safetensors": b"kept"}
     server.repositories[NAME] = Repository(PRIVATE, {"master": dict(old)})
     hub = ModelScope()
@@ -137,12 +137,12 @@ def test_weights_of_an_earlier_push_go(server: State, folder: Path, secrecy: lis
     assert server.repositories[NAME].branches["master"] == {**FILES, **old}
 
 
-def test_a_link_to_nothing_is_refused(server: State, folder: Path, secrecy: list[str]) -> None:
+def test_a_broken_link_is_refused(server: State, folder: Path, secrecy: list[str]) -> None:
     (folder / "gone").symlink_to(folder / "nowhere")
     assert "gone: is a broken link" in refusal(secrecy, push, folder)
 
 
-def test_a_repository_that_comes_out_public_is_refused(server: State, secrecy: list[str]) -> None:
+def test_a_new_repository_that_is_public_is_refused(server: State, secrecy: list[str]) -> None:
     server.always_public = True
     message = refusal(secrecy, create_repository, ModelScope(), NAME, private=True)
     created = "alice/adapter: it was to be created as a private repository, and it is public; nothing was uploaded"
@@ -150,7 +150,7 @@ def test_a_repository_that_comes_out_public_is_refused(server: State, secrecy: l
     assert create_repository(ModelScope(), "alice/open", private=False).private is False
 
 
-def test_the_upload_makes_no_repository(server: State, folder: Path, secrecy: list[str]) -> None:
+def test_the_upload_creates_no_repository(server: State, folder: Path, secrecy: list[str]) -> None:
     gone = Found(NAME, True, "")
     message = refusal(secrecy, ModelScope().upload, gone, folder, revision=None, create_pr=False, title="A push")
     assert "it does not exist" in message
@@ -199,13 +199,13 @@ def test_branches_tags_and_pull_requests(server: State, folder: Path, secrecy: l
     ("status", "expected"),
     [
         (401, "the token is not accepted (HTTP 401: refused by the test, for ***). Fix: run `modelscope login`, or"),
-        (403, "the token may not do that (HTTP 403"),
+        (403, "the token does not allow that (HTTP 403"),
         (404, "it does not exist, or the account cannot see it (HTTP 404"),
-        (409, "it exists already, or somebody else is changing it (HTTP 409"),
+        (409, "it already exists, or somebody else is changing it (HTTP 409"),
         (418, "its client gave up (HTTP 418"),
         (429, "there were too many requests (HTTP 429"),
-        (500, "it does not answer (HTTP 500"),
-        (None, "there is no connection (Connection"),
+        (500, "the server failed (HTTP 500"),
+        (None, "the connection failed (Connection"),
     ],
 )
 def test_refusals(server: State, folder: Path, secrecy: list[str], status: int | None, expected: str) -> None:
@@ -225,7 +225,7 @@ def test_refusals(server: State, folder: Path, secrecy: list[str], status: int |
 
 def test_a_token_that_is_refused(server: State, secrecy: list[str]) -> None:
     server.token = "another"
-    assert "cannot read whose token it is; the token is not accepted (HTTP 401" in refusal(
+    assert "cannot find the owner of the token; the token is not accepted (HTTP 401" in refusal(
         secrecy, ModelScope().account
     )
 
@@ -246,7 +246,7 @@ def test_a_token_that_is_refused(server: State, secrecy: list[str]) -> None:
         "POST .*tag",
     ],
 )
-def test_what_passes_is_tried_again(
+def test_temporary_faults_are_retried(
     server: State, folder: Path, capfd: pytest.CaptureFixture[str], status: int | None, where: str
 ) -> None:
     server.fail(where, status, 2)
@@ -281,9 +281,9 @@ def test_an_answer_that_got_lost(server: State) -> None:
     assert create_repository(ModelScope(), NAME, private=True).private
 
 
-def test_an_answer_that_is_no_json(server: State, secrecy: list[str]) -> None:
+def test_an_answer_that_is_not_json(server: State, secrecy: list[str]) -> None:
     server.fail("GET .*users/me", 200, body=b"<html>")
-    assert "does not say whose token it is" in refusal(secrecy, ModelScope().account)
+    assert "does not name the owner of the token" in refusal(secrecy, ModelScope().account)
     server.repositories[NAME] = Repository()
     server.fail("GET .*models/", 200, body=b"<html>")
     assert "cannot look for alice/adapter; its client gave up" in refusal(secrecy, ModelScope().find, NAME)
@@ -291,7 +291,7 @@ def test_an_answer_that_is_no_json(server: State, secrecy: list[str]) -> None:
 
 def test_no_server(monkeypatch: pytest.MonkeyPatch, server: State, secrecy: list[str]) -> None:
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
-    assert "there is no connection" in refusal(secrecy, ModelScope().account)
+    assert "the connection failed" in refusal(secrecy, ModelScope().account)
 
 
 def test_tokens(monkeypatch: pytest.MonkeyPatch, server: State, secrecy: list[str], tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_a_run_is_pushed_with_its_card(server: State, trained: tuple[Path, str],
         assert TOKEN.encode() not in data, name
 
 
-def test_a_killed_push_goes_on(server: State, trained: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_killed_push_resumes(server: State, trained: tuple[Path, str], tmp_path: Path) -> None:
     arrived = Event()
     server.held = ("POST .*/commit/", arrived)
     whole = command(trained[0], "--what", "merged")

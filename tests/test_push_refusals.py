@@ -1,4 +1,4 @@
-"""What is not pushed: told with its fix before anything is sent."""
+"""What is refused, with its fix, before anything is sent."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def broken_metrics(run, hub):
     (run / "run.json").write_text((run / "run.json").read_text().replace('"trained"', '"other"'))
 
 
-def rank_of_words(run, hub):
+def rank_as_text(run, hub):
     path = run / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": "16"}))
 
 
-def odd_record_of_the_merge(run, hub):
+def malformed_merge_record(run, hub):
     path = run / "merged" / "merge.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "files": [1]}))
     return ["--what", "merged"]
@@ -105,7 +105,7 @@ FAULTS = [
     (no_token, "there is no token on this machine. Fix: make a token that can write"),
     (unknown_token, "the Hub does not accept the token"),
     (read_only, "the token of me can only read"),
-    (narrow, "the token of me may write to no repository"),
+    (narrow, "the token of me cannot write to any repository"),
     (unfinished, "the run has not finished (its state is interrupted)"),
     (another_adapter, "this model was not merged from the run's adapter. Fix: run `qwen-tune merge"),
     (changed_weights, "model.safetensors: it is not the file that the merge wrote"),
@@ -119,15 +119,15 @@ FAULTS = [
         "the record of the run is not as this version writes it "
         "(UndefinedError: 'dict object' has no attribute 'trained')",
     ),
-    (rank_of_words, "adapter_config.json: its rank (r, rank_pattern) is not a number"),
-    (odd_record_of_the_merge, "merge.json: it is not what this version writes"),
+    (rank_as_text, "adapter_config.json: its rank (r, rank_pattern) is not a number"),
+    (malformed_merge_record, "merge.json: it is not what this version writes"),
     (no_weights, "adapter_model.safetensors"),
     (formats, "exported formats cannot be pushed yet"),
 ]
 
 
 @pytest.mark.parametrize(("fault", "message"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
-def test_what_may_not_be_sent_is_told_before_anything_is(hub, push, own_run, fault, message):
+def test_a_fault_is_reported_before_anything_is_sent(hub, push, own_run, fault, message):
     given = fault(own_run, hub)
     changes = given if isinstance(given, dict) else {}
     result = push(own_run, "me/x", *(given if isinstance(given, list) else []), *BASE, **changes)
@@ -141,7 +141,7 @@ def test_what_may_not_be_sent_is_told_before_anything_is(hub, push, own_run, fau
     ("arguments", "message"),
     [
         (("{run}", "lighthouse"), "lighthouse: this is not a name for the repository; expected owner/name"),
-        (("{run}", "others/x", *BASE), "others/x: me may not write under others"),
+        (("{run}", "others/x", *BASE), "others/x: me cannot write under others"),
         (("{run}", "me/x"), "its base is a local directory, which nobody else has. Fix: name the base"),
         (("{run}", "me/x", "--base-id", "qwen/unknown"), "the licence of qwen/unknown is not known"),
         (("{run}/nothing", "me/x", *BASE), "there is no such directory"),
@@ -150,7 +150,7 @@ def test_what_may_not_be_sent_is_told_before_anything_is(hub, push, own_run, fau
         (("{run}", "me/x", "--create-pr", *BASE), "there is no such repository to open a pull request in"),
     ],
 )
-def test_what_the_command_line_says_wrongly(hub, push, own_run, arguments, message):
+def test_a_wrong_command_line_is_reported(hub, push, own_run, arguments, message):
     (own_run / "logs").mkdir(exist_ok=True)
     result = push(*(word.replace("{run}", str(own_run)) for word in arguments))
     assert result.returncode == 2, result.stdout

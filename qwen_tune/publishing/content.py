@@ -148,9 +148,10 @@ def _weights(part: Part, content: Content) -> set[str]:
 def _why_not(path: Path) -> str | None:
     if path.is_dir():
         return "a folder"
-    return next(
-        (why for patterns, why in _STAYS.items() if any(fnmatchcase(path.name, each) for each in patterns)), None
-    )
+    for patterns, reason in _STAYS.items():
+        if any(fnmatchcase(path.name, pattern) for pattern in patterns):
+            return reason
+    return None
 
 
 def _without_local_names(path: Path, base: PublishedBase) -> Path | bytes:
@@ -192,9 +193,8 @@ def _check_complete(part: Part, content: Content) -> None:
         needed += ["tokenizer.json"]
     for name in needed:
         if name not in content.files:
-            content.problems.append(
-                Problem(str(part.folder), f"{name} is missing: the result could not be used", _write_again(part))
-            )
+            what = f"{name} is missing: nobody could use the model without it"
+            content.problems.append(Problem(str(part.folder), what, _write_again(part)))
 
 
 def _check_match(part: Part, content: Content) -> None:

@@ -9,16 +9,16 @@ from typing import Any
 from qwen_tune.disk import parse_json
 
 CURVE = "loss.png"
-"""The picture's name beside the card."""
+"""The picture's file name next to the card."""
 
 _LONGEST = 2000
-"""Steps that are drawn; of a longer run as many, evenly spread."""
+"""Points that are drawn; those of a longer run are thinned out evenly."""
 
 
 def draw_losses(metrics: Path) -> bytes | None:
-    """A PNG of training loss and evaluation loss over steps, in nats/token; None where there is nothing to draw.
+    """Returns a PNG of training loss and held-out loss over steps, in nats/token; None if there are too few points.
 
-    The same metrics give the same bytes, so that a card is not sent again.
+    The same metrics give the same bytes, so that an unchanged picture is not sent again.
     """
     lines = _read(metrics) if metrics.exists() else []
     trained = _points(lines, "loss")
@@ -50,7 +50,7 @@ def draw_losses(metrics: Path) -> bytes | None:
 
 
 def _read(metrics: Path) -> list[dict[str, Any]]:
-    """The lines that can be read: a full disk may have cut the last one off."""
+    """Returns the readable lines: a full disk may have cut off the last one."""
     lines = []
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

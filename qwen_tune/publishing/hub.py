@@ -85,11 +85,11 @@ def explain(error: BaseException) -> tuple[str, str]:
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
         return "the Hub does not accept the token", f"{LOG_IN} (HF_TOKEN takes precedence over a saved login)"
     if status == 403:
-        return f"the token may not do this ({said})", LOG_IN
+        return f"the token does not allow this ({said})", LOG_IN
     if isinstance(error, RevisionNotFoundError):
         return "there is no such branch", "check --revision"
     if isinstance(error, RepositoryNotFoundError):
-        return "there is no such repository, or the token may not see it", "check the name and the token's permissions"
+        return "there is no such repository, or the token cannot see it", "check the name and the token's permissions"
     if status in (409, 412):
         return f"somebody else is changing it ({said})", _RESUME
     if status in _BUSY:
@@ -145,7 +145,7 @@ class HuggingFace:
             raise PublishError(Problem("the Hub", "there is no token on this machine", LOG_IN))
         answer = self._call("the Hub", self._api.whoami)
         if not isinstance(answer, dict) or not isinstance(answer.get("name"), str):
-            raise PublishError(Problem("the Hub", "does not say whose token it is", "check HF_ENDPOINT"))
+            raise PublishError(Problem("the Hub", "does not name the owner of the token", "check HF_ENDPOINT"))
         self._name = name = answer["name"]
         token = (answer.get("auth") or {}).get("accessToken") or {}
         role = token.get("role")
@@ -157,7 +157,7 @@ class HuggingFace:
         if role == "fineGrained":
             owners = _may_write(token.get("fineGrained") or {}, owners)
             if not owners:
-                raise PublishError(Problem("the Hub", f"the token of {name} may write to no repository", LOG_IN))
+                raise PublishError(Problem("the Hub", f"the token of {name} cannot write to any repository", LOG_IN))
         return Account(name, frozenset(owners))
 
     def find(self, repo_id: str) -> Repository | None:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from qwen_tune.console import report
 from qwen_tune.disk import sha256
 from qwen_tune.errors import Problem, PublishError, first_line
+from qwen_tune.publishing.content import Content
 from qwen_tune.publishing.modelscope_errors import (
     LOG_IN,
     TITLE,
@@ -56,9 +57,9 @@ class ModelScope:
 
     def account(self) -> Account:
         # Neither ModelScope's API nor its client lists the organizations that an account can write for.
-        name = self._ask("read whose token it is", self._hub.whoami).username
+        name = self._ask("find the owner of the token", self._hub.whoami).username
         if not name:
-            raise PublishError(Problem(TITLE, "does not say whose token it is", LOG_IN))
+            raise PublishError(Problem(TITLE, "does not name the owner of the token", LOG_IN))
         return Account(name, None)
 
     def find(self, repo_id: str) -> Repository | None:
@@ -197,10 +198,7 @@ class ModelScope:
             # A folder of links to the files: its client skips linked folders, and its tracker would be written into the
             # folder of the upload.
             staging = Path(scratch, "files")
-            for name, file in files.items():
-                link = staging / name
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(file.resolve())
+            Content({**files}).write(staging)
 
             def send() -> None:
                 with redirect_stdout(io.StringIO()):  # its report
@@ -221,7 +219,7 @@ class ModelScope:
         return self._open()
 
     def _open(self) -> Any:
-        # A new client each time, as a client keeps the environment of its first use.
+        # A client of our own: the package's default client keeps the environment of its first use.
         from modelscope_hub import HubApi, HubConfig
 
         return HubApi(HubConfig(token=self._token))

@@ -40,18 +40,18 @@ def meaning(error: BaseException) -> tuple[str, str]:
         (errors.QuotaExceededError, "the account has no space left", "free some space, or ask ModelScope for more"),
         (
             errors.PermissionDeniedError,
-            "the token may not do that",
+            "the token does not allow that",
             "use a token that can write, and an owner that the account can write for",
         ),
         (errors.NotExistError, "it does not exist, or the account cannot see it", "check the name and the account"),
         (
             errors.AlreadyExistsError,
-            "it exists already, or somebody else is changing it",
+            "it already exists, or somebody else is changing it",
             "choose another name, or run the same command again",
         ),
         (errors.RateLimitError, "there were too many requests", later),
-        *((kind, "there is no connection", f"check the network, and {later}") for kind in cut),
-        (errors.ServerError, "it does not answer", later),
+        *((kind, "the connection failed", f"check the network, and {later}") for kind in cut),
+        (errors.ServerError, "the server failed", later),
     ]
     for kind, what, fix in meanings:
         if isinstance(error, kind):

@@ -1,4 +1,4 @@
-"""What can be pushed: an adapter or a merged model, found by the path of a run or of itself."""
+"""What can be pushed: an adapter or a merged model, found by the path of a run or by its own."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def refuse_foreign(repo_id: str, account: Account) -> None:
     owner, name = repo_id.split("/")
     if account.owners is None or {owner, repo_id} & account.owners:
         return
-    what = f"{account.name} may not write under {owner}; the token may write under {', '.join(sorted(account.owners))}"
+    what = f"{account.name} cannot write under {owner}; the token can write under {', '.join(sorted(account.owners))}"
     raise PublishError(Problem(repo_id, what, f"push to {account.name}/{name}, or use another token"))
 
 

@@ -41,7 +41,7 @@ class Request:
 
 @dataclass
 class Rules:
-    """How large a file goes into LFS (none for a client that brings Xet), and in parts of how many bytes, if any."""
+    """The size from which a file goes into LFS (None for a client with Xet), and of its parts if it has any."""
 
     lfs_bytes: int | None = 1_000_000
     part_bytes: int | None = None
@@ -55,7 +55,7 @@ def json_answer(value: Any, status: int = 200, headers: dict[str, str] | None = 
 
 
 def answer(hub: Hub, rules: Rules, address: str, request: Request) -> Answer:
-    """Errors and redirections included."""
+    """Returns the answer to a request, errors and redirections included."""
     try:
         return _Conversation(hub, rules, address, request).answer()
     except HubError as error:
@@ -66,7 +66,7 @@ def answer(hub: Hub, rules: Rules, address: str, request: Request) -> Answer:
 
 
 class _Conversation:
-    """One request. Methods of a repository take it first, then the parts of the path that their route names."""
+    """Methods for one request. Those of a repository take it first, then the parts of the path in their route."""
 
     def __init__(self, hub: Hub, rules: Rules, address: str, request: Request) -> None:
         self.hub, self.rules, self.address, self.request = hub, rules, address, request
@@ -105,7 +105,7 @@ class _Conversation:
         return self.user
 
     def _writer(self, repository: Repository, ref: str | None = None) -> User:
-        """The user, who may write to the repository, or wrote the pull request that the ref is of."""
+        """Returns the user if they can write to the repository or are the author of the ref's pull request."""
         user = self._signed_in()
         if user.role == "read":
             raise HubError(403, "Forbidden: you must use a write token to upload to a repository.")
@@ -126,7 +126,7 @@ class _Conversation:
         return json_answer(self._signed_in().whoami())
 
     def validate_card(self) -> Answer:
-        """Two of the real rules: a header there should be, and a base model is an id on the Hub."""
+        """Two of the real rules: front matter must exist, and a base model must be an id on the Hub."""
         match = re.match(r"---\n(.*?)\n?---", self.request.json()["content"], re.DOTALL)
         if match is None:
             warning = "empty or missing yaml metadata in repo card"

@@ -42,7 +42,7 @@ class Blob:
 
     @cached_property
     def pointer(self) -> bytes:
-        """What git itself holds of a file in LFS."""
+        """The pointer that git stores for a file in LFS."""
         lines = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n"
         return lines.encode()
 
@@ -54,7 +54,7 @@ class Blob:
 
     @property
     def etag(self) -> str:
-        """What preupload and downloads call the content: sha256 in LFS, git's id elsewhere."""
+        """The id of the content in preupload and downloads: sha256 in LFS, git's id otherwise."""
         return self.sha256 if self.lfs else self.oid
 
 
@@ -103,7 +103,7 @@ class Repository:
 
     @property
     def prefix(self) -> str:
-        """Before the id in addresses other than the API's."""
+        """The prefix of the id in addresses outside of the API."""
         return "" if self.kind == "models" else f"{self.kind}/"
 
     @property
@@ -123,7 +123,7 @@ class Repository:
         raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def writable(self, revision: str) -> str:
-        """The full name of a branch or pull request, which alone take commits."""
+        """Returns the full name of a branch or pull request; other refs take no commits."""
         name = revision if revision.startswith("refs/") else f"refs/heads/{revision}"
         if name not in self.refs or name.startswith("refs/tags/"):
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -138,7 +138,7 @@ class Repository:
         return self.commits[id]
 
     def point(self, ref: str, revision: str) -> None:
-        """A new branch or tag."""
+        """Creates a branch or a tag."""
         if ref in self.refs:
             raise HubError(409, f"Reference already exists: {ref}")
         self.refs[ref] = self.at(revision).id
@@ -158,7 +158,7 @@ class Repository:
 
 @dataclass
 class User:
-    """A token and whose it is. `orgs`: role in each organization (read, contributor, write, admin)."""
+    """A token and its owner. `orgs`: role in each organization (read, contributor, write, admin)."""
 
     name: str
     token: str
@@ -184,7 +184,7 @@ class User:
         )
 
     def may_write(self, namespace: str, repository: Repository | None = None) -> bool:
-        """Into a repository, or a new one into a namespace when none is given."""
+        """Whether the user can write to a repository, or create one in a namespace if none is given."""
         if self.role == "read":
             return False
         if self.role == "fineGrained" and not self.allowed("repo.write", namespace, repository and repository.id):
@@ -248,7 +248,7 @@ class Hub:
         return repository
 
     def repository(self, id: str, kind: str = "models") -> Repository:
-        """For a test to look into."""
+        """Returns a repository for a test to inspect."""
         return self.repositories[kind, id]
 
     def rename(self, old: str, new: str, kind: str = "models") -> None:
@@ -263,7 +263,7 @@ class Hub:
         return self.repositories[kind, id]
 
     def find(self, kind: str, id: str, user: User | None) -> Repository:
-        """What the user may see. To others a private repository is one that is not there."""
+        """Returns the repository if the user can see it. For others a private repository does not exist."""
         if (kind, id) in self.renamed:
             raise MovedError(id, self.renamed[kind, id])
         repository = self.repositories.get((kind, id))

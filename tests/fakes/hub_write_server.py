@@ -26,24 +26,24 @@ from urllib.parse import unquote
 from fakes.hub_answers import Answer, Request, Rules, answer, json_answer
 from fakes.hub_store import Hub
 
-HOLD_SECONDS = 60.0  # a test that forgets to let go does not wait for ever
+HOLD_SECONDS = 60.0  # so that a test that never releases a request ends
 
 
 @dataclass
 class Fault:
-    """Something that goes wrong with the next requests whose `METHOD path` a pattern is found in."""
+    """A fault in the next requests whose `METHOD path` contains a pattern."""
 
     pattern: str
     times: float = 1
     answer: Answer | None = None
-    """Instead of the real one: nothing is done."""
+    """Sent instead of the real answer; the request is not processed."""
     cut_after_bytes: int | None = None
-    """The connection is dropped after so many bytes of the body: nothing is done."""
+    """The connection is dropped after this many bytes of the body; the request is not processed."""
     lost: bool = False
-    """Everything is done, and the connection is dropped instead of an answer."""
+    """The request is processed, and the connection is dropped instead of an answer."""
     seconds: float = 0.0
     held: tuple[Event, Event] | None = None
-    """(arrived, go): the request waits for `go`, before it is done, or after it where `done` is set."""
+    """(arrived, go): the request waits for `go`; before it is processed, or after that if `done` is set."""
     done: bool = False
 
 
@@ -57,7 +57,7 @@ class Traffic:
     body: bytes
 
     def files(self) -> Iterator[tuple[Literal["regular", "lfs", "sample", "named"], str, bytes]]:
-        """What the request carried of files: kind, path (of an LFS object its sha256), content.
+        """Yields the files in the request: kind, path (for an LFS object its sha256), content.
 
         "sample" is the first 512 bytes, "named" a commit's reference to an LFS object, which is its content here.
         """
@@ -119,7 +119,7 @@ class ServedHub(Hub):
         return events
 
     def clear(self) -> None:
-        """Forgets repositories, faults and the record; users stay."""
+        """Clears repositories, faults and the record; users stay."""
         with self.lock:
             self.repositories.clear()
             self.renamed.clear()
@@ -136,12 +136,12 @@ class ServedHub(Hub):
 
     @property
     def requests(self) -> list[tuple[str, str, int]]:
-        """Method, path (unquoted, with the query), bytes of the body that arrived."""
+        """Method, path (unquoted, with the query) and number of bytes received."""
         return [(request.method, request.path, len(request.body)) for request in self.traffic]
 
     @property
     def bodies(self) -> bytes:
-        """Everything that any body held, as sent and with its base64 decoded. Headers are not in it."""
+        """All request bodies, as sent and with their base64 decoded, without headers."""
         decoded = [content for request in self.traffic for _, _, content in request.files()]
         return b"\n".join([request.body for request in self.traffic] + decoded)
 
@@ -155,12 +155,12 @@ class ServedHub(Hub):
         return [names.get(path, path) for sort, path, _ in files if sort == kind]
 
     def forget(self) -> None:
-        """Starts the record anew."""
+        """Clears the record."""
         self.traffic.clear()
 
 
 class _DroppedError(Exception):
-    """No answer: the connection ends here."""
+    """Ends the connection without an answer."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -196,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _answer  # noqa: N815
 
     def _read(self, limit: int | None) -> bytes:
-        """The body, or so many bytes of it: the rest stays in the connection."""
+        """Reads the body, or that many bytes of it; the rest stays in the connection."""
         if self.headers.get("Transfer-Encoding") == "chunked":
             chunks = b""
             while limit is None or len(chunks) < limit:
@@ -238,7 +238,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(given.body)
 
     def log_message(self, *arguments: Any) -> None:
-        """Silent: tests look into the record."""
+        """Logs nothing: tests read the record."""
 
 
 class _Server(ThreadingHTTPServer):
@@ -281,7 +281,7 @@ def serve_hub(
 
 
 def _json(text: bytes) -> dict[str, Any]:
-    """An object, or an empty one for what a cut connection has left of it."""
+    """Returns a JSON object, or an empty one if a cut connection left only a part of it."""
     try:
         value = json.loads(text)
     except ValueError:

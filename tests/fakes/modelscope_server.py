@@ -20,7 +20,7 @@ PRIVATE, PUBLIC = 1, 5
 
 @dataclass
 class Repository:
-    """What is in a repository: files by branch and path, and tags by name."""
+    """Files by branch and path, and tags by name."""
 
     visibility: int = PUBLIC
     branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"master": {}})
@@ -29,7 +29,7 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What the next requests that match get instead of an answer; no status: the connection is cut."""
+    """The answer to the next requests that match; without a status the connection is cut."""
 
     pattern: str
     status: int | None
@@ -40,7 +40,7 @@ class Fault:
 
 
 class State:
-    """The server's repositories, what it was asked, and what goes wrong next."""
+    """The server's repositories, the requests that it received, and its next faults."""
 
     def __init__(self, user: str, token: str) -> None:
         self.user, self.token = user, token
@@ -52,7 +52,7 @@ class State:
         self.faults: list[Fault] = []
         self.always_public = False
         self.held: tuple[str, Event] | None = None
-        """A request that matches is dropped undone, and says that it has come: the client is to be killed then."""
+        """A request that matches is not processed, and its arrival is reported: the test then kills the client."""
         self.lock = Lock()
 
     def fail(
@@ -65,12 +65,12 @@ class State:
         body: bytes | None = None,
         **headers: str,
     ) -> None:
-        """The next requests that match fail; `after` the server has done what they ask."""
+        """Makes the next requests that match fail; with `after`, the server has processed them."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         self.faults.append(Fault(pattern, status, times, named, after, body))
 
     def asked(self, pattern: str) -> list[str]:
-        """The bodies of the requests that match."""
+        """Returns the bodies of the requests that match."""
         return [body for line, body in self.requests if re.search(pattern, line)]
 
     def fault(self, line: str) -> Fault | None:

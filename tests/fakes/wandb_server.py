@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Received:
-    """All that came in: each request as it was sent, and the lines of the run's files."""
+    """All requests as they were sent, and the lines of the run's files."""
 
     def __init__(self) -> None:
         self.address = ""
@@ -86,7 +86,7 @@ def serve() -> Iterator[Received]:
 
 
 def wandb_records(data: bytes) -> Iterator[Any]:
-    """The records of a small .wandb file: 7 bytes, then a checksum, a length, a type and the record each."""
+    """Yields the records of a small .wandb file: 7 bytes, then for each a checksum, a length, a type and the record."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     assert data[:4] == b":W&B"
@@ -127,7 +127,7 @@ def _graphql(request: dict[str, Any], received: Received) -> dict[str, Any]:
 
 
 def _resumed(variables: dict[str, Any], received: Received) -> dict[str, Any] | None:
-    """What the server knows of a run that goes on; it knows one run."""
+    """Returns the only run of the server, which a client can resume."""
     history = received.lines.get("wandb-history.jsonl")
     if not history:
         return None
