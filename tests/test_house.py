@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -78,6 +79,19 @@ def test_imports_between_folders_run_one_way():
         imported = re.findall(r"^ *(?:from|import) qwen_tune\.(\w+)", path.read_text(), re.M)
         above = {name for name in imported if name in FOLDERS and FOLDERS.index(name) > here}
         assert is_command or not above, path
+
+
+def test_no_module_imports_itself_on_a_way_round():
+    """Imports inside functions and those for types count as well."""
+    known = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    graph = {}
+    for name, path in known.items():
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        imported = {node.module for node in nodes}
+        imported |= {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+        graph[name] = imported & known.keys()
+    assert sum(map(len, graph.values())) > len(known)
+    TopologicalSorter(graph).prepare()
 
 
 def test_train_defines_no_class_and_names_its_stages_in_order():
