@@ -153,7 +153,7 @@ def test_preview_in_words(qwen_tune, workspace):
     result = qwen_tune("preview", "recipe.yaml", "--rows", "2", cwd=workspace)
     assert result.returncode == 0, result.stderr
     assert "<|im_start|>user" in result.stdout
-    assert "examples: " in result.stdout
+    assert "data: " in result.stdout
 
 
 START = {

@@ -144,7 +144,7 @@ def test_the_terminal_tells_what_became_of_all_rows(workspace, monkeypatch, caps
     assert text.count("<|im_start|>user") == 2
     assert f"\n{FILE}:" in text  # one sample of each source
     told = re.sub(r"\s+", " ", text)
-    assert re.search(r"examples: 215 read = \d+ train \+ \d+ evaluate \+ 2 dropped", told)
+    assert re.search(r"data: 215 examples read = \d+ train \+ \d+ evaluate \+ 2 dropped", told)
     assert re.search(r"1 over data.max_length_tokens 256: 90% fit into \d+, 99% into \d+, 100% into 6\d\d", told)
     assert f"dropped: 1 example: longer than data.max_length_tokens ({FILE}:2); 6" in told
     assert f"dropped: 1 example: nothing to learn from ({FILE}:3)" in told

@@ -219,7 +219,7 @@ def show_audit(audit: Audit, shown: int, console: Console) -> None:
         counted.append(f"{samples['repeated']:,} {_plural('example', samples['repeated'])} drawn again")
     lines = [
         *(("form", text) for text in _forms(audit)),
-        ("examples", f"{rows['read']:,} read = {parts}"),
+        ("data", f"{rows['read']:,} examples read = {parts}"),
         ("samples", ", ".join(counted)),
         ("tokens", f"{tokens['prepared']:,} = {tokens['supervised']:,} supervised + {tokens['context']:,} context"),
         ("lengths", _in_words(audit)),
