@@ -55,7 +55,7 @@ class Costs:
 def adapted_layers(
     dtype: torch.dtype, *, rank: int = 16, layers: int = 2, adapters: torch.dtype | None = None
 ) -> PeftModel:
-    """Layers of Qwen2.5-0.5B with random weights and adapters on all linear layers, in float32 unless told."""
+    """Layers of Qwen2.5-0.5B with random weights and adapters on all linear layers, in float32 unless given."""
     config = Qwen2Config(**QWEN2_5_0_5B, num_hidden_layers=layers, vocab_size=8)
     model = get_peft_model(Qwen2Model(config).to(dtype), LoraConfig(r=rank, target_modules=list(LINEAR)))
     for parameter in model.parameters():

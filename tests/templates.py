@@ -80,7 +80,7 @@ def _qwq() -> str:
 
 
 def _qwen3_early() -> str:
-    """The first revision trusted every content to be a text, and told absent reasoning from null."""
+    """The first revision trusted every content to be a text, and distinguished absent reasoning from null."""
     return _edited(
         _original("qwen3"),
         ('message.role == "user" and message.content is string and', 'message.role == "user" and'),
@@ -97,7 +97,7 @@ def _qwen3_early() -> str:
 
 
 def _thinking_2507() -> str:
-    """Qwen3 that cannot be told not to think."""
+    """Qwen3 whose thinking cannot be switched off."""
     text = _original("qwen3")
     prompt = text[text.rindex("    {{- '<|im_start|>assistant") :]
     return _edited(text, (prompt, _OPEN_PROMPT))

@@ -146,10 +146,10 @@ def test_loraplus_gives_the_b_matrices_a_rate_of_their_own(workspace, monkeypatc
         ('lora.rank_pattern={"(": 4}', "( is not a regular expression"),
     ],
 )
-def test_what_is_not_in_the_model_is_told(workspace, monkeypatch, override, message):
-    with pytest.raises(ModelError) as told:
+def test_what_is_not_in_the_model_is_reported(workspace, monkeypatch, override, message):
+    with pytest.raises(ModelError) as caught:
         run(workspace, monkeypatch, override)
-    assert message in str(told.value)
+    assert message in str(caught.value)
     assert not (workspace / "run").exists()
 
 
@@ -199,11 +199,11 @@ def test_a_router_is_trained_only_where_it_is_named():
     assert target_modules(model, LoraSpec(target_modules=["shared_expert_gate"]), QWEN2) == ["shared_expert_gate"]
 
 
-def test_what_is_trained_is_told_with_its_size_and_who_can_serve_it(workspace, monkeypatch, capsys):
+def test_what_is_trained_is_reported_with_its_size_and_who_can_serve_it(workspace, monkeypatch, capsys):
     run(workspace, monkeypatch, *KINDS["whole modules"], "lora.use_dora=true", "lora.bias=lora_only")
-    told = " ".join(capsys.readouterr().out.split())
-    assert "q_proj 4 x 4,224" in told
-    assert "modules_to_save adds 128 parameters" in told
+    caught = " ".join(capsys.readouterr().out.split())
+    assert "q_proj 4 x 4,224" in caught
+    assert "modules_to_save adds 128 parameters" in caught
     refused = "fully trained modules (modules_to_save) or DoRA or trained biases"
-    assert f"vLLM does not load {refused}: serve the merged model" in told
-    assert "Transformers 5.23 leaves DoRA's magnitudes out" in told
+    assert f"vLLM does not load {refused}: serve the merged model" in caught
+    assert "Transformers 5.23 leaves DoRA's magnitudes out" in caught

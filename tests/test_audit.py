@@ -39,7 +39,7 @@ def look(template, **data):
     return audit(prepare_data(spec, template, seed=1), spec)
 
 
-def test_dropped_rows_are_told_by_reason_with_the_first_places(template):
+def test_dropped_examples_are_reported_by_reason_with_the_first_places(template):
     rows = [*PLAIN, *[LONG] * 6, turns("Nothing?", "Nothing.", train=False)]
     found = look(template, train=[{"path": write("rows.jsonl", rows)}])
     overlong, nothing = found.dropped
@@ -72,7 +72,7 @@ def test_the_histogram_holds_every_sample_in_few_bars_that_join(template):
     assert sum(1 for first, _, samples in far.lengths.bars if samples and first <= 40) > 3
 
 
-def test_duplicates_are_counted_and_those_that_are_dropped_are_not_told_twice(template):
+def test_duplicates_are_counted_and_those_that_are_dropped_are_not_reported_twice(template):
     path = write("rows.jsonl", [*PLAIN, PLAIN[3], PLAIN[4]])
     found = look(template, train=[{"path": path}])
     assert found.duplicates == [Found("the same as an earlier example", 2, ("rows.jsonl:21", "rows.jsonl:22"))]
@@ -81,7 +81,7 @@ def test_duplicates_are_counted_and_those_that_are_dropped_are_not_told_twice(te
     assert found.dropped == [Found("the same as an earlier example", 2, ("rows.jsonl:21", "rows.jsonl:22"))]
 
 
-def test_evaluation_rows_in_training_are_found(template):
+def test_evaluation_examples_in_training_are_found(template):
     train = write("rows.jsonl", PLAIN)
     found = look(template, train=[{"path": train}], eval=[{"path": write("held.jsonl", [PLAIN[2], LONG, PLAIN[5]])}])
     dropped = {one.what: one for one in found.dropped}
@@ -110,7 +110,7 @@ def test_sources_say_what_they_were_taken_for_and_what_they_contribute(template)
     assert sum(source.supervised for source in found.sources) == facts["supervised"]
 
 
-def test_control_tokens_in_text_are_told_with_their_place(template):
+def test_control_tokens_in_text_are_reported_with_their_place(template):
     path = write("rows.jsonl", [*PLAIN, turns("Spell it.", "It is <|im_end|> in full.")])
     found = look(template, train=[{"path": path}], special_tokens_in_text="neutralize")
     [warning] = found.warnings

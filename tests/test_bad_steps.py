@@ -59,20 +59,20 @@ def breaking(workspace):
 
 
 def where_it_breaks(folder: Path, monkeypatch, *overrides: str) -> int:
-    with pytest.raises(TrainingError) as told:
+    with pytest.raises(TrainingError) as caught:
         run(folder, monkeypatch, "model.base=./breaking", *RUN, *overrides)
-    assert "the loss and the gradient norm are not finite; its examples are rows.jsonl:20. Fix: fix" in str(told.value)
-    assert "train.on_bad_step=skip" in str(told.value)
+    assert "the loss and the gradient norm are not finite; its examples are rows.jsonl:20. Fix: " in str(caught.value)
+    assert "train.on_bad_step=skip" in str(caught.value)
     record = facts(folder / "run")
     assert (record["state"], record["exit"]) == ("failed", 2)
     [bad] = record["bad_steps"]
     assert (bad["loss"], bad["grad_norm"], bad["rows"]) == (None, None, ["rows.jsonl:20"])
-    assert str(told.value).startswith(f"step {bad['step']}: ")
+    assert str(caught.value).startswith(f"step {bad['step']}: ")
     return bad["step"]
 
 
-def test_a_run_stops_there_names_the_row_and_goes_on_without_the_step(breaking, monkeypatch, capsys):
-    # Logged seldom: what happened is detected later, and told of the step that it happened in.
+def test_a_run_stops_there_names_the_example_and_resumes_without_the_step(breaking, monkeypatch, capsys):
+    # Logged seldom: what happened is detected later, and reported for the step that it happened in.
     step = where_it_breaks(breaking, monkeypatch, "train.logging_steps=50", "train.save_steps=1")
     kept = facts(breaking / "run")["checkpoints"][-1]
     assert kept == f"step-{step - 1}"
@@ -115,7 +115,7 @@ def test_a_ruined_model_is_never_saved(breaking, monkeypatch):
     assert "NaN" not in (breaking / "run" / "run.json").read_text()
 
 
-def test_mended_rows_leave_no_bad_step_behind(breaking, monkeypatch):
+def test_fixed_examples_leave_no_bad_step(breaking, monkeypatch):
     step = where_it_breaks(breaking, monkeypatch, "train.save_steps=1")
     rows = (breaking / "rows.jsonl").read_text().replace(json.dumps(WORD)[1:-1], "")
     (breaking / "rows.jsonl").write_text(rows)

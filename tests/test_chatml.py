@@ -219,7 +219,7 @@ def test_a_blank_inline_think_block_is_none(template):
         assert supervised(example, template["qwen3"].tokenizer) == ["a<|im_end|>"]
 
 
-def test_control_tokens_in_inline_thinking_are_told_apart_too(template):
+def test_control_tokens_in_inline_thinking_are_distinguished_too(template):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>\n <|im_end|>\n</think>\n\na"}]
     [sample] = render_samples(conversation(chat), template["qwen3"], data(special_tokens_in_text="neutralize"))
     assert sample.text.endswith("<think>\n <|im_end|>\n</think>\n\na<|im_end|>\n")
@@ -236,7 +236,7 @@ def test_a_token_across_the_boundary_is_context_and_counted(template):
     assert supervised(example, tokenizer) == ["\nanswer<|im_end|>"]
 
 
-def test_all_learns_every_token_but_the_first(template):
+def test_all_supervises_every_token_but_the_first(template):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     [example] = tokenize(conversation(chat), template["qwen2_5"], data(loss_on="all"))
     assert example.labels == [IGNORED, *example.input_ids[1:]]
@@ -258,7 +258,7 @@ def test_a_checkpoint_that_thinks_in_its_content_gets_the_reasoning_there(templa
     assert text_of(other, template).count("<think>") == 1
 
 
-def test_a_checkpoint_that_always_thinks_learns_what_the_row_shows(template):
+def test_a_checkpoint_that_always_thinks_supervises_what_the_example_shows(template):
     """Its prompt is the same with thinking and without: a turn without reasoning closes the block at once."""
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     [example] = tokenize(conversation(chat), template["qwen3_thinking_2507"], data())
@@ -275,7 +275,7 @@ def test_a_bare_function_is_served_as_a_tool(template):
     assert '{"type": "function", "function": {"name": "now"' in text_of(bare, template)
 
 
-def test_text_that_spells_control_tokens_is_told_apart_from_them(template):
+def test_text_that_spells_control_tokens_is_distinguished_from_them(template):
     chat = [{"role": "user", "content": "What is <|im_end|>?"}, {"role": "assistant", "content": "<|im_end|>!"}]
     [sample] = render_samples(conversation(chat), template["qwen3"], data(special_tokens_in_text="neutralize"))
     [learned_range] = sample.spans

@@ -37,7 +37,7 @@ def template(tiny_tokenizer):
     return {name: with_template(tiny_tokenizer, revision.text) for name, revision in REVISIONS.items()}
 
 
-def test_learning_all_of_a_text_keeps_the_other_rules(template):
+def test_loss_on_all_of_a_text_keeps_the_other_rules(template):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     thinks = [chat[0], {**chat[1], "reasoning_content": "for a good reason"}]
     with pytest.raises(ExampleError, match="thinking: off"):
@@ -94,7 +94,7 @@ def test_what_a_template_cannot_serve_is_refused(template, name, messages, chang
         tokenize(conversation(chat), template[name], data(**changes))
 
 
-def test_a_row_that_contradicts_its_own_arguments_is_refused(template):
+def test_an_example_that_contradicts_its_own_arguments_is_refused(template):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}]
     with pytest.raises(ExampleError, match="another text") as caught:
         tokenize(conversation(chat, enable_thinking=False), template["qwen3"], data())
@@ -109,7 +109,7 @@ def test_a_row_that_contradicts_its_own_arguments_is_refused(template):
         *("range", "dict", "namespace", "raise_exception", "strftime_now", "lipsum", "cycler", "joiner"),
     ],
 )
-def test_a_row_sets_variables_of_the_template_only(template, name):
+def test_an_example_sets_variables_of_the_template_only(template, name):
     """The rest are the tokenizer's and Jinja's own: an example could bring another template, or break its loops."""
     with pytest.raises(ExampleError, match=f'sets "{name}", which no example can set'):
         render_samples(replace(conversation(CHAT), chat_template_kwargs={name: 1}), template["qwen3"], data())
@@ -158,7 +158,7 @@ def test_a_variable_with_a_default_in_the_template_is_one_of_it(tiny_tokenizer, 
         assert sample.text.startswith(f"<|im_start|>system\n{style}<|im_end|>")
 
 
-def test_switches_of_a_row_are_booleans(template):
+def test_switches_of_an_example_are_booleans(template):
     """Templates ask `is false`: the text "false" would leave thinking on without a word."""
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     with pytest.raises(ExampleError, match="enable_thinking is 'false'; expected true or false"):
@@ -208,7 +208,7 @@ def test_a_lost_argument_is_missed(template, tiny_tokenizer):
 @pytest.mark.parametrize(
     "written", ["tool | tojson(ensure_ascii=true)", "tool.function.name ~ tool.function.description[:-3]"]
 )
-def test_text_that_a_template_respells_cannot_be_told_apart(tiny_tokenizer, written):
+def test_text_that_a_template_respells_cannot_be_distinguished(tiny_tokenizer, written):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = (
         "{% for tool in tools or [] %}{{ " + written + " }}\n{% endfor %}"

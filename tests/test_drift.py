@@ -44,7 +44,7 @@ def test_a_different_run_is_not_resumed(uninterrupted, tmp_path, monkeypatch, ov
     assert sorted(path.name for path in (folder / "run").rglob("*")) == before
 
 
-def test_changed_rows_or_weights_are_noticed(uninterrupted, tmp_path, monkeypatch):
+def test_changed_examples_or_weights_are_noticed(uninterrupted, tmp_path, monkeypatch):
     folder = copy_of(uninterrupted, tmp_path, at="step-6")
     rows = folder / "rows.jsonl"
     lines = rows.read_text().splitlines(keepends=True)

@@ -27,7 +27,7 @@ class Expression:
 
 
 def expressions() -> list[Expression]:
-    """Every `re.…("…")` and `re.compile("…")` of the package whose pattern can be told from the source."""
+    """Every `re.…("…")` and `re.compile("…")` of the package whose pattern can be read from the source."""
     found = []
     texts = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
     for path, text in texts.items():

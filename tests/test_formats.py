@@ -110,7 +110,7 @@ def test_what_is_not_recognised_is_shown_with_what_would_be():
     assert len(caught.value.what) < len(ACCEPTED) + 400
 
 
-def test_a_reader_says_what_it_recognised_once_a_row_is_read(tmp_path):
+def test_a_reader_says_what_it_recognised_once_an_example_is_read(tmp_path):
     source = write(tmp_path / "rows.jsonl", SAME["query"], SAME["query"])
     reader = SourceReader(source, system=None)
     assert reader.recognised is None
@@ -118,12 +118,12 @@ def test_a_reader_says_what_it_recognised_once_a_row_is_read(tmp_path):
     assert turns(next(rows)) == PLAIN
     assert reader.recognised.name == "query_response"
     assert len(list(reader)) == 2
-    told = SourceReader(source.model_copy(update={"format": "query_response"}), system=None)
-    assert len(list(told)) == 2
-    assert told.recognised.reason == "the recipe says format: query_response"
+    reported = SourceReader(source.model_copy(update={"format": "query_response"}), system=None)
+    assert len(list(reported)) == 2
+    assert reported.recognised.reason == "the recipe says format: query_response"
 
 
-def test_rows_are_read_as_they_are_asked_for(tmp_path):
+def test_examples_are_read_as_they_are_asked_for(tmp_path):
     path = tmp_path / "rows.jsonl"
     source = write(path, *[SAME["messages"]] * 3)
     rows = iter_source(source, system=None)
@@ -213,13 +213,13 @@ def test_a_text_that_only_looks_like_turns_stays_a_text():
     assert turns(convert({"prompt": "[{what", "completion": "a"}))[0] == ("user", "[{what")
 
 
-def test_places_are_those_of_the_row_whatever_is_put_before_it():
+def test_places_are_those_of_the_example_whatever_is_put_before_it():
     row = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]}
     with pytest.raises(ExampleError, match=r"^conversations\[1\] \(assistant\) has blank content"):
         convert(row, system="s")
 
 
-def test_a_text_row():
+def test_a_text_example():
     row = convert({"text": "Grüße\n"})
     assert row == TextExample("rows.jsonl:1", "rows", "Grüße\n")
     assert row.content_bytes() == "Grüße\n".encode()
@@ -231,7 +231,7 @@ def test_a_text_row():
     assert 'carries "images"' in refusal({"text": "t", "images": ["a.png"]})
 
 
-def test_a_tokenized_row():
+def test_a_pretokenized_example():
     row = convert({"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 1, 1]})
     assert row == PretokenizedExample("rows.jsonl:1", "rows", (5, 6, 7), (-100, 6, 7))
     assert row.content_bytes() == struct.pack("<3I", 5, 6, 7)
@@ -294,7 +294,7 @@ def test_a_renamed_column_is_no_longer_there_under_its_old_name(tmp_path):
     assert reader.recognised.name == "prompt_completion"
 
 
-def test_a_renamed_column_that_rows_may_lack(tmp_path):
+def test_a_renamed_column_that_examples_may_lack(tmp_path):
     source = write(tmp_path / "rows.jsonl", SAME["messages"], {**SAME["messages"], "sys": "s"})
     columns = {"system": "sys"}
     rows = list(iter_source(source.model_copy(update={"columns": columns}), system=None))
@@ -322,7 +322,7 @@ def test_what_a_template_could_not_write_is_refused():
         assert f"tools[0] holds {found}" in refusal({**SAME["messages"], "tools": [{"name": "f", "x": value}]})
 
 
-def test_hashes_tell_apart_what_is_said_and_nothing_else():
+def test_hashes_distinguish_what_is_said_and_nothing_else():
     def digest(*messages: Message, **fields) -> str:
         return Conversation("a:1", "a", messages, **fields).content_hash()
 

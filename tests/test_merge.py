@@ -100,7 +100,7 @@ def test_a_model_that_answers_otherwise_is_marked(adapter, tmp_path):
     assert json.loads((target / "merge.json").read_text())["verification"]["passed"] is False
 
 
-def test_answers_that_are_no_numbers_are_no_answers(adapter, tmp_path):
+def test_answers_that_are_not_finite_are_refused(adapter, tmp_path):
     target = merge(adapter, output=tmp_path / "model")
     tensors = load_file(target / "model.safetensors")
     tensors["model.norm.weight"][0] = float("nan")

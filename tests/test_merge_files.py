@@ -165,7 +165,7 @@ def test_files_that_are_written_together_are_those_that_are_written_in_turn(tmp_
     assert {f.name: sha256(f) for f in merge(adapter, output=tmp_path / "model", cores=8).iterdir()} == files[0]
 
 
-def test_no_room_is_told_and_what_is_whole_is_kept(tmp_path):
+def test_no_room_is_reported_and_what_is_whole_is_kept(tmp_path):
     base = write_base(tmp_path / "base", files=8)
     adapter = write_adapter(tmp_path / "adapter", base)
     *others, last = (file.stat().st_size for file in sorted(base.glob("*.safetensors")))
@@ -189,7 +189,7 @@ def test_no_room_is_told_and_what_is_whole_is_kept(tmp_path):
     assert not (tmp_path / ".model.merging").exists()
 
 
-def test_a_full_disk_is_told_and_nothing_is_left(pair, small_disk, qwen_tune):
+def test_a_full_disk_is_reported_and_nothing_is_left(pair, small_disk, qwen_tune):
     _, adapter = pair
     result = qwen_tune("merge", str(adapter), "--output", str(small_disk / "model"))
     assert result.returncode == 2
@@ -248,7 +248,7 @@ def test_a_link_is_followed(pair, tmp_path):
     assert (tmp_path / "link").is_symlink()
 
 
-def test_a_mounted_disk_is_no_place_to_rename_to(pair, small_disk):
+def test_a_mounted_disk_is_not_a_place_to_rename_to(pair, small_disk):
     with pytest.raises(QwenTuneError, match=r"a disk is mounted there.* --output .*/disk/model"):
         merge(pair[1], output=small_disk)
 

@@ -8,9 +8,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from example_files import nearly, prose
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_files import nearly, prose
 
 from qwen_tune.data.mixing import DUPLICATE, IN_EVALUATION, NEAR_DUPLICATE, NEAR_EVALUATION, ExampleTable, mix
 from qwen_tune.data.near_duplicates import near_groups, sketch
@@ -46,7 +46,7 @@ def test_a_weight_draws_a_part_by_the_seed():
     assert one.train.tolist() == sorted(one.train.tolist())
 
 
-def test_a_weight_above_one_repeats_rows():
+def test_a_weight_above_one_repeats_examples():
     mixture = mix(table(MANY), DataSpec(train=[source(weight=2.25)]), seed=1)
     counts = Counter(mixture.train.tolist())
     assert len(mixture.train) == 90
@@ -55,7 +55,7 @@ def test_a_weight_above_one_repeats_rows():
 
 
 @pytest.mark.parametrize(("rows", "not_sampled", "repeated"), [(7, 33, 0), (40, 0, 0), (100, 0, 60)])
-def test_a_number_of_rows(rows, not_sampled, repeated):
+def test_a_number_of_examples(rows, not_sampled, repeated):
     mixture = mix(table(MANY), DataSpec(train=[source(rows=rows)]), seed=1)
     assert (len(mixture.train), mixture.not_sampled, mixture.repeated) == (rows, not_sampled, repeated)
 
@@ -87,7 +87,7 @@ def test_what_is_held_out_is_never_drawn():
     assert set(other.evaluation.tolist()) != set(mixture.evaluation.tolist())
 
 
-def test_equal_and_almost_equal_rows_are_held_out_together():
+def test_equal_and_almost_equal_examples_are_held_out_together():
     texts = [prose(number) for number in range(60)]
     first = [*texts, *texts[:10], *map(nearly, texts[10:20])]
     second = [*texts[20:30], *map(nearly, texts[30:40]), "short", "short"]
@@ -101,7 +101,7 @@ def test_equal_and_almost_equal_rows_are_held_out_together():
         assert len(mixture.train) + len(mixture.evaluation) == len(groups)
 
 
-def test_where_chains_are_longer_than_the_share_only_equal_rows_stay_together():
+def test_where_chains_are_longer_than_the_share_only_equal_examples_stay_together():
     chain = [prose(1, words=100)]
     for step in range(39):
         chain.append(nearly(chain[-1], 2 * step))
@@ -113,7 +113,7 @@ def test_where_chains_are_longer_than_the_share_only_equal_rows_stay_together():
     assert mixture.contaminated.tolist() == mixture.evaluation.tolist()
 
 
-def test_a_row_repeated_often_is_not_held_out_as_a_small_share():
+def test_an_example_repeated_often_is_not_held_out_as_a_small_share():
     texts = [*["the same again"] * 500, *MANY[:5]]
     for seed in range(6):
         mixture = mix(table(texts), DataSpec(train=[source()], eval=EvalSpec(fraction=0.02)), seed=seed)
@@ -122,7 +122,7 @@ def test_a_row_repeated_often_is_not_held_out_as_a_small_share():
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.34, 0.5, 0.6])
-def test_few_rows_of_which_some_are_equal_leave_some_on_each_side(fraction):
+def test_few_examples_of_which_some_are_equal_leave_some_on_each_side(fraction):
     for texts in (["a", "b", "b"], ["a", "a", "b", "b"], ["a", "a", "a", "b"], ["a", "b"]):
         for seed in range(6):
             mixture = mix(table(texts), DataSpec(train=[source()], eval=EvalSpec(fraction=fraction)), seed=seed)
@@ -149,7 +149,7 @@ def test_evaluation_sources_share_nothing_with_training():
     assert len(mixture.contaminated) == 0
 
 
-def test_rows_of_an_evaluation_source_that_are_not_drawn_may_train():
+def test_examples_of_an_evaluation_source_that_are_not_drawn_may_train():
     mixture = mix(table(MANY, MANY[:10]), DataSpec(train=[source()], eval=[source("held", rows=4)]), seed=1)
     assert len(mixture.evaluation) == 4
     assert len(mixture.dropped[IN_EVALUATION]) == 4
@@ -177,7 +177,7 @@ def test_duplicates_are_dropped_where_the_recipe_says_so(deduplicate, equal, nea
     assert mixture.train.tolist() == [row for row in range(9) if row not in {*(equal or ()), *(near or ())}]
 
 
-def test_duplicates_of_what_evaluates_are_told_once():
+def test_duplicates_of_what_evaluates_are_reported_once():
     """They are dropped because they evaluate, whatever else could be said of them."""
     data = DataSpec(train=[source()], eval=[source("held")], deduplicate="near")
     mixture = mix(table(["a", "a", "b", "b", "c"], ["a"]), data, seed=1)
@@ -193,12 +193,12 @@ def test_an_evaluation_source_that_holds_everything_leaves_nothing_to_train():
         mix(table(MANY, MANY), data, seed=1)
 
 
-def test_a_weight_that_draws_nothing_is_told():
+def test_a_weight_that_draws_nothing_is_reported():
     with pytest.raises(DataError, match=r"data \(many\): weight: 0.001 of 40 examples draws none"):
         mix(table(MANY), DataSpec(train=[source(weight=0.001)]), seed=1)
 
 
-def test_no_rows_at_all():
+def test_no_examples_at_all():
     nothing = mix(table([]), DataSpec(train=[source()]), seed=1)
     assert (len(nothing.train), len(nothing.evaluation)) == (0, 0)
     with pytest.raises(DataError, match="leaves none to train on"):
@@ -225,7 +225,7 @@ amounts = st.one_of(
     deduplicate=st.sampled_from([False, True, "near"]),
     seed=st.integers(0, 3),
 )
-def test_every_row_is_in_one_place(trained, evaluated, deduplicate, seed):
+def test_every_example_is_in_one_place(trained, evaluated, deduplicate, seed):
     sources = [source(f"t{number}", **amount) for number, (_, amount) in enumerate(trained)]
     contents = [content for content, _ in trained]
     evaluation = EvalSpec(fraction=evaluated) if isinstance(evaluated, float) else None
@@ -255,7 +255,7 @@ def test_every_row_is_in_one_place(trained, evaluated, deduplicate, seed):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_number_of_rows_is_not_made_up_by_repeating_what_is_not_held_out(streaming):
+def test_a_number_of_examples_is_not_made_up_by_repeating_what_is_not_held_out(streaming):
     rows = [prose(seed) for seed in range(40)]
     data = DataSpec(train=[source(rows=40)], eval=EvalSpec(fraction=0.25), streaming=streaming)
     mixture = mix(table(rows), data, seed=1)

@@ -1,4 +1,4 @@
-"""Texts that say almost the same, told from those that only look alike."""
+"""Texts that say almost the same, distinguished from those that only look alike."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_short_texts_are_joined_only_when_equal(words):
 
 
 def test_being_alike_is_passed_on():
-    """Each is like the next; the first and the last would be told apart."""
+    """Each is like the next; the first and the last would be on different sides."""
     chain = [prose(7, words=100)]
     for step in range(12):
         chain.append(changed(chain[-1], 8 * step, 8 * step + 1))

@@ -76,7 +76,7 @@ def test_packs_hold_the_samples_as_they_were_prepared(prepared):
     assert all(labels[0] == IGNORED for _, labels in rows_of(packs))
 
 
-def test_without_packing_each_sample_is_a_row(prepared):
+def test_without_packing_each_sample_is_a_pack(prepared):
     data, samples = prepared
     packs = pack(samples, data.model_copy(update={"packing": False}))
     assert rows_of(packs) == [(example.input_ids, example.labels) for example in samples]

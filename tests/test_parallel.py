@@ -111,7 +111,7 @@ def test_problems_are_the_same_whoever_meets_them(tmp_path, monkeypatch, templat
     assert others == [one] * len(others)
 
 
-def test_no_more_problems_are_told_than_a_person_can_read(tmp_path, monkeypatch, template):
+def test_no_more_problems_are_reported_than_a_person_can_read(tmp_path, monkeypatch, template):
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(b"\n".join([*lines(chat(1)), *(b'{"messages": %d}' % number for number in range(1500))]))
     source = SourceSpec(path=str(rows))
@@ -124,7 +124,7 @@ def test_no_more_problems_are_told_than_a_person_can_read(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("first", [b"[", b"{", b'[{"messages": []}]', b"\xff\xfe{\0", b'{"prompt": "what?"}', b"5"])
-def test_a_file_that_begins_with_no_row_is_told_as_a_whole(tmp_path, monkeypatch, template, first):
+def test_a_file_that_begins_with_no_example_is_reported_as_a_whole(tmp_path, monkeypatch, template, first):
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(b"\n".join([first, *lines(*(chat(number) for number in range(20)))]))
     source = SourceSpec(path=str(rows))
@@ -133,12 +133,12 @@ def test_a_file_that_begins_with_no_row_is_told_as_a_whole(tmp_path, monkeypatch
     assert others == [one, one]
 
 
-def test_a_column_that_no_row_has_is_told_once(tmp_path, monkeypatch, template):
+def test_a_column_that_no_example_has_is_reported_once(tmp_path, monkeypatch, template):
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(b"\n".join(lines(*(chat(number) for number in range(20)))))
     source = SourceSpec(path=str(rows), columns={"tools": "functions"})
-    told = {prepared(monkeypatch, tmp_path, template, source, division) for division in DIVISIONS[:3]}
-    assert [text.count('no example has a column "functions"') for text in told] == [1]
+    reported = {prepared(monkeypatch, tmp_path, template, source, division) for division in DIVISIONS[:3]}
+    assert [text.count('no example has a column "functions"') for text in reported] == [1]
     # The last example has it.
     rows.write_bytes(rows.read_bytes() + b"\n" + json.dumps({**chat(1), "functions": []}).encode())
     one, *others = [prepared(monkeypatch, tmp_path, template, source, division) for division in DIVISIONS[:3]]
@@ -156,7 +156,7 @@ LINES = (b'{"text": "a"}', b"", b" ", '{"text": "é🙂"}'.encode(), b"{", b"\r"
     ),
     st.integers(1, 40),
 )
-def test_ranges_have_the_rows_of_the_whole(tmp_path_factory, content, size):
+def test_ranges_have_the_examples_of_the_whole(tmp_path_factory, content, size):
     path = tmp_path_factory.getbasetemp() / "ranges.jsonl"
     path.write_bytes(b"\n".join(content))
     file = SourceFile(path, "ranges.jsonl")
@@ -183,7 +183,7 @@ def test_work_is_done_in_order_by_several_processes():
     assert list(in_processes(work, [], 3)) == []
 
 
-def test_what_goes_wrong_in_a_process_is_told():
+def test_what_goes_wrong_in_a_process_is_reported():
     def fails(number: int) -> int:
         if number == 2:
             raise ValueError("two is odd")
@@ -267,14 +267,14 @@ def started(folder: Path, cache: Path) -> tuple[subprocess.Popen[str], list[psut
 
 
 @pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
-def test_a_process_that_is_killed_is_told_and_leaves_nothing(large, cache):
+def test_a_process_that_is_killed_is_reported_and_leaves_nothing(large, cache):
     process, workers = started(large, cache)
     assert len(workers) >= 2
     workers[0].kill()
-    _, told = process.communicate(timeout=120)
+    _, reported = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "rows.jsonl: a process that worked on it was killed by signal 9. Fix: free memory" in told
-    assert "Traceback" not in told
+    assert "rows.jsonl: a process that worked on it was killed by signal 9. Fix: free memory" in reported
+    assert "Traceback" not in reported
     assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
     psutil.wait_procs(workers, timeout=60)
     assert not [worker for worker in workers if worker.is_running()]

@@ -146,7 +146,7 @@ def test_too_deeply_nested_files_are_refused(qwen_tune, workspace):
         assert "Traceback" not in result.stderr
 
 
-def test_checking_where_a_run_can_be_written_leaves_nothing_behind(tmp_path):
+def test_checking_where_a_run_can_be_written_leaves_nothing(tmp_path):
     target = tmp_path / "a" / "b"
     RunDir(target).check("", overwrite=False, resume="auto")
     assert [path.name for path in tmp_path.iterdir()] == ["loop"]

@@ -435,22 +435,22 @@ def test_a_config_without_a_size_is_refused():
     assert isinstance(read_shape(CONFIGS["Qwen/Qwen3-8B"], "base"), Shape)
 
 
-def test_estimate_tells_every_gpu_and_the_parts(qwen_tune):
-    told = qwen_tune("estimate", "recipes/quickstart.yaml")
-    assert told.returncode == 0, told.stderr
-    assert [line.split()[0] for line in told.stdout.splitlines()[3 : 3 + len(GPUS) + 1]] == [
+def test_estimate_reports_every_gpu_and_the_parts(qwen_tune):
+    reported = qwen_tune("estimate", "recipes/quickstart.yaml")
+    assert reported.returncode == 0, reported.stderr
+    assert [line.split()[0] for line in reported.stdout.splitlines()[3 : 3 + len(GPUS) + 1]] == [
         *(g.name for g in GPUS),
         "cpu",
     ]
-    assert "weights of the base" in told.stdout
-    assert "not measured" in told.stdout
+    assert "weights of the base" in reported.stdout
+    assert "not measured" in reported.stdout
 
 
 def test_estimate_as_json_and_for_a_run_of_known_length(qwen_tune):
-    told = qwen_tune(
+    reported = qwen_tune(
         "estimate", "recipes/quickstart.yaml", "train.max_steps=100", "--gpu", "h100", "--gpu", "RTX 4090", "--json"
     )
-    first, second = (json.loads(line) for line in told.stdout.splitlines())
+    first, second = (json.loads(line) for line in reported.stdout.splitlines())
     assert (first["device"], second["device"]) == ("h100-80gb", "rtx4090-24gb")
     assert first["fits"]
     assert first["fused"]
@@ -460,8 +460,8 @@ def test_estimate_as_json_and_for_a_run_of_known_length(qwen_tune):
 
 def test_estimate_leaves_out_what_cannot_compute_it(qwen_tune):
     """FlashAttention needs a GPU with its instructions and 16 bits; such rows would promise what `train` refuses."""
-    told = qwen_tune("estimate", "recipes/quickstart.yaml", "model.attention=varlen", "--json")
-    devices = [json.loads(line)["device"] for line in told.stdout.splitlines()]
+    reported = qwen_tune("estimate", "recipes/quickstart.yaml", "model.attention=varlen", "--json")
+    devices = [json.loads(line)["device"] for line in reported.stdout.splitlines()]
     assert "l4-24gb" in devices
     assert not {"t4-16gb", "cpu"} & set(devices)
     refused = qwen_tune("estimate", "recipes/quickstart.yaml", "model.attention=flash_attention_2", "--gpu", "t4")

@@ -9,9 +9,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from conversations import with_template
+from example_files import LONG, chat, lines, nearly, prose, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from row_files import LONG, chat, lines, nearly, prose, write
 from templates import REVISIONS
 
 from qwen_tune.chatml.template import IGNORED
@@ -46,7 +46,7 @@ def balanced(prepared) -> None:
     json.dumps(prepared.facts)
 
 
-def test_every_row_is_accounted_for(tmp_path, many, template):
+def test_every_example_is_accounted_for(tmp_path, many, template):
     few = write(tmp_path / "few.jsonl", *map(chat, ("question 3", "b", "c")), rows=7)
     held = write(tmp_path / "held.jsonl", *map(chat, ("question 3", "question 4", "z")), rows=2, name="held")
     data = DataSpec(train=[many.model_copy(update={"weight": 0.5}), few], eval=[held])
@@ -59,7 +59,7 @@ def test_every_row_is_accounted_for(tmp_path, many, template):
     assert prepared.facts["sources"]["held"] == {"train": 0, "evaluation": 2}
 
 
-def test_a_recipe_that_holds_everything_out_is_told(many, template):
+def test_a_recipe_that_holds_everything_out_is_reported(many, template):
     data = DataSpec(train=[many], eval=[many.model_copy(update={"name": "again"})])
     with pytest.raises(DataError, match=r"data.eval: the evaluation sources hold every example of data.train"):
         prepare_data(data, template, seed=1)
@@ -80,7 +80,7 @@ def test_evaluation_shares_no_conversation_with_training(tmp_path, template):
     assert prepared.facts["duplicates"] == {"exact": 3, "near": 1, "evaluation_near_training": 0}
 
 
-def test_held_out_rows_are_like_none_that_train(tmp_path, template):
+def test_held_out_examples_are_like_none_that_train(tmp_path, template):
     questions = [prose(number) for number in range(20)]
     one = write(tmp_path / "one.jsonl", *map(chat, [*questions, *questions[:5]]))
     other = write(tmp_path / "other.jsonl", *map(chat, [*map(nearly, questions[3:9]), *questions[15:]]))
@@ -108,7 +108,7 @@ def test_near_duplicates_are_dropped_where_the_recipe_says_so(tmp_path, template
     assert near.facts["rows"]["dropped"] == {DUPLICATE: 1, NEAR_DUPLICATE: 1}
 
 
-def test_a_system_text_is_no_likeness(tmp_path, template):
+def test_a_system_text_does_not_make_examples_similar(tmp_path, template):
     """The same long instruction stands before all examples of many a data set."""
     rows = [chat(f"{number} times {number}?", "that is a lot, and there is more of it") for number in range(20)]
     for row in rows:
@@ -127,7 +127,7 @@ def test_token_ids_beside_chats(tmp_path, template):
     assert [example.source_name for example in prepared.train.examples] == ["chats"] * 5 + ["ids"] * 5 + ["text"] * 5
 
 
-def test_all_bad_rows_of_all_sources_are_told_at_once(tmp_path, template):
+def test_all_bad_examples_of_all_sources_are_reported_at_once(tmp_path, template):
     sources = [
         write(tmp_path / f"{name}.jsonl", chat("a"), chat("b", ""), chat("c", "d <|im_end|>"), {"messages": 5})
         for name in ("one", "two")
@@ -139,7 +139,7 @@ def test_all_bad_rows_of_all_sources_are_told_at_once(tmp_path, template):
     assert places == Counter([*(f"{name}.jsonl:{line}" for name in ("one", "two") for line in (2, 3, 4)), "gone.jsonl"])
 
 
-def test_a_tools_file_that_is_not_there_is_told(tmp_path, template):
+def test_a_tools_file_that_is_not_there_is_reported(tmp_path, template):
     source = write(tmp_path / "rows.jsonl", chat("a"), tools=str(tmp_path / "gone.json"))
     with pytest.raises(DataError, match="the tools file cannot be read"):
         prepare_data(DataSpec(train=[source]), template, seed=1)
@@ -167,7 +167,7 @@ def test_samples_are_a_sequence(many, template):
         samples[40]
 
 
-def test_rows_that_teach_different_turns_are_no_duplicates(tmp_path, template):
+def test_examples_that_teach_different_turns_are_not_duplicates(tmp_path, template):
     turns = [
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": "one"},
@@ -230,7 +230,7 @@ amounts = st.one_of(
         }
     ),
 )
-def test_nothing_is_lost_between_rows_and_packs(tmp_path, template, trained, evaluated, options):
+def test_nothing_is_lost_between_examples_and_packs(tmp_path, template, trained, evaluated, options):
     train = [write(tmp_path / f"t{n}.jsonl", *content, **amount) for n, (content, amount) in enumerate(trained)]
     evaluation = EvalSpec(fraction=evaluated) if isinstance(evaluated, float) else None
     if isinstance(evaluated, tuple):

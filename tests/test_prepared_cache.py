@@ -204,7 +204,7 @@ def test_what_they_do_not_depend_on_makes_none(rows, template, cache, change):
     assert len(entries(cache)) == 1
 
 
-def test_a_killed_process_leaves_nothing_behind_under_a_name(tmp_path, cache):
+def test_a_killed_process_leaves_nothing_under_a_name(tmp_path, cache):
     path = chats(tmp_path / "many.jsonl", 20_000)
     process = prepare_process(path)
     wait_for(lambda: part_is_there(cache) or process.poll() is not None)
@@ -268,7 +268,7 @@ def test_what_fails_leaves_nothing(cache):
     assert not part_is_there(cache)
 
 
-def test_rows_that_cannot_be_trained_on_leave_nothing(rows, template, cache):
+def test_examples_that_cannot_be_trained_on_leave_nothing(rows, template, cache):
     with rows.open("a") as file:
         file.write('{"messages": 5}\n')
     with pytest.raises(DataError, match=r"rows\.jsonl:6"):
@@ -277,7 +277,7 @@ def test_rows_that_cannot_be_trained_on_leave_nothing(rows, template, cache):
     assert not part_is_there(cache)
 
 
-def test_a_cache_that_cannot_be_written_is_told_with_a_fix(workspace, qwen_tune):
+def test_a_cache_that_cannot_be_written_is_reported_with_a_fix(workspace, qwen_tune):
     taken = workspace / "taken"
     taken.write_text("a file, where a folder would have to be")
     result = qwen_tune("train", "recipe.yaml", cwd=workspace, QWEN_TUNE_CACHE=str(taken))
@@ -320,7 +320,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, template, cac
     assert not entries(cache)
 
 
-def test_a_file_that_vanishes_while_it_is_read_is_no_fault_of_the_cache(tmp_path, template, cache):
+def test_a_file_that_vanishes_while_it_is_read_is_not_a_fault_of_the_cache(tmp_path, template, cache):
     path = chats(tmp_path / "many.jsonl", 6000)
 
     def remove() -> None:

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from conversations import with_template
-from row_files import LONG, chat, lines, write
+from example_files import LONG, chat, lines, write
 from templates import REVISIONS
 from test_preparation import balanced
 
@@ -29,7 +29,7 @@ def template(tiny_tokenizer):
     return with_template(tiny_tokenizer, REVISIONS["qwen3"].text)
 
 
-def test_long_rows_are_dropped_and_counted(tmp_path, template):
+def test_long_examples_are_dropped_and_counted(tmp_path, template):
     source = write(tmp_path / "rows.jsonl", chat("a"), chat(LONG), chat("b"), chat("c"))
     prepared = prepare_data(DataSpec(train=[source], max_length_tokens=60), template, seed=1)
     balanced(prepared)
@@ -38,7 +38,7 @@ def test_long_rows_are_dropped_and_counted(tmp_path, template):
     assert lines(prepared.train.examples) == [1, 3, 4]
 
 
-def test_long_rows_are_cut_and_counted(tmp_path, template):
+def test_long_examples_are_cut_and_counted(tmp_path, template):
     source = write(tmp_path / "rows.jsonl", chat("a"), chat("b", LONG), chat(LONG, "lost"))
     data = DataSpec(train=[source], max_length_tokens=60, overlong="truncate")
     prepared = prepare_data(data, template, seed=1)
@@ -54,7 +54,7 @@ def test_long_rows_are_cut_and_counted(tmp_path, template):
     assert prepared.facts["rows"]["dropped"] == {NO_LABELS: 1}
 
 
-def test_long_rows_are_named_where_the_recipe_wants_an_error(tmp_path, template):
+def test_long_examples_are_named_where_the_recipe_wants_an_error(tmp_path, template):
     trained = write(tmp_path / "rows.jsonl", chat("a"), chat(LONG), chat("b"), chat(LONG, "no"))
     held = write(tmp_path / "held.jsonl", chat("c"), chat(LONG, "held"))
     data = DataSpec(train=[trained], eval=[held], max_length_tokens=60, overlong="error")
@@ -73,7 +73,7 @@ def test_more_than_half_dropped_is_an_error(tmp_path, template):
     assert len(prepare_data(DataSpec(train=[half], max_length_tokens=60), template, seed=1).train.examples) == 2
 
 
-def test_rows_of_which_nothing_is_learned_are_an_error(tmp_path, template):
+def test_examples_without_supervised_tokens_are_an_error(tmp_path, template):
     masked = [chat(f"q{number}", train=False) for number in range(3)]
     source = write(tmp_path / "rows.jsonl", *masked)
     with pytest.raises(DataError, match=r"no example is left of 3 \(3 no_labels dropped\)"):
@@ -88,7 +88,7 @@ def test_rows_of_which_nothing_is_learned_are_an_error(tmp_path, template):
     assert prepared.facts["samples"]["dropped"] == {}
 
 
-def test_conversations_of_several_samples_are_one_row(tmp_path, template):
+def test_conversations_of_several_samples_are_one_example(tmp_path, template):
     """Qwen3 takes thinking out of a history, so that each answer becomes a sample of its own."""
     turns = [turn for n in range(3) for turn in chat(f"q{n}", f"a{n}", reasoning_content=f"r{n}")["messages"]]
     source = write(tmp_path / "rows.jsonl", {"messages": turns}, chat("b"), weight=2.0)
@@ -106,7 +106,7 @@ def test_conversations_of_several_samples_are_one_row(tmp_path, template):
     assert lines(prepared.train.examples) == [1, 1, 1, 2]
 
 
-def test_plain_texts_are_learned_whole_up_to_their_end(tmp_path, template):
+def test_plain_texts_are_supervised_whole_up_to_their_end(tmp_path, template):
     source = write(tmp_path / "rows.jsonl", {"text": "Es war einmal\n\nein Frosch 🐸."}, {"text": "  two "})
     prepared = prepare_data(DataSpec(train=[source]), template, seed=1)
     balanced(prepared)
@@ -161,7 +161,7 @@ def test_token_ids_are_taken_as_they_are(tmp_path, template):
         prepare_data(DataSpec(train=[source]), template, seed=1)
 
 
-def test_straddling_tokens_are_told(tmp_path, template):
+def test_straddling_tokens_are_reported(tmp_path, template):
     tokenizer = copy.deepcopy(template.tokenizer)
     tokenizer.chat_template = REVISIONS["qwen2_5"].text
     tokenizer.add_tokens(["\n\n"])

@@ -258,11 +258,11 @@ def test_temporary_faults_are_retried(
     hub.tag(found, "v1", None)
     assert hub.read_card(NAME) == FILES["README.md"].decode()
     assert server.repositories[NAME] == Repository(PRIVATE, {"master": FILES}, {"v1": "master"})
-    told = capfd.readouterr()
-    assert told.out == ""
+    reported = capfd.readouterr()
+    assert reported.out == ""
     # After a first batch of addresses has failed, the client asks for each file's at once, without a wait.
-    assert told.err.count("\n") == (1 if "batch" in where else 2)
-    assert all(line.startswith("ModelScope does not answer") for line in told.err.splitlines())
+    assert reported.err.count("\n") == (1 if "batch" in where else 2)
+    assert all(line.startswith("ModelScope does not answer") for line in reported.err.splitlines())
 
 
 def test_the_server_says_how_long_to_wait(

@@ -94,7 +94,7 @@ def test_an_adapter_that_changes_nothing_is_found_out_here_too(quantized, tmp_pa
         merge(tmp_path / "run", output=tmp_path / "merged")
 
 
-def test_verifying_tells_what_the_choice_of_the_base_costs(quantized, tmp_path, monkeypatch):
+def test_verifying_reports_what_the_choice_of_the_base_costs(quantized, tmp_path, monkeypatch):
     _, run = quantized
     monkeypatch.chdir(run.parent)  # the recipe names its rows from here
     for base, merged in ((None, tmp_path / "merged"), ("original", tmp_path / "original")):
@@ -124,7 +124,7 @@ def test_dequantizing_needs_the_record_of_the_run(quantized, tmp_path):
         adapter.rename(run / "adapter")
 
 
-def test_a_bitsandbytes_that_does_not_load_is_told_before_weights_are(workspace, qwen_tune):
+def test_a_bitsandbytes_that_does_not_load_is_reported_before_weights_are(workspace, qwen_tune):
     package = workspace / "broken" / "bitsandbytes"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise OSError('libbitsandbytes.so: no kernel for this machine')")

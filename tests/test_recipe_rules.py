@@ -204,7 +204,7 @@ def test_weight_and_rows_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> 
     assert finding.path == ("data", "train", 0, "rows")
 
 
-def test_evaluation_needs_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_needs_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     data = {"train": [{"path": "a.jsonl"}], "eval": {"fraction": 0.1}}
     assert not rules_without_waiting(monkeypatch, data=data, train={"eval_steps": 10})
     (finding,) = rules_without_waiting(monkeypatch, train={"eval_steps": 10})

@@ -130,7 +130,7 @@ def test_secrets_of_a_base_that_is_overridden() -> None:
         "monkey",
     ],
 )
-def test_ordinary_keys_are_no_secrets(key: str) -> None:
+def test_ordinary_keys_are_not_secrets(key: str) -> None:
     assert not is_secret_key(key)
     assert not any(is_secret_key(name) for section in known_sections().values() for name in section.model_fields)
 
@@ -146,7 +146,7 @@ def test_ordinary_keys_are_no_secrets(key: str) -> None:
         "You are Qwen, created by Alibaba Cloud.",
     ],
 )
-def test_ordinary_values_are_no_secrets(value: str) -> None:
+def test_ordinary_values_are_not_secrets(value: str) -> None:
     assert not is_secret_value(value, "revision")
 
 

@@ -81,7 +81,7 @@ def test_a_recipe_loads_and_says_what_it_is(path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_row_of_a_recipe_becomes_samples(path, chat_template, monkeypatch):
+def test_every_example_of_a_recipe_becomes_samples(path, chat_template, monkeypatch):
     monkeypatch.chdir(ROOT)
     recipe = load_recipe(path)
     template = chat_template(recipe)
@@ -105,7 +105,7 @@ def test_every_row_of_a_recipe_becomes_samples(path, chat_template, monkeypatch)
             assert tool_name(tool) in template.tokenizer.decode(example.input_ids)
 
 
-def test_every_file_of_rows_belongs_to_a_recipe(monkeypatch):
+def test_every_file_of_examples_belongs_to_a_recipe(monkeypatch):
     monkeypatch.chdir(ROOT)
     used = {source.path for path in RECIPES for source in load_recipe(path).data.train}
     assert used == {f"data/{path.name}" for path in (ROOT / "data").glob("*.jsonl")}
@@ -143,7 +143,7 @@ def test_solutions_end_in_a_box():
     assert all(re.search(r"\\boxed\{.+\}", turn["content"]) for turn in answers("math.jsonl"))
 
 
-def test_calls_name_tools_of_their_row_and_give_what_these_require():
+def test_calls_name_tools_of_their_example_and_give_what_these_require():
     shared = json.loads((ROOT / "data" / "tools.json").read_text(encoding="utf-8"))
     without_calls = 0
     for row in rows("tools.jsonl"):
@@ -157,7 +157,7 @@ def test_calls_name_tools_of_their_row_and_give_what_these_require():
     assert any("tools" not in row for row in rows("tools.jsonl"))
 
 
-def test_rows_with_reasoning_and_without_are_mixed():
+def test_examples_with_reasoning_and_without_are_mixed():
     thinks = ["reasoning_content" in turn for turn in answers("thinking.jsonl")]
     assert 0.7 < sum(thinks) / len(thinks) < 0.9
 

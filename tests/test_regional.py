@@ -154,7 +154,7 @@ def test_filled_micro_batches_say_the_same_in_one_shape(seed):
     assert (filled["position_ids"][0] == 0).nonzero().squeeze(1).tolist() == starts
 
 
-def test_a_compiled_run_counts_its_rows_alone_and_learns_the_same(workspace, qwen_tune):
+def test_a_compiled_run_counts_its_packs_alone_and_learns_the_same(workspace, qwen_tune):
     """A real run with real machine code; the filling is reported apart from the rows in its record."""
     same = ("train.max_steps=3", "export.merge=false", "train.global_batch_size=2")
     records = []

@@ -114,7 +114,7 @@ def test_packed_files_and_addresses_with_a_query(server, files):
     assert (file.path.name, file.name) == ("three.jsonl.gz", address)
 
 
-def test_a_bad_row_is_named_by_its_address_and_line(server, files):
+def test_a_bad_example_is_named_by_its_address_and_line(server, files):
     (files / "one.jsonl").write_text(json.dumps(ROW) + "\n{\n")
     with pytest.raises(DataError, match=rf"{server}/one\.jsonl:2: the line is not JSON"):
         load(f"{server}/one.jsonl")
@@ -130,10 +130,10 @@ def test_a_bad_row_is_named_by_its_address_and_line(server, files):
         ("s3://bucket/rows.jsonl", "pip install s3fs"),
     ],
 )
-def test_what_cannot_be_had_is_told(server, files, path, message):
-    with pytest.raises(DataError) as told:
+def test_what_is_not_available_is_reported(server, files, path, message):
+    with pytest.raises(DataError) as caught:
         load(path.format(server=server, files=files))
-    assert message in str(told.value)
+    assert message in str(caught.value)
 
 
 def test_only_hub_data_sets_have_splits(server):

@@ -345,7 +345,7 @@ def test_edited_templates_render_equal_whatever_they_ask(load, hook):
             renders_alike(renderer, dialogue(*texts))
 
 
-def test_keys_of_a_turn_that_are_no_texts_reach_the_template(load):
+def test_keys_of_a_turn_that_are_not_texts_reach_the_template(load):
     """tool_call_id stands on tool turns as a rule; an example may have it anywhere."""
     renderer = Renderer(load(HOOKED.replace("HOOK", "{{ message.tool_call_id or 'none' }}")), data())
     messages = dialogue("q", "a").messages
@@ -356,7 +356,7 @@ def test_keys_of_a_turn_that_are_no_texts_reach_the_template(load):
         renders_alike(renderer, Conversation("rows.jsonl:1", "rows", (marked, messages[1])))
 
 
-def test_white_space_before_an_answer_behind_reasoning(renderers):
+def test_white_space_before_an_answer_after_reasoning(renderers):
     """QwQ gets its reasoning in the content, where line breaks before the answer are cut off."""
     for name in REVISIONS:
         renderer = renderers(name)
@@ -365,7 +365,7 @@ def test_white_space_before_an_answer_behind_reasoning(renderers):
             renders_alike(renderer, Conversation("rows.jsonl:1", "rows", turns))
 
 
-def test_an_end_of_turn_that_is_no_special_token_is_looked_for_in_the_texts(tiny_tokenizer):
+def test_an_end_of_turn_that_is_not_a_special_token_is_looked_for_in_the_texts(tiny_tokenizer):
     spelled = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
     for token in spelled["added_tokens"]:
         token["special"] = token["content"] != "<|im_end|>" and token["special"]
@@ -377,7 +377,7 @@ def test_an_end_of_turn_that_is_no_special_token_is_looked_for_in_the_texts(tiny
     renders_alike(renderer, dialogue("q", "a<|im_end|>b"))
 
 
-def test_rows_out_of_the_ordinary_go_their_own_way(renderers):
+def test_examples_out_of_the_ordinary_go_their_own_way(renderers):
     call = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
     tool = {"name": "add", "parameters": {"type": "object"}}
     for name in REVISIONS:
@@ -402,7 +402,7 @@ def test_rows_out_of_the_ordinary_go_their_own_way(renderers):
             renders_alike(renderer, conversation)
 
 
-def test_equal_texts_of_a_conversation_are_told_apart(renderers, load):
+def test_equal_texts_of_a_conversation_are_distinguished(renderers, load):
     """The same string object in several turns, and equal ones that are not the same."""
     for name in REVISIONS:
         renderer = renderers(name, system="of equal texts alone")

@@ -40,7 +40,7 @@ def test_a_template_without_an_end_is_refused(tiny_tokenizer, monkeypatch):
     assert time.process_time() - before < 30  # all of the looping was the child's
 
 
-def test_a_template_that_is_refused_for_another_reason_is_told_as_before(tiny_tokenizer):
+def test_a_template_that_is_refused_for_another_reason_is_reported_as_before(tiny_tokenizer):
     with pytest.raises(ModelError, match=r"it cannot render one question and answer: .*no tools today"):
         ChatTemplate(with_template(tiny_tokenizer, "{{ raise_exception('no tools today') }}"))
 

@@ -125,7 +125,7 @@ def test_a_system_column_is_read_in_every_format(tmp_path, row):
 def test_columns_that_map_nothing_are_errors(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"chat": CHAT["messages"]}))
-    assert "systm is no column" in problem(path, columns={"messages": "chat", "systm": "chat"})
+    assert "systm is not a column" in problem(path, columns={"messages": "chat", "systm": "chat"})
     assert 'there is no column "chats"' in problem(path, columns={"messages": "chats"})
 
 
@@ -189,7 +189,7 @@ def test_files_that_cannot_be_read_name_the_line(tmp_path, content, expected):
         (f"[{LINE}]\nmore", ":2: there is more after"),
     ],
 )
-def test_json_files_that_hold_no_list_of_rows(tmp_path, content, expected):
+def test_json_files_that_hold_no_list_of_examples(tmp_path, content, expected):
     path = tmp_path / "rows.json"
     path.write_text(content)
     assert f"rows.json{expected}" in problem(path)
@@ -241,7 +241,7 @@ USER = {"role": "user", "content": "q"}
         ('[{"role": "user", "content": "\\ud800"}]', "half of a surrogate pair"),
     ],
 )
-def test_rows_that_teach_nothing_or_something_else(tmp_path, messages, expected):
+def test_examples_that_teach_nothing_or_something_else(tmp_path, messages, expected):
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{LINE}\n{json.dumps({'messages': messages})}\n")
     text = problem(path)
@@ -249,7 +249,7 @@ def test_rows_that_teach_nothing_or_something_else(tmp_path, messages, expected)
     assert expected in text
 
 
-def test_all_problems_are_told_and_the_rest_counted(tmp_path):
+def test_all_problems_are_reported_and_the_rest_counted(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(LINE + "\n" + "{}\n" * 30)
     lines = problem(path).splitlines()
@@ -274,13 +274,13 @@ def test_missing_files_suggest_their_neighbour(tmp_path):
     assert "holds no data files" in problem(tmp_path / "empty")
 
 
-def test_every_missing_source_is_told_at_once(tmp_path):
+def test_every_missing_source_is_reported_at_once(tmp_path):
     (tmp_path / "there.jsonl").write_text("{}\n")
     sources = [SourceSpec(path=str(tmp_path / f"{name}.jsonl")) for name in ("missing", "there", "gone")]
     with pytest.raises(DataError) as caught:
         check_data(DataSpec(train=sources[:2], eval=[sources[2], SourceSpec(path="owner/name")]))
-    told = [problem.where.removeprefix(str(tmp_path)) for problem in caught.value.problems]
-    assert told == ["/missing.jsonl", "/there.jsonl:1", "/gone.jsonl"]
+    reported = [problem.where.removeprefix(str(tmp_path)) for problem in caught.value.problems]
+    assert reported == ["/missing.jsonl", "/there.jsonl:1", "/gone.jsonl"]
 
 
 @pytest.mark.parametrize("path", ["rows.jsonl", "a/rows.csv", "./a/b", "/a/b", "~/a", "a/*", "a/b/c", "name"])
@@ -298,7 +298,7 @@ def test_a_hub_data_set_is_what_lies_nowhere_here(tmp_path, monkeypatch):
     assert not names_hub_data_set("owner/name")
 
 
-def test_a_file_that_is_no_parquet(tmp_path):
+def test_a_file_that_is_not_parquet(tmp_path):
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"PAR1 but not really")
     assert "the file is not Parquet" in problem(path)

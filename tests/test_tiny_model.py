@@ -200,7 +200,7 @@ def test_pretraining_chats_hold_nothing_of_the_quickstart(builder):
 
 
 @pytest.mark.parametrize(("path", "count"), [(QUICKSTART, 208), (CODER, 48)], ids=["quickstart", "coder"])
-def test_rows_are_alternating_chats(path, count):
+def test_examples_are_alternating_chats(path, count):
     rows = read_records(path)
     assert len(rows) == count
     for row in rows:

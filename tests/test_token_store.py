@@ -117,20 +117,20 @@ def test_the_hash_is_of_what_trains(folder):
     assert len(hashes - {one}) == len(changes)
 
 
-def test_a_source_without_rows(folder):
+def test_a_source_without_examples(folder):
     store = write(folder / "empty", [])
     assert (store.rows, len(store.lengths), store.files, store.warning_names) == (0, 0, [], [])
     assert store.sketches.shape == (0, BINS)
     assert store.digests.dtype == np.uint64
 
 
-def test_rows_without_samples(folder):
+def test_examples_without_samples(folder):
     store = write(folder / "no-samples", [[("a", 1, 1, set(), []), ("a", 2, 2, set(), [[(1, True)]])]])
     assert store.row_of(0) == 1
     assert store.samples.tolist() == [0, 1]
 
 
-def test_kinds_of_warnings_beyond_what_is_told_apart_are_one(folder):
+def test_kinds_of_warnings_beyond_what_is_distinguished_are_one(folder):
     batch = [("a", number + 1, number, {f"warning {number}"}, []) for number in range(80)]
     store = write(folder / "warnings", [batch])
     assert len(store.warning_names) == WARNINGS_TOLD_APART + 1

@@ -161,7 +161,7 @@ def test_evaluation_loss_is_the_mean_over_tokens(workspace, monkeypatch):
     assert facts["losses"]["eval_after"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(workspace, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run(workspace, monkeypatch):
     shutil.copytree(workspace / "tiny-qwen", workspace / "broken")
     weights_file = workspace / "broken" / "model.safetensors"
     tensors = load_file(weights_file)
@@ -186,13 +186,13 @@ def test_a_loss_that_is_no_number_stops_the_run(workspace, monkeypatch):
         "{dataloader_num_workers: -1}",
     ],
 )
-def test_trainer_args_that_do_not_suit_are_told_before_anything_is_written(workspace, monkeypatch, arguments):
+def test_trainer_args_that_do_not_suit_are_reported_before_anything_is_written(workspace, monkeypatch, arguments):
     with pytest.raises(RecipeError, match=r"train\.trainer_args: the trainer refuses them: .*change or remove them"):
         run(workspace, monkeypatch, "run.dir=run", f"train.trainer_args={arguments}")
     assert not (workspace / "run").exists()
 
 
-def test_an_optimizer_or_rate_that_does_not_suit_is_told_too(workspace, monkeypatch):
+def test_an_optimizer_or_rate_that_does_not_suit_is_reported_too(workspace, monkeypatch):
     with pytest.raises(RecipeError, match="train: the trainer refuses optimizer or learning rate"):
         run(workspace, monkeypatch, "run.dir=run", "train.lr_scheduler_type=polynomial", "train.learning_rate=1e-8")
     assert not (workspace / "run").exists()

@@ -57,7 +57,7 @@ def batch(rows=2, tokens=11):
 
 
 def packed():
-    """Three samples in one row, told apart by their positions alone."""
+    """Three samples in one pack, separated by their positions alone."""
     lengths = (4, 1, 8)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     return {**batch(rows=1, tokens=sum(lengths)), "position_ids": positions}

@@ -1,4 +1,4 @@
-"""What people's files get wrong: each a real file, each told with its line and what to do, none a traceback.
+"""What people's files get wrong: each a real file, each reported with its line and the fix, none a traceback.
 
 What needs a tokenizer (control tokens, labels that are all masked) goes through the real command at the end.
 """
@@ -189,7 +189,7 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
 }
 
 
-def told(path: Path, **source: object) -> list[str]:
+def reported(path: Path, **source: object) -> list[str]:
     with pytest.raises(DataError) as caught:
         load_sources([SourceSpec(path=str(path), **source)], system=None)
     assert all(problem.fix for problem in caught.value.problems), caught.value
@@ -197,11 +197,11 @@ def told(path: Path, **source: object) -> list[str]:
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
-def test_a_bad_row_is_told_with_its_line(tmp_path, name):
+def test_a_bad_example_is_reported_with_its_line(tmp_path, name):
     bad, expected = BAD_LINES[name]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(LINE + bad)
-    [message] = told(path)
+    [message] = reported(path)
     assert message.startswith(f"{path}:2: ")
     assert expected in message
     assert ". Fix: " in message
@@ -209,11 +209,11 @@ def test_a_bad_row_is_told_with_its_line(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_told_with_its_place(tmp_path, name):
+def test_a_bad_file_is_reported_with_its_place(tmp_path, name):
     file_name, content, expected = BAD_FILES[name]
     path = tmp_path / file_name
     path.write_bytes(content)
-    [message] = told(path)
+    [message] = reported(path)
     assert message.startswith(f"{path}:")
     assert expected in message
     assert "Fix: " in message
@@ -223,12 +223,12 @@ def test_a_bad_file_is_told_with_its_place(tmp_path, name):
 def test_no_other_tools_word_for_training_is_passed_over(tmp_path, key):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(answer("a", **{key: False}) + b"\n" + answer("a", **{key: None}))
-    [message] = told(path)
+    [message] = reported(path)
     assert message.startswith(f'{path}:1: messages[1] has the key "{key}"')
     assert message.endswith('Fix: write "train": true or "train": false')
 
 
-def test_control_characters_of_a_row_are_shown():
+def test_control_characters_of_an_example_are_shown():
     problem = Problem("a\x00", "b\x1b[2J\x7f\x9b\tä\u2026", "c\nd")
     assert str(problem) == "a\\x00: b\\x1b[2J\\x7f\\x9b\\x09ä\u2026. Fix: c\nd"
 
@@ -237,21 +237,21 @@ def test_there_are_enough_of_them():
     assert len(BAD_LINES) + len(BAD_FILES) >= 100
 
 
-def test_mixed_schemas_are_told_row_by_row(tmp_path):
+def test_mixed_schemas_are_reported_one_by_one(tmp_path):
     path = tmp_path / "rows.jsonl"
     other = row(prompt="q", completion="a") + b"\n"
     path.write_bytes((LINE + other) * 3)
-    messages = told(path)
+    messages = reported(path)
     assert [message.split(": ")[0] for message in messages] == [f"{path}:{line}" for line in (2, 4, 6)]
     assert "the example lacks messages" in messages[0]
     assert "the example has prompt, completion" in messages[0]
-    assert "the example lacks prompt and completion" in told(path, format="prompt_completion")[0]
+    assert "the example lacks prompt and completion" in reported(path, format="prompt_completion")[0]
 
 
 def test_the_first_twenty_problems_are_listed_and_the_others_counted(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join([bad for bad, _ in BAD_LINES.values()]))
-    *shown, rest = told(path)
+    *shown, rest = reported(path)
     assert len(shown) == SHOWN_PROBLEMS
     assert [message.split(": ")[0] for message in shown] == [f"{path}:{line}" for line in range(1, SHOWN_PROBLEMS + 1)]
     assert rest == f"… and {len(BAD_LINES) - SHOWN_PROBLEMS} more"
@@ -332,7 +332,7 @@ def test_the_command_ends_with_the_file_and_no_traceback(tmp_path, qwen_tune, na
         (answer("a", train=False), ""),
     ],
 )
-def test_what_needs_the_tokenizer_is_told_too(tmp_path, qwen_tune, content, expected):
+def test_what_needs_the_tokenizer_is_reported_too(tmp_path, qwen_tune, content, expected):
     rows = LINE + content + b"\n" if expected else content
     result = qwen_tune("preview", str(recipe(tmp_path, "rows.jsonl", rows)), cwd=tmp_path)
     assert result.returncode == 2, result.stdout

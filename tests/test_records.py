@@ -116,7 +116,7 @@ def test_packed_files_that_are_damaged(tmp_path, suffix, packing, damage):
     assert ("after this line the" in last.what and packing in last.what) or damage == "overwritten"
 
 
-def test_the_line_reached_is_told(tmp_path):
+def test_the_line_reached_is_reported(tmp_path):
     letters = random.Random(0)
     lines = [json.dumps({"text": "".join(letters.choices("abcdefghijklmnop", k=300))}) for _ in range(4000)]
     packed = gzip.compress("\n".join(lines).encode())
@@ -212,7 +212,7 @@ def test_lists_that_break_off_or_go_wrong(tmp_path, monkeypatch, text, line, chu
         ("text", "write [{…}, {…}]"),
     ],
 )
-def test_objects_that_hold_rows_in_another_way(tmp_path, value, fix):
+def test_objects_that_hold_examples_in_another_way(tmp_path, value, fix):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(value))
     [problem] = read(path)
@@ -380,13 +380,13 @@ def test_a_folder_that_datasets_saved(tmp_path):
     assert len(find_files(str(tmp_path / "splits" / "train"))) == 1
 
 
-def test_notes_beside_rows_are_not_read(tmp_path):
+def test_notes_beside_examples_are_not_read(tmp_path):
     for name in ("dataset_infos.json", "train.jsonl"):
         (tmp_path / name).write_text("{}")
     assert [file.name for file in find_files(str(tmp_path))] == ["train.jsonl"]
 
 
-def test_a_pipe_is_no_data_file(tmp_path):
+def test_a_pipe_is_not_a_data_file(tmp_path):
     os.mkfifo(tmp_path / "rows.jsonl")
     with pytest.raises(DataError, match=r"rows\.jsonl: it is not a regular file"):
         find_files(str(tmp_path / "rows.jsonl"))

@@ -1,6 +1,6 @@
 """Mutated examples: whatever stands in a file, reading and rendering it ends in examples and problems, and soon.
 
-`scripts/evidence/fuzz_rows` runs the same with as many mutations as one likes.
+`scripts/evidence/fuzz_examples` runs the same with as many mutations as one likes.
 """
 
 from __future__ import annotations
@@ -301,7 +301,7 @@ def tiny_renderer() -> Callable[[Conversation], Any]:
     return lambda conversation: render_samples(conversation, template, data)
 
 
-def test_ten_thousand_mutated_rows_end_in_rows_and_problems(tmp_path):
+def test_ten_thousand_mutated_examples_end_in_examples_and_problems(tmp_path):
     outcomes = fuzz(10_000, 0, tmp_path, tiny_renderer()).outcomes
     # That most examples broke on the first look would say little of what comes after it.
     assert outcomes["problem"] > 5000
