@@ -156,7 +156,7 @@ def preview(options: argparse.Namespace) -> None:
     if options.html:
         page.check_target(options.html)
     inputs = load_inputs(recipe)
-    samples, tokenizer = inputs.data.train.examples, inputs.tokenizer
+    samples, tokenizer = inputs.data.train.samples, inputs.tokenizer
     count = len(samples) if options.all else options.rows or (page.SAMPLES if options.html else 3)
     places = terminal.first_of_each_source(samples, count)
     if options.json:
@@ -187,8 +187,8 @@ def prepare(options: argparse.Namespace) -> None:
     from qwen_tune.preview.terminal import show_audit
 
     data = load_inputs(recipe).data
-    packs = pack(data.train.examples, recipe.data)
-    pack_by_source(data.evaluation.examples, recipe.data)
+    packs = pack(data.train.samples, recipe.data)
+    pack_by_source(data.evaluation.samples, recipe.data)
     show_audit(audit(data, recipe.data), 0, make_console())
     show(f"{len(packs):,} {'packs' if recipe.data.packing else 'samples'} to train on, in {cache_folder('prepared')}")
 

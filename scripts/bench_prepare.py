@@ -149,11 +149,11 @@ def measure_qwen_tune(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     data = DataSpec(train=[SourceSpec(path=str(options.chats))], max_length_tokens=options.max_length)
     clock = Clock()
-    samples = prepare_data(data, ChatTemplate(tokenizer), seed=1).train.examples
+    samples = prepare_data(data, ChatTemplate(tokenizer), seed=1).train.samples
     packs = pack(samples, data)
     measured = clock.read()
     start = Clock()
-    assert FastEncoder.proven(tokenizer)
+    assert FastEncoder.verified(tokenizer)
     tokens = int(samples.lengths.sum())
     return {
         **measured,

@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+from functools import lru_cache
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from templates import REVISIONS
 
 from qwen_tune.chatml.conversation import Conversation
-from qwen_tune.chatml.template import IGNORED, ChatTemplate
+from qwen_tune.chatml.encoder import NOT_ENDED, Encoder
+from qwen_tune.chatml.template import IGNORED, ChatTemplate, TokenizedExample, render_samples
 from qwen_tune.data.messages import parse_messages, parse_tools
+from qwen_tune.errors import ExampleError
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
 
 TOOLS = [
@@ -37,9 +41,34 @@ def with_template(tokenizer, text: str) -> ChatTemplate:
     return ChatTemplate(tokenizer)
 
 
+@lru_cache(maxsize=8)
+def exact_encoder(template: ChatTemplate) -> Encoder:
+    return Encoder(template, fast=None)
+
+
+def tokenize(conversation: Conversation, template: ChatTemplate, data: DataSpec) -> list[TokenizedExample]:
+    """The samples of one conversation, rendered by Jinja and encoded by the checkpoint's tokenizer alone."""
+    samples = render_samples(conversation, template, data)
+    encoded = exact_encoder(template).encode(samples)
+    if data.loss_on != "all" and not encoded.ended.all():
+        raise ExampleError(NOT_ENDED)
+    labels = np.where(encoded.loss_mask, encoded.ids.astype(np.int64), IGNORED)
+    ends = np.cumsum(encoded.lengths)
+    return [
+        TokenizedExample(
+            conversation.source,
+            conversation.source_name,
+            encoded.ids[end - length : end].tolist(),
+            labels[end - length : end].tolist(),
+            straddling=int(straddling),
+        )
+        for end, length, straddling in zip(ends, encoded.lengths, encoded.straddling, strict=True)
+    ]
+
+
 def supervised(example, tokenizer) -> list[str]:
     groups = itertools.groupby(zip(example.input_ids, example.labels, strict=True), key=lambda pair: pair[1] != IGNORED)
-    return [tokenizer.decode([token for token, _ in group]) for is_learned, group in groups if is_learned]
+    return [tokenizer.decode([token for token, _ in group]) for is_supervised, group in groups if is_supervised]
 
 
 def for_each_template(examples: int):

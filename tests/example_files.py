@@ -1,4 +1,4 @@
-"""Rows and the files they stand in, as several test files write them."""
+"""Examples and data files for several tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 import random
 from pathlib import Path
 
-from qwen_tune.recipe.schema import SourceSpec
+from qwen_tune.data.documents import TrainingExample
+from qwen_tune.data.sources import load_sources
+from qwen_tune.recipe.schema import DataSpec, SourceSpec
 
 WORDS = (
     "alder",
@@ -47,3 +49,7 @@ def write(path: Path, *rows: dict, **source) -> SourceSpec:
 
 def lines(samples) -> list[int]:
     return [int(example.source.rpartition(":")[2]) for example in samples]
+
+
+def load_training_examples(data: DataSpec) -> list[TrainingExample]:
+    return load_sources(data.train, system=data.system)

@@ -51,7 +51,7 @@ def expected_samples(row, revision, tokenizer, options):
     reasons = [_take_reasoning(message, revision) for message in messages]
     _refuse_variables(kwargs, revision)
     if options.get("thinking") == "off" and any(reasons):
-        raise RefusedError("thinking: off")
+        raise RefusedError("data.thinking is off")
     tools = [tool if "type" in tool else {"type": "function", "function": tool} for tool in row.get("tools") or []]
 
     def render(upto, thinks, prompt=False):
@@ -88,7 +88,7 @@ def expected_samples(row, revision, tokenizer, options):
         thinks = reasons[turn] is not None
         prompt, full = render(turn, thinks, prompt=True), render(turn + 1, thinks)
         if not full.startswith(prompt):
-            raise RefusedError("another text")
+            raise RefusedError("does not start with the prompt")
         if _loses(revision, messages[: turn + 1], tools):
             raise RefusedError("leaves out")
         span = (len(prompt), full.index(END, len(prompt)) + len(END))
@@ -168,9 +168,9 @@ def _take_reasoning(message, revision):
 def _require(turns, reasons, revision, options):
     if options.get("thinking") == "require":
         if turns and revision.reasoning == "nowhere":
-            raise RefusedError("has no thinking")
+            raise RefusedError("does not support thinking")
         if any(reasons[turn] is None for turn in turns):
-            raise RefusedError("does not reason")
+            raise RefusedError("has no reasoning")
 
 
 def _thinks(answer, reasoning):

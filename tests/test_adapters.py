@@ -82,7 +82,7 @@ def held_out_loss(model, path: Path, monkeypatch, workspace: Path) -> float:
     base = BaseCheckpoint(id="tiny", revision=None, path=(workspace / "tiny-qwen").resolve(), is_local=True)
     examples = prepare_data(recipe.data, ChatTemplate(load_tokenizer(recipe.model, base)), seed=recipe.train.seed)
     losses = []
-    for example in examples.evaluation.examples:
+    for example in examples.evaluation.samples:
         with torch.no_grad():
             scores = model(input_ids=torch.tensor([example.input_ids]), use_cache=False).logits[0, :-1]
         wanted = torch.tensor(example.labels[1:])

@@ -45,7 +45,7 @@ def test_dropped_examples_are_reported_by_reason_with_the_first_places(template)
     overlong, nothing = found.dropped
     places = tuple(f"rows.jsonl:{line}" for line in range(21, 26))
     assert overlong == Found("longer than data.max_length_tokens", 6, places)
-    assert nothing == Found("nothing to learn from", 1, ("rows.jsonl:27",))
+    assert nothing == Found("no supervised tokens", 1, ("rows.jsonl:27",))
     assert found.duplicates == []  # they repeat each other, but none of them is trained
     json.dumps(found.as_dict())
 
@@ -97,7 +97,7 @@ def test_sources_say_what_they_were_taken_for_and_what_they_contribute(template)
     other = [{"instruction": "Add.", "output": "3"}, {"instruction": "Double.", "output": "4"}]
     sources = [write("rows.jsonl", PLAIN), write("other.jsonl", other), write("long.jsonl", [LONG])]
     found = look(template, train=[{"path": path} for path in sources])
-    assert [(source.format, source.rows, source.train) for source in found.sources] == [
+    assert [(source.format, source.examples, source.train) for source in found.sources] == [
         ("messages", 20, 20),
         ("alpaca", 2, 2),
         ("messages", 1, 0),

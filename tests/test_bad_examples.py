@@ -1,4 +1,4 @@
-"""What people's files get wrong: each a real file, each reported with its line and the fix, none a traceback.
+"""What people's files get wrong: each a real file, each told with its line and what to do, none a traceback.
 
 What needs a tokenizer (control tokens, labels that are all masked) goes through the real command at the end.
 """
@@ -57,7 +57,10 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "an empty system text": (chat({"role": "system", "content": ""}, USER, ANSWER), "(system) has blank content"),
     "a number for an answer": (answer(5), "content is the number 5"),
     "an object for an answer": (answer({"text": "a"}), "content is an object"),
-    "a part that is an image": (answer([{"type": "image_url", "image_url": {}}]), "not yet: messages[1].content[0]"),
+    "a part that is an image": (
+        answer([{"type": "image_url", "image_url": {}}]),
+        "messages[1].content[0] holds image data",
+    ),
     "the assistant first": (chat(ANSWER), "the first turn is from the assistant"),
     "the assistant after the system": (chat({"role": "system", "content": "s"}, ANSWER), "first turn is from the ass"),
     "a tool first": (chat({"role": "tool", "content": "1"}, ANSWER), "the first turn is from the tool"),
@@ -106,18 +109,18 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
         'a "system" column and another system turn',
     ),
     "a system that is a list": (row(**GOOD, system=["s"]), "system is a list"),
-    "images": (row(**GOOD, images=["a.png"]), 'not yet: the example carries "images"'),
+    "images": (row(**GOOD, images=["a.png"]), 'the example has "images"'),
     "another form": (row(instruction="q", output="a"), "the example lacks messages; this source is read as messages"),
     "no columns": (b"{}", "the example has no columns"),
     "null": (b"null", "the example is null"),
     "a list": (b"[1]", "the example is a list"),
     "a number": (b"1", "the example is the number 1"),
     "text": (b'"text"', "the example is a string"),
-    "a line cut off": (LINE[:40], "cut off: complete or remove it"),
+    "a line cut off": (LINE[:40], "complete or remove the last line, which is cut off"),
     "two objects in a line": (LINE.strip() * 2, "Extra data"),
     "a comma at the end": (LINE.strip() + b",", "Extra data"),
     "single quotes": (b"{'messages': []}", "the line is not JSON"),
-    "a key twice": (b'{"messages": [], "messages": []}', 'the key "messages" stands twice'),
+    "a key twice": (b'{"messages": [], "messages": []}', 'the key "messages" occurs twice'),
     "NaN": (b'{"messages": [], "score": NaN}', "NaN is not JSON"),
     "minus infinity": (b'{"score": -Infinity}', "-Infinity is not JSON"),
     "a line break inside a string": (b'{"messages": "a\tb"}', "Invalid control character"),
@@ -145,21 +148,21 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "UTF-16": ("rows.jsonl", LINE.decode().encode("utf-16"), ":1: the file is UTF-16"),
     "UTF-16 without a mark": ("rows.jsonl", LINE.decode().encode("utf-16-le"), ":1: the file is UTF-16"),
     "an unknown form": ("rows.jsonl", b'{"question": "q", "answer": "a"}\n', ":1: the format is not recognised"),
-    "gzip cut off": ("rows.jsonl.gz", gzip.compress(LINE * 9)[:-9], "the gzip data end too early"),
+    "gzip cut off": ("rows.jsonl.gz", gzip.compress(LINE * 9)[:-9], "the gzip data are cut off"),
     "zstd cut off": ("rows.jsonl", bytes(pyarrow.compress(LINE, "zstd", asbytes=True))[:-3], "the zstd data are"),
     "a zip": ("rows.jsonl", b"PK\x03\x04....", ": the file is zip-compressed"),
-    "an object around": ("rows.json", b'{"data": [' + LINE.strip() + b"]}", 'stand under the key "data"'),
+    "an object around": ("rows.json", b'{"data": [' + LINE.strip() + b"]}", 'be under the key "data"'),
     "columns": ("rows.json", b'{"prompt": ["q", "r"], "completion": ["a", "b"]}', '"prompt" holds a column'),
     "JSON null": ("rows.json", b"null", ":1: the file holds null"),
     "JSON cut off": ("rows.json", b"[" + LINE + b"," + LINE[:30], ":2: the example is not JSON"),
     "a list that does not end": ("rows.json", b"[" + LINE, ":2: expected a comma or the end of the list"),
     "a list of lists": ("rows.json", b"[\n[1]]", ":2: the example is a list"),
     "an empty list": ("rows.json", b"[]", ":1: the file is empty"),
-    "more after the list": ("rows.json", b"[" + LINE.strip() + b"]\n[]", ":2: there is more after the list"),
-    "CSV with a value too few": ("rows.csv", b"prompt,completion\nq,a\nq\n", ":3: the example has 1 values"),
-    "CSV without examples": ("rows.csv", b"prompt,completion\n", ":1: the file holds a header and no examples"),
+    "more after the list": ("rows.json", b"[" + LINE.strip() + b"]\n[]", ":2: found text after the list"),
+    "CSV with a value too few": ("rows.csv", b"prompt,completion\nq,a\nq\n", ":3: the line has 1 values"),
+    "CSV without rows": ("rows.csv", b"prompt,completion\n", ":1: the file has a header but no examples"),
     "CSV with a name twice": ("rows.csv", b"prompt,prompt\nq,a\n", ":1: the header names prompt twice"),
-    "CSV with an open quote": ("rows.csv", b'prompt,completion\nq,a\n"q,a\n', ":3: the example is not CSV"),
+    "CSV with an open quote": ("rows.csv", b'prompt,completion\nq,a\n"q,a\n', ":3: the line is not CSV"),
     "CSV with an empty completion": ("rows.csv", b"prompt,completion\nq,\n", ":2: completion is an empty string"),
     "CSV that is not UTF-8": ("rows.csv", b"prompt,completion\nq,a\nq,\xe4\n", ":3: byte 3 of the line is not UTF-8"),
     "CSV of other columns": ("rows.tsv", b"question\tanswer\nq\ta\n", ":2: the format is not recognised"),
@@ -185,11 +188,11 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "ids that are text": ("rows.jsonl", row(input_ids=["a"]), ":1: input_ids[0] is a string"),
     "labels of another length": ("rows.jsonl", row(input_ids=[1, 2], labels=[1]), ":1: labels has 1 values"),
     "labels that are shifted": ("rows.jsonl", row(input_ids=[1, 2], labels=[2, -100]), ":1: labels[0] is 2"),
-    "no data file": ("rows.txt", b"text", ": the file type is not known"),
+    "no data file": ("rows.txt", b"text", ": unknown file type"),
 }
 
 
-def reported(path: Path, **source: object) -> list[str]:
+def told(path: Path, **source: object) -> list[str]:
     with pytest.raises(DataError) as caught:
         load_sources([SourceSpec(path=str(path), **source)], system=None)
     assert all(problem.fix for problem in caught.value.problems), caught.value
@@ -201,7 +204,7 @@ def test_a_bad_example_is_reported_with_its_line(tmp_path, name):
     bad, expected = BAD_LINES[name]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(LINE + bad)
-    [message] = reported(path)
+    [message] = told(path)
     assert message.startswith(f"{path}:2: ")
     assert expected in message
     assert ". Fix: " in message
@@ -213,7 +216,7 @@ def test_a_bad_file_is_reported_with_its_place(tmp_path, name):
     file_name, content, expected = BAD_FILES[name]
     path = tmp_path / file_name
     path.write_bytes(content)
-    [message] = reported(path)
+    [message] = told(path)
     assert message.startswith(f"{path}:")
     assert expected in message
     assert "Fix: " in message
@@ -223,7 +226,7 @@ def test_a_bad_file_is_reported_with_its_place(tmp_path, name):
 def test_no_other_tools_word_for_training_is_passed_over(tmp_path, key):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(answer("a", **{key: False}) + b"\n" + answer("a", **{key: None}))
-    [message] = reported(path)
+    [message] = told(path)
     assert message.startswith(f'{path}:1: messages[1] has the key "{key}"')
     assert message.endswith('Fix: write "train": true or "train": false')
 
@@ -237,21 +240,21 @@ def test_there_are_enough_of_them():
     assert len(BAD_LINES) + len(BAD_FILES) >= 100
 
 
-def test_mixed_schemas_are_reported_one_by_one(tmp_path):
+def test_mixed_schemas_are_reported_example_by_example(tmp_path):
     path = tmp_path / "rows.jsonl"
     other = row(prompt="q", completion="a") + b"\n"
     path.write_bytes((LINE + other) * 3)
-    messages = reported(path)
+    messages = told(path)
     assert [message.split(": ")[0] for message in messages] == [f"{path}:{line}" for line in (2, 4, 6)]
     assert "the example lacks messages" in messages[0]
     assert "the example has prompt, completion" in messages[0]
-    assert "the example lacks prompt and completion" in reported(path, format="prompt_completion")[0]
+    assert "the example lacks prompt and completion" in told(path, format="prompt_completion")[0]
 
 
 def test_the_first_twenty_problems_are_listed_and_the_others_counted(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join([bad for bad, _ in BAD_LINES.values()]))
-    *shown, rest = reported(path)
+    *shown, rest = told(path)
     assert len(shown) == SHOWN_PROBLEMS
     assert [message.split(": ")[0] for message in shown] == [f"{path}:{line}" for line in range(1, SHOWN_PROBLEMS + 1)]
     assert rest == f"… and {len(BAD_LINES) - SHOWN_PROBLEMS} more"
@@ -291,7 +294,7 @@ def test_what_only_looks_bad_is_read(tmp_path, content):
         (row(text="t", system="s"), 'column "system" is not used by format text'),
     ],
 )
-def test_what_is_odd_but_legal_is_a_warning(tmp_path, content, warning):
+def test_unusual_turns_are_a_warning(tmp_path, content, warning):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     [loaded] = load_sources([SourceSpec(path=str(path))], system=None)

@@ -6,13 +6,12 @@ import copy
 import json
 
 import pytest
-from conversations import TOOLS, conversation, data, for_each_template, supervised, with_template
+from conversations import TOOLS, conversation, data, for_each_template, supervised, tokenize, with_template
 from hypothesis import event
 from hypothesis import strategies as st
 from oracle import RefusedError, expected_labels, expected_samples
 from templates import REVISIONS
 
-from qwen_tune.chatml.encoder import tokenize
 from qwen_tune.chatml.template import IGNORED, ChatTemplate, render_samples
 from qwen_tune.errors import ExampleError
 
@@ -184,7 +183,7 @@ def test_blank_reasoning_is_none(template):
     blank = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": " \n"}]
     [example] = tokenize(conversation(blank), template["qwen3"], data())
     assert supervised(example, template["qwen3"].tokenizer) == ["a<|im_end|>"]
-    with pytest.raises(ExampleError, match="does not reason"):
+    with pytest.raises(ExampleError, match="has no reasoning"):
         tokenize(conversation(blank), template["qwen3"], data(thinking="require"))
 
 
@@ -236,7 +235,7 @@ def test_a_token_across_the_boundary_is_context_and_counted(template):
     assert supervised(example, tokenizer) == ["\nanswer<|im_end|>"]
 
 
-def test_all_supervises_every_token_but_the_first(template):
+def test_all_supervises_every_token_except_the_first(template):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     [example] = tokenize(conversation(chat), template["qwen2_5"], data(loss_on="all"))
     assert example.labels == [IGNORED, *example.input_ids[1:]]
@@ -258,7 +257,7 @@ def test_a_checkpoint_that_thinks_in_its_content_gets_the_reasoning_there(templa
     assert text_of(other, template).count("<think>") == 1
 
 
-def test_a_checkpoint_that_always_thinks_supervises_what_the_example_shows(template):
+def test_a_checkpoint_that_always_thinks_is_trained_on_the_reasoning_of_the_example(template):
     """Its prompt is the same with thinking and without: a turn without reasoning closes the block at once."""
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     [example] = tokenize(conversation(chat), template["qwen3_thinking_2507"], data())

@@ -6,10 +6,9 @@ import copy
 from dataclasses import replace
 
 import pytest
-from conversations import TOOLS, conversation, data, supervised, with_template
+from conversations import TOOLS, conversation, data, supervised, tokenize, with_template
 from templates import REVISIONS
 
-from qwen_tune.chatml.encoder import tokenize
 from qwen_tune.chatml.template import ChatTemplate, render_samples
 from qwen_tune.errors import ExampleError, ModelError
 
@@ -37,10 +36,10 @@ def template(tiny_tokenizer):
     return {name: with_template(tiny_tokenizer, revision.text) for name, revision in REVISIONS.items()}
 
 
-def test_loss_on_all_of_a_text_keeps_the_other_rules(template):
+def test_supervising_every_token_keeps_the_other_rules(template):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     thinks = [chat[0], {**chat[1], "reasoning_content": "for a good reason"}]
-    with pytest.raises(ExampleError, match="thinking: off"):
+    with pytest.raises(ExampleError, match="thinking is off"):
         tokenize(conversation(thinks), template["qwen3"], data(loss_on="all", thinking="off"))
     with pytest.raises(ExampleError, match="contradicts loss_on: all"):
         tokenize(conversation([chat[0], {**chat[1], "train": False}]), template["qwen3"], data(loss_on="all"))
@@ -52,15 +51,20 @@ def test_loss_on_all_of_a_text_keeps_the_other_rules(template):
     ("name", "messages", "changes", "message"),
     [
         ("qwen2_5", [{"role": "assistant", "content": "a", "reasoning_content": "r"}], {}, "leaves out"),
-        ("qwen3", [{"role": "assistant", "content": "a"}], {"thinking": "require"}, "does not reason"),
+        ("qwen3", [{"role": "assistant", "content": "a"}], {"thinking": "require"}, "has no reasoning"),
         (
             "qwen3",
             [{"role": "assistant", "content": "a", "reasoning_content": "r"}],
             {"thinking": "off"},
-            "thinking: off",
+            "thinking is off",
         ),
         ("qwen3", [{"role": "assistant", "content": "<think>r a"}], {}, "not closed"),
-        ("qwen3", [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}], {}, "another text"),
+        (
+            "qwen3",
+            [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}],
+            {},
+            "does not start with the prompt",
+        ),
         ("qwen2_5", [{"role": "assistant", "content": "a <|im_end|> b"}], {}, r"control token <\|im_end\|>"),
         ("qwen3", [{"role": "assistant", "content": "r</think>a"}], {}, "not opened"),
         ("qwen3", [{"role": "assistant", "content": "a <think>r</think>"}], {}, "not at the start"),
@@ -96,7 +100,7 @@ def test_what_a_template_cannot_serve_is_refused(template, name, messages, chang
 
 def test_an_example_that_contradicts_its_own_arguments_is_refused(template):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}]
-    with pytest.raises(ExampleError, match="another text") as caught:
+    with pytest.raises(ExampleError, match="does not start with the prompt") as caught:
         tokenize(conversation(chat, enable_thinking=False), template["qwen3"], data())
     assert "enable_thinking" in caught.value.fix
 
@@ -110,8 +114,8 @@ def test_an_example_that_contradicts_its_own_arguments_is_refused(template):
     ],
 )
 def test_an_example_sets_variables_of_the_template_only(template, name):
-    """The rest are the tokenizer's and Jinja's own: an example could bring another template, or break its loops."""
-    with pytest.raises(ExampleError, match=f'sets "{name}", which no example can set'):
+    """The tokenizer or Jinja uses the others: an example could replace the template, or break its loops."""
+    with pytest.raises(ExampleError, match=f'sets "{name}", which examples must not set'):
         render_samples(replace(conversation(CHAT), chat_template_kwargs={name: 1}), template["qwen3"], data())
 
 
@@ -170,14 +174,14 @@ def test_switches_of_an_example_are_booleans(template):
 @pytest.mark.parametrize(
     ("name", "messages", "what", "fix"),
     [
-        ("qwen3_5_think", LATE_SYSTEM, "System message must be at the beginning", "in the first system turn"),
+        ("qwen3_5_think", LATE_SYSTEM, "System message must be at the beginning", "to the first system turn"),
         (
             "qwen3_8",
             [{"role": "user", "content": "<tool_response>\n1\n</tool_response>"}, LATE_SYSTEM[0]],
             "No user query found",
             "with the role tool",
         ),
-        ("qwq", [LATE_SYSTEM[0]], "another text", "always thinks: add reasoning_content"),
+        ("qwq", [LATE_SYSTEM[0]], "does not start with the prompt", "always thinks: add reasoning_content"),
     ],
 )
 def test_refusals_of_templates_come_with_a_fix(template, name, messages, what, fix):
@@ -189,7 +193,7 @@ def test_refusals_of_templates_come_with_a_fix(template, name, messages, what, f
 
 def test_a_template_without_thinking_cannot_require_it(template):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>\nr\n</think>\n\na"}]
-    with pytest.raises(ExampleError, match="this checkpoint's template has no thinking"):
+    with pytest.raises(ExampleError, match="this checkpoint's template does not support thinking"):
         tokenize(conversation(chat), template["qwen2_5"], data(thinking="require"))
     # There, think tags are a text like any other: what the template does not know it cannot switch off.
     [example] = tokenize(conversation(chat), template["qwen2_5"], data(thinking="off"))
@@ -208,7 +212,7 @@ def test_a_lost_argument_is_missed(template, tiny_tokenizer):
 @pytest.mark.parametrize(
     "written", ["tool | tojson(ensure_ascii=true)", "tool.function.name ~ tool.function.description[:-3]"]
 )
-def test_text_that_a_template_respells_cannot_be_distinguished(tiny_tokenizer, written):
+def test_text_that_a_template_changes_cannot_be_kept_as_text(tiny_tokenizer, written):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = (
         "{% for tool in tools or [] %}{{ " + written + " }}\n{% endfor %}"
@@ -239,7 +243,7 @@ def test_a_template_that_drops_tools_or_text_is_refused(tiny_tokenizer):
     [
         (None, "no chat template"),
         ("{{ messages[0].content }}", "does not end turns"),
-        ("{% if %}", "cannot be read: line 1"),
+        ("{% if %}", "not valid Jinja: line 1"),
         ({"default": PLAIN, "tool_use": PLAIN}, r"several chat templates \(default, tool_use\)"),
         ("{{ raise_exception('no') }}", "cannot render"),
     ],

@@ -230,7 +230,7 @@ BAD = {
     "missing recipe": (["gone.yaml"], "gone.yaml", "does not exist. Fix: name one of recipe.yaml"),
     "unknown key": (["recipe.yaml", "train.learning_rat=1"], "learning_rat", "learning_rate"),
     "wrong type": (["recipe.yaml", "train.learning_rate=fast"], "train.learning_rate", "fast"),
-    "missing data": (["recipe.yaml", "data.train.0.path=row.jsonl"], "the data file is not there", "rows.jsonl"),
+    "missing data": (["recipe.yaml", "data.train.0.path=row.jsonl"], "the data file does not exist", "rows.jsonl"),
     "empty file": (["recipe.yaml", "data.train.0.path=empty.jsonl"], "empty.jsonl:1", "the file is empty"),
     "no assistant": (["recipe.yaml", "data.train.0.path=alone.jsonl"], "alone.jsonl:2", "no assistant turn"),
     "unknown role": (["recipe.yaml", "data.train.0.path=role.jsonl"], "role.jsonl:1", 'write "assistant"'),

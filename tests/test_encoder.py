@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conversations import tokenize
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from qwen_tune.chatml import encoder as encoder_module
 from qwen_tune.chatml import fast_encoder
 from qwen_tune.chatml.conversation import Conversation, Message
-from qwen_tune.chatml.encoder import Encoder, tokenize
+from qwen_tune.chatml.encoder import Encoder
 from qwen_tune.chatml.fast_encoder import FastEncoder, FastEncoderError, probes
 from qwen_tune.chatml.template import IGNORED, ChatTemplate, RenderedSample, render_samples
 from qwen_tune.errors import ModelError
@@ -61,10 +62,8 @@ def spec(**changes) -> DataSpec:
 
 
 def encoders(template: ChatTemplate) -> tuple[Encoder, Encoder]:
-    """One that has its fast encoder from the start, and one that never has."""
-    fast = Encoder(template)
-    fast._fast, fast._looked_for_fast = FastEncoder.proven(template.tokenizer), True
-    return fast, Encoder(template, fast=False)
+    """One with a fast encoder from the start, and one without."""
+    return Encoder(template, fast=FastEncoder.verified(template.tokenizer)), Encoder(template, fast=None)
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +126,10 @@ def by_definition(sample: RenderedSample, tokenizer) -> tuple[list[int], list[bo
 @given(drawn=samples())
 def test_the_fast_way_gives_what_the_tokenizer_gives(request, which, drawn):
     fast, exact = request.getfixturevalue(which)
-    assert fast._fast is not None
-    event("settled" if all(map(fast._is_settled, (sample.text for sample in drawn))) else "not settled")
+    assert fast.fast is not None
+    event("settled" if all(map(fast.agree_on, (sample.text for sample in drawn))) else "not settled")
     one, other = fast.encode(drawn), exact.encode(drawn)
-    assert fast._fast is not None
+    assert fast.fast is not None
     same(one, other)
     for index, sample in enumerate(drawn):
         ids, supervised, straddling, ended = by_definition(sample, exact.tokenizer)
@@ -144,7 +143,7 @@ def test_the_fast_way_gives_what_the_tokenizer_gives(request, which, drawn):
 def test_every_character_is_encoded_alike(tiny_tokenizer):
     """Each by itself between letters and blanks, where tables of letters and spaces of two versions could part."""
     fast, exact = encoders(ChatTemplate(tiny_tokenizer))
-    assert fast._fast is not None
+    assert fast.fast is not None
     chosen = random.Random(3)
     codes = [*range(0x20, 0x3100), *chosen.sample(range(0x3100, 0xD800), 2000), *range(0xF900, 0xFFFE)]
     codes += [*range(0x1D400, 0x1D800), *range(0x1F000, 0x1FAFF), *chosen.sample(range(0x10000, 0x110000), 3000)]
@@ -154,7 +153,7 @@ def test_every_character_is_encoded_alike(tiny_tokenizer):
         text = "".join(f"a{letter} {letter}{letter}1{letter}\n{letter}'s" for letter in letters)
         drawn.append(RenderedSample(text, ((3, len(text) - 3),)))
     same(fast.encode(drawn), exact.encode(drawn))
-    assert fast._fast is not None
+    assert fast.fast is not None
 
 
 def test_batches_do_not_matter(tiny):
@@ -197,7 +196,7 @@ def test_spelled_control_tokens_are_plain_pieces(tiny, drawn):
     same(fast.encode(rendered), exact.encode(rendered))
     control = {exact.tokenizer.convert_tokens_to_ids(token) for token in CONTROL}
     for sample in rendered:
-        ids, offsets = exact._encode_exactly(sample)
+        ids, offsets = exact.encode_exactly(sample)
         spelled = "".join(drawn).count
         assert len(sample.literals) == 2 * sum(spelled(token) for token in CONTROL)
         written = [
@@ -333,7 +332,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_the_fast_encoder_is_proven_or_refused(tiny_tokenizer, name):
+def test_the_fast_encoder_is_verified_or_refused(tiny_tokenizer, name):
     """Whatever is changed: where it says that it is proven, all else is the same too."""
     try:
         tokenizer = rebuilt(tiny_tokenizer, CHANGES[name])
@@ -342,8 +341,8 @@ def test_the_fast_encoder_is_proven_or_refused(tiny_tokenizer, name):
         return  # it cannot spell the end of a turn, so nothing is trained with it
     fast, exact = encoders(template)
     if name == "as it is":
-        assert fast._fast is not None
-    if fast._fast is None:
+        assert fast.fast is not None
+    if fast.fast is None:
         return
     chosen = random.Random(11)
     parts = [
@@ -382,40 +381,40 @@ def test_probes_hold_what_encoders_differ_in(tiny_tokenizer):
     assert all(any(token in text for text in texts) for token in tiny_tokenizer.get_added_vocab())
 
 
-def test_a_fast_encoder_that_goes_wrong_is_found_out(tiny_tokenizer):
+def test_a_fast_encoder_that_goes_wrong_is_detected(tiny_tokenizer):
     """It is compared now and then; here it is another tokenizer's, which nobody has proven."""
     other = rebuilt(tiny_tokenizer, _fewer_merges)
-    encoder, _ = encoders(ChatTemplate(tiny_tokenizer))
-    encoder._fast = FastEncoder(other.backend_tokenizer.to_str())
+    wrong = FastEncoder(other.backend_tokenizer.to_str())
+    encoder = Encoder(ChatTemplate(tiny_tokenizer), fast=wrong)
     ids = tiny_tokenizer.backend_tokenizer.encode
-    differs = next(text for text in probes(["QQ"]) if encoder._fast.encode(text).tolist() != ids(text).ids)
+    differs = next(text for text in probes(["QQ"]) if wrong.encode(text).tolist() != ids(text).ids)
     with pytest.raises(FastEncoderError):
         encoder.encode([RenderedSample(differs, ((0, 1),))] * (encoder_module.CHECKED_EVERY + 1))
 
 
-def test_it_starts_anew_where_it_would_fill_the_memory(tiny, monkeypatch):
+def test_it_restarts_before_it_fills_the_memory(tiny, monkeypatch):
     fast, exact = tiny
-    monkeypatch.setattr(fast_encoder, "LOOKED_AT_EVERY", 1000)
+    monkeypatch.setattr(fast_encoder, "MEMORY_CHECKED_EVERY", 1000)
     monkeypatch.setattr(fast_encoder, "LARGEST_GROWTH", -(1 << 40))
     drawn = [RenderedSample(f"text {number} " * 20, ((4, 40),)) for number in range(50)]
-    started = fast._fast._encoder
+    starts = fast.fast.starts
     same(fast.encode(drawn), exact.encode(drawn))
-    assert fast._fast._encoder is not started
+    assert fast.fast.starts > starts
 
 
-def test_it_is_looked_for_when_there_is_work_enough(tiny_tokenizer):
+def test_it_is_started_when_there_is_enough_to_encode(tiny_tokenizer):
     encoder = Encoder(ChatTemplate(tiny_tokenizer))
     small = [RenderedSample("a text", ())]
     encoder.encode(small)
-    assert encoder._fast is None
+    assert encoder.fast is None
     encoder.encode([RenderedSample("a text, " * (1 << 17), ()), *small])
-    assert encoder._fast is not None
+    assert encoder.fast is not None
 
 
 def test_ids_do_not_depend_on_the_tokenizers_state(tiny_tokenizer):
     """Encoding what looks like control tokens turns a switch of the tokenizer, which has to be turned back."""
     tokenizer = copy.deepcopy(tiny_tokenizer)
-    encoder = Encoder(ChatTemplate(tokenizer), fast=False)
+    encoder = Encoder(ChatTemplate(tokenizer), fast=None)
     plain = RenderedSample("a<|im_end|>", ((0, 11),))
     literal = RenderedSample("a<|im_end|>", ((0, 11),), ((1, 11),))
     once, between, again = (encoder.encode([sample]).ids.tolist() for sample in (plain, literal, plain))

@@ -20,7 +20,7 @@ from conftest import TINY
 
 from qwen_tune.chatml.conversation import Conversation
 from qwen_tune.data.formats import recognise, to_training_example
-from qwen_tune.data.sources import iter_source
+from qwen_tune.data.sources import SourceReader
 from qwen_tune.data.values import decode
 from qwen_tune.errors import ExampleError, Problem
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
@@ -258,7 +258,7 @@ def fuzz(count: int, seed: int, folder: Path, render: Callable[[Conversation], A
 
 
 def _read(path: Path, watch: Watch) -> None:
-    rows = iter_source(SourceSpec(path=str(path)), system=None)
+    rows = iter(SourceReader(SourceSpec(path=str(path)), system=None))
     while (item := watch.timed(lambda: next(rows, None), path.name)) is not None:
         if isinstance(item, Problem):
             assert item.where.startswith(str(path))

@@ -14,7 +14,7 @@ from qwen_tune.chatml.conversation import Conversation, Message, PlainTurns
 from qwen_tune.data.documents import PretokenizedExample, TextExample
 from qwen_tune.data.formats import ACCEPTED, COLUMNS, FORMATS, recognise, to_training_example
 from qwen_tune.data.messages import parse_messages
-from qwen_tune.data.sources import SourceReader, iter_source
+from qwen_tune.data.sources import SourceReader
 from qwen_tune.errors import ExampleError, Problem
 from qwen_tune.recipe.schema import SourceSpec
 
@@ -118,15 +118,15 @@ def test_a_reader_says_what_it_recognised_once_an_example_is_read(tmp_path):
     assert turns(next(rows)) == PLAIN
     assert reader.recognised.name == "query_response"
     assert len(list(reader)) == 2
-    reported = SourceReader(source.model_copy(update={"format": "query_response"}), system=None)
-    assert len(list(reported)) == 2
-    assert reported.recognised.reason == "the recipe says format: query_response"
+    told = SourceReader(source.model_copy(update={"format": "query_response"}), system=None)
+    assert len(list(told)) == 2
+    assert told.recognised.reason == "the recipe says format: query_response"
 
 
 def test_examples_are_read_as_they_are_asked_for(tmp_path):
     path = tmp_path / "rows.jsonl"
     source = write(path, *[SAME["messages"]] * 3)
-    rows = iter_source(source, system=None)
+    rows = iter(SourceReader(source, system=None))
     next(rows)
     assert [row.source for row in rows] == [f"{path}:2", f"{path}:3"]
 
@@ -162,10 +162,10 @@ CALL = {"type": "tool_call", "tool_call": {"name": "f", "arguments": {}}}
 @pytest.mark.parametrize(
     ("parts", "expected"),
     [
-        ([{"type": "image", "image": "a.png"}], 'not yet: messages[1].content[0] is a part of the type "image"'),
-        ([{"type": "image_url", "image_url": {"url": "x"}}], "not yet"),
-        ([{"type": "input_audio", "input_audio": {}}], "not yet"),
-        ([{"video": "x.mp4"}], "not yet"),
+        ([{"type": "image", "image": "a.png"}], "messages[1].content[0] holds image data"),
+        ([{"type": "image_url", "image_url": {"url": "x"}}], "holds image data"),
+        ([{"type": "input_audio", "input_audio": {}}], "holds audio data"),
+        ([{"video": "x.mp4"}], "holds video data"),
         ([TEXT, {"type": "tool_result", "content": "1"}], 'content[1] has the type "tool_result"; expected text'),
         ([{"type": 5}], "content[0].type is the number 5"),
         ([{"type": "text"}], "content[0] has no text"),
@@ -186,7 +186,7 @@ def test_parts_that_no_template_would_write(parts, expected):
 def test_only_the_assistant_reasons_and_calls():
     assert "a reasoning part of a user turn" in refusal({"messages": [{"role": "user", "content": [REASON]}, ANSWER]})
     twice = {"role": "assistant", "content": [REASON, TEXT], "reasoning_content": "r"}
-    assert "reasoning_content beside parts" in refusal({"messages": [USER, twice]})
+    assert "has both reasoning_content and parts" in refusal({"messages": [USER, twice]})
 
 
 def test_history_comes_before_the_question():
@@ -228,10 +228,10 @@ def test_a_text_example():
     assert "text is an empty string" in refusal({"text": " "})
     assert "text is the number 5" in refusal({"text": 5})
     assert convert({"text": "t", "system": "s"}).warnings == ('column "system" is not used by format text',)
-    assert 'carries "images"' in refusal({"text": "t", "images": ["a.png"]})
+    assert 'has "images"' in refusal({"text": "t", "images": ["a.png"]})
 
 
-def test_a_pretokenized_example():
+def test_a_tokenized_example():
     row = convert({"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 1, 1]})
     assert row == PretokenizedExample("rows.jsonl:1", "rows", (5, 6, 7), (-100, 6, 7))
     assert row.content_bytes() == struct.pack("<3I", 5, 6, 7)
@@ -279,7 +279,7 @@ def test_every_column_may_have_another_name(tmp_path):
         other = write(tmp_path / "rows.jsonl", {f"the {column}": value for column, value in row.items()})
         for format_name in ("auto", name):
             columns = {column: f"the {column}" for column in row}
-            [found] = iter_source(other.model_copy(update={"format": format_name, "columns": columns}), system=None)
+            [found] = SourceReader(other.model_copy(update={"format": format_name, "columns": columns}), system=None)
             assert not isinstance(found, Problem), found
             assert dataclasses.replace(found, source="rows.jsonl:1") == expected
         renamed |= row.keys()
@@ -297,9 +297,9 @@ def test_a_renamed_column_is_no_longer_there_under_its_old_name(tmp_path):
 def test_a_renamed_column_that_examples_may_lack(tmp_path):
     source = write(tmp_path / "rows.jsonl", SAME["messages"], {**SAME["messages"], "sys": "s"})
     columns = {"system": "sys"}
-    rows = list(iter_source(source.model_copy(update={"columns": columns}), system=None))
+    rows = list(SourceReader(source.model_copy(update={"columns": columns}), system=None))
     assert [len(row.messages) for row in rows] == [2, 3]
-    *rows, problem = iter_source(source.model_copy(update={"columns": {"system": "syst"}}), system=None)
+    *rows, problem = SourceReader(source.model_copy(update={"columns": {"system": "syst"}}), system=None)
     assert len(rows) == 2
     assert str(problem).startswith(f'{source.path}: no example has a column "syst", which the recipe maps to system')
 
@@ -322,7 +322,7 @@ def test_what_a_template_could_not_write_is_refused():
         assert f"tools[0] holds {found}" in refusal({**SAME["messages"], "tools": [{"name": "f", "x": value}]})
 
 
-def test_hashes_distinguish_what_is_said_and_nothing_else():
+def test_hashes_tell_apart_what_is_said_and_nothing_else():
     def digest(*messages: Message, **fields) -> str:
         return Conversation("a:1", "a", messages, **fields).content_hash()
 
@@ -367,10 +367,10 @@ def test_plain_turns_are_like_any_others():
     assert hash(plain) == hash(made)
     assert repr(plain) == repr(made)
     assert pickle.loads(pickle.dumps(plain)) == made
-    plain_record, made_row = Conversation("a:1", "a", plain), Conversation("a:1", "a", made)
-    assert plain_record == made_row
-    assert plain_record.content_hash() == made_row.content_hash()
-    assert plain_record.content_bytes() == made_row.content_bytes()
+    plain_row, made_row = Conversation("a:1", "a", plain), Conversation("a:1", "a", made)
+    assert plain_row == made_row
+    assert plain_row.content_hash() == made_row.content_hash()
+    assert plain_row.content_bytes() == made_row.content_bytes()
     written_out, _ = parse_messages([{**turns[0], "name": None}, *turns[1:]])
     assert isinstance(written_out, tuple)
     assert written_out == made

@@ -91,7 +91,7 @@ def test_a_subset_and_a_revision_are_chosen(hub, qwen_tune, tmp_path):
     ("changes", "expected"),
     [
         ({"base": "me/other"}, "me/other: neither a directory nor a model that the Hub gives us"),
-        ({"data": "me/other"}, "me/other: neither a local file or folder nor a data set that the Hub gives us"),
+        ({"data": "me/other"}, "me/other: not a local file or folder, nor a data set that the Hub lets us read"),
         ({"more": ", split: dev"}, "dev"),
     ],
 )

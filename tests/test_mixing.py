@@ -122,7 +122,7 @@ def test_an_example_repeated_often_is_not_held_out_as_a_small_share():
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.34, 0.5, 0.6])
-def test_few_examples_of_which_some_are_equal_leave_some_on_each_side(fraction):
+def test_few_examples_with_equal_ones_among_them_leave_some_on_each_side(fraction):
     for texts in (["a", "b", "b"], ["a", "a", "b", "b"], ["a", "a", "a", "b"], ["a", "b"]):
         for seed in range(6):
             mixture = mix(table(texts), DataSpec(train=[source()], eval=EvalSpec(fraction=fraction)), seed=seed)
@@ -189,12 +189,12 @@ def test_duplicates_of_what_evaluates_are_reported_once():
 
 def test_an_evaluation_source_that_holds_everything_leaves_nothing_to_train():
     data = DataSpec(train=[source()], eval=[source("again")])
-    with pytest.raises(DataError, match=r"data.eval: the evaluation sources hold every example of data.train"):
+    with pytest.raises(DataError, match=r"data.eval: the evaluation sources contain every example of data.train"):
         mix(table(MANY, MANY), data, seed=1)
 
 
 def test_a_weight_that_draws_nothing_is_reported():
-    with pytest.raises(DataError, match=r"data \(many\): weight: 0.001 of 40 examples draws none"):
+    with pytest.raises(DataError, match=r"data \(many\): weight: 0.001 draws none of 40 examples"):
         mix(table(MANY), DataSpec(train=[source(weight=0.001)]), seed=1)
 
 

@@ -52,7 +52,7 @@ def test_texts_that_have_nothing_to_do_with_each_other_are_not_joined():
 
 
 def test_texts_that_share_a_beginning_only_are_not_joined():
-    """Rows made from one instruction: the instruction is the same, what is asked with it is not."""
+    """Examples made from one instruction: the instruction is the same, what is asked with it is not."""
     instruction = prose(5, words=60)
     texts = [f"{instruction} {prose(seed, words=60)}" for seed in range(50, 90)]
     assert groups(*texts) == list(range(40))

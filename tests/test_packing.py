@@ -50,14 +50,14 @@ def prepared(tmp_path_factory, tiny_tokenizer):
                 file.write(f'{{"input_ids": {ids}, "labels": {[*ids[:-1], IGNORED] if number % 3 else ids}}}\n')
     sources = [SourceSpec(path=str(folder / f"{name}.jsonl")) for name in ("few", "many")]
     data = DataSpec(train=sources, max_length_tokens=32)
-    return data, prepare_data(data, ChatTemplate(tiny_tokenizer), seed=1).train.examples
+    return data, prepare_data(data, ChatTemplate(tiny_tokenizer), seed=1).train.samples
 
 
 def rows_of(packs) -> list[tuple[list[int], list[int]]]:
     """Every sample of every pack, cut out of it again."""
     found = []
     for index in range(len(packs)):
-        row = packs[index]
+        row = packs.pack(index)
         assert sum(row["lengths"]) == len(row["input_ids"]) == len(row["labels"])
         edges = np.cumsum([0, *row["lengths"]]).tolist()
         for start, stop in pairwise(edges):
@@ -70,7 +70,7 @@ def test_packs_hold_the_samples_as_they_were_prepared(prepared):
     expected = sorted((example.input_ids, example.labels) for example in samples)
     packs = pack(samples, data)
     assert len(packs) < len(samples)
-    assert all(sum(packs[index]["lengths"]) <= 32 for index in range(len(packs)))
+    assert all(sum(packs.pack(index)["lengths"]) <= 32 for index in range(len(packs)))
     assert sorted(rows_of(packs)) == expected
     # A pack's samples keep their order, so that a run can be followed.
     assert all(labels[0] == IGNORED for _, labels in rows_of(packs))
@@ -98,7 +98,7 @@ def test_a_data_set_reads_packs_when_it_is_asked(prepared):
     assert len(rows) % 8 == 0
     assert len(rows) - len(packs) < 8
     batch = PackCollator()([rows[0], rows[len(packs) - 1], rows[len(rows) - 1]])
-    expected = [packs[0], packs[len(packs) - 1]]
+    expected = [packs.pack(0), packs.pack(len(packs) - 1)]
     ids = np.concatenate([row["input_ids"] for row in expected]).tolist()
     assert batch["input_ids"][0].tolist()[: len(ids)] == ids
     labels = np.concatenate([row["labels"] for row in expected])

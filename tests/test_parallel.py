@@ -69,7 +69,7 @@ def prepared(monkeypatch, tmp_path, template, source: SourceSpec, division: Divi
     folder = tmp_path / f"cache-{division.processes}-{division.part_bytes}-{time.monotonic_ns()}"
     monkeypatch.setenv("QWEN_TUNE_CACHE", str(folder))
     try:
-        store, was_cached = SourceStores(data, template, division).open(source)
+        store, was_cached = SourceStores(data, template, division=division).open(source)
     except DataError as error:
         left = [path.name for path in (folder / "prepared").iterdir() if path.suffix != ".lock"]
         assert not left
@@ -137,8 +137,8 @@ def test_a_column_that_no_example_has_is_reported_once(tmp_path, monkeypatch, te
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(b"\n".join(lines(*(chat(number) for number in range(20)))))
     source = SourceSpec(path=str(rows), columns={"tools": "functions"})
-    reported = {prepared(monkeypatch, tmp_path, template, source, division) for division in DIVISIONS[:3]}
-    assert [text.count('no example has a column "functions"') for text in reported] == [1]
+    told = {prepared(monkeypatch, tmp_path, template, source, division) for division in DIVISIONS[:3]}
+    assert [text.count('no example has a column "functions"') for text in told] == [1]
     # The last example has it.
     rows.write_bytes(rows.read_bytes() + b"\n" + json.dumps({**chat(1), "functions": []}).encode())
     one, *others = [prepared(monkeypatch, tmp_path, template, source, division) for division in DIVISIONS[:3]]
@@ -271,10 +271,10 @@ def test_a_process_that_is_killed_is_reported_and_leaves_nothing(large, cache):
     process, workers = started(large, cache)
     assert len(workers) >= 2
     workers[0].kill()
-    _, reported = process.communicate(timeout=120)
+    _, told = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "rows.jsonl: a process that worked on it was killed by signal 9. Fix: free memory" in reported
-    assert "Traceback" not in reported
+    assert "rows.jsonl: a process that worked on it was killed by signal 9. Fix: free memory" in told
+    assert "Traceback" not in told
     assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
     psutil.wait_procs(workers, timeout=60)
     assert not [worker for worker in workers if worker.is_running()]

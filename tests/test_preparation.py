@@ -34,14 +34,14 @@ def many(tmp_path) -> SourceSpec:
 
 def balanced(prepared) -> None:
     rows, samples, tokens = (prepared.facts[name] for name in ("rows", "samples", "tokens"))
-    assert rows["read"] == sum(source.store.rows for source in prepared.sources)
+    assert rows["read"] == sum(source.store.example_count for source in prepared.sources)
     assert rows["read"] == rows["trained"] + rows["evaluation"] + rows["not_sampled"] + sum(rows["dropped"].values())
     splits = (prepared.train, prepared.evaluation)
-    assert (samples["train"], samples["evaluation"]) == tuple(len(split.examples) for split in splits)
+    assert (samples["train"], samples["evaluation"]) == tuple(len(split.samples) for split in splits)
     assert tokens["prepared"] == tokens["supervised"] + tokens["context"]
-    assert tokens["prepared"] == sum(len(example.input_ids) for split in splits for example in split.examples)
-    assert tokens["supervised"] == sum(example.supervised for split in splits for example in split.examples)
-    by_source = Counter(example.source_name for split in splits for example in split.examples)
+    assert tokens["prepared"] == sum(len(example.input_ids) for split in splits for example in split.samples)
+    assert tokens["supervised"] == sum(example.supervised for split in splits for example in split.samples)
+    by_source = Counter(example.source_name for split in splits for example in split.samples)
     assert by_source == Counter({name: sum(both.values()) for name, both in prepared.facts["sources"].items()})
     json.dumps(prepared.facts)
 
@@ -61,7 +61,7 @@ def test_every_example_is_accounted_for(tmp_path, many, template):
 
 def test_a_recipe_that_holds_everything_out_is_reported(many, template):
     data = DataSpec(train=[many], eval=[many.model_copy(update={"name": "again"})])
-    with pytest.raises(DataError, match=r"data.eval: the evaluation sources hold every example of data.train"):
+    with pytest.raises(DataError, match=r"data.eval: the evaluation sources contain every example of data.train"):
         prepare_data(data, template, seed=1)
 
 
@@ -74,7 +74,7 @@ def test_evaluation_shares_no_conversation_with_training(tmp_path, template):
     prepared = prepare_data(DataSpec(train=[trained], eval=[source], deduplicate="near"), template, seed=1)
     balanced(prepared)
     assert prepared.facts["rows"]["dropped"] == {IN_EVALUATION: 1, NEAR_EVALUATION: 1, DUPLICATE: 2}
-    assert lines(prepared.train.examples) == [1, 2, 3, 4, 5, 7, 9, 10, 11, 12]
+    assert lines(prepared.train.samples) == [1, 2, 3, 4, 5, 7, 9, 10, 11, 12]
     assert prepared.place(5) == f"{tmp_path}/train.jsonl:6"
     assert prepared.place(14) == f"{tmp_path}/held.jsonl:1"
     assert prepared.facts["duplicates"] == {"exact": 3, "near": 1, "evaluation_near_training": 0}
@@ -90,7 +90,7 @@ def test_held_out_examples_are_like_none_that_train(tmp_path, template):
         known = {question: number for number, q in enumerate(questions) for question in (q, nearly(q))}
         sides = []
         for split in (prepared.train, prepared.evaluation):
-            texts = (template.tokenizer.decode(example.input_ids) for example in split.examples)
+            texts = (template.tokenizer.decode(example.input_ids) for example in split.samples)
             sides.append({known[text.split("user\n")[1].split("<|im_end|>")[0]] for text in texts})
         assert sides[1]
         assert not sides[0] & sides[1]
@@ -102,13 +102,13 @@ def test_near_duplicates_are_dropped_where_the_recipe_says_so(tmp_path, template
     kept, equal, near = (
         prepare_data(DataSpec(train=[source], deduplicate=how), template, seed=1) for how in (False, True, "near")
     )
-    assert (lines(kept.train.examples), kept.facts["rows"]["dropped"]) == ([1, 2, 3, 4], {})
-    assert (lines(equal.train.examples), equal.facts["rows"]["dropped"]) == ([1, 2, 3], {DUPLICATE: 1})
-    assert lines(near.train.examples) == [1, 2]
+    assert (lines(kept.train.samples), kept.facts["rows"]["dropped"]) == ([1, 2, 3, 4], {})
+    assert (lines(equal.train.samples), equal.facts["rows"]["dropped"]) == ([1, 2, 3], {DUPLICATE: 1})
+    assert lines(near.train.samples) == [1, 2]
     assert near.facts["rows"]["dropped"] == {DUPLICATE: 1, NEAR_DUPLICATE: 1}
 
 
-def test_a_system_text_does_not_make_examples_similar(tmp_path, template):
+def test_a_system_text_is_no_likeness(tmp_path, template):
     """The same long instruction stands before all examples of many a data set."""
     rows = [chat(f"{number} times {number}?", "that is a lot, and there is more of it") for number in range(20)]
     for row in rows:
@@ -124,7 +124,7 @@ def test_token_ids_beside_chats(tmp_path, template):
     chats = write(tmp_path / "chats.jsonl", *(chat(f"question {number}") for number in range(5)))
     prepared = prepare_data(DataSpec(train=[chats, ids, text]), template, seed=1)
     balanced(prepared)
-    assert [example.source_name for example in prepared.train.examples] == ["chats"] * 5 + ["ids"] * 5 + ["text"] * 5
+    assert [example.source_name for example in prepared.train.samples] == ["chats"] * 5 + ["ids"] * 5 + ["text"] * 5
 
 
 def test_all_bad_examples_of_all_sources_are_reported_at_once(tmp_path, template):
@@ -151,23 +151,23 @@ def test_the_fingerprint_is_of_what_trains(tmp_path, many, template):
     assert one == again != other
     longer = prepare_data(data.model_copy(update={"max_length_tokens": 512}), template, seed=1)
     assert longer.fingerprint() == one
-    longest = max(len(example.input_ids) for example in prepare_data(data, template, seed=1).train.examples)
+    longest = max(len(example.input_ids) for example in prepare_data(data, template, seed=1).train.samples)
     cut = data.model_copy(update={"max_length_tokens": longest - 1, "overlong": "truncate"})
     assert prepare_data(cut, template, seed=1).fingerprint() != one
 
 
 def test_samples_are_a_sequence(many, template):
-    samples = prepare_data(DataSpec(train=[many]), template, seed=1).train.examples
+    samples = prepare_data(DataSpec(train=[many]), template, seed=1).train.samples
     assert len(samples) == len(list(samples)) == 40
     assert samples[-1] == list(samples)[-1]
     assert list(samples[3:9:2]) == [samples[3], samples[5], samples[7]]
     assert list(samples.subset(np.array([7, 7, 1]))) == [samples[7], samples[7], samples[1]]
-    assert samples.source_name(0) == "many"
+    assert samples[0].source_name == "many"
     with pytest.raises(IndexError):
         samples[40]
 
 
-def test_examples_that_teach_different_turns_are_not_duplicates(tmp_path, template):
+def test_examples_with_other_supervised_turns_are_not_duplicates(tmp_path, template):
     turns = [
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": "one"},
@@ -242,13 +242,13 @@ def test_nothing_is_lost_between_examples_and_packs(tmp_path, template, trained,
         return  # too little is left, or an example is too long
     balanced(prepared)
     for split in (prepared.train, prepared.evaluation):
-        samples = [(example.input_ids, example.labels) for example in split.examples]
+        samples = [(example.input_ids, example.labels) for example in split.samples]
         assert all(len(ids) <= data.max_length_tokens for ids, _ in samples)
         assert all(any(label != IGNORED for label in labels) for _, labels in samples)
-        packs = pack(split.examples, data)
+        packs = pack(split.samples, data)
         packed = []
         for index in range(len(packs)):
-            row = packs[index]
+            row = packs.pack(index)
             edges = np.cumsum([0, *row["lengths"]]).tolist()
             assert edges[-1] == len(row["input_ids"]) <= data.max_length_tokens
             for start, stop in pairwise(edges):

@@ -32,7 +32,7 @@ from qwen_tune.data.preparation import prepare_data
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
 template = ChatTemplate(AutoTokenizer.from_pretrained(sys.argv[1]))
 prepared = prepare_data(DataSpec(train=[SourceSpec(path=sys.argv[2])]), template, seed=1)
-print(json.dumps([prepared.sources[0].was_cached, prepared.fingerprint(), len(prepared.train.examples)]))
+print(json.dumps([prepared.sources[0].was_cached, prepared.fingerprint(), len(prepared.train.samples)]))
 """
 
 
@@ -90,7 +90,7 @@ def test_data_are_prepared_once(rows, template, cache):
     first, again = (prepare_data(data, template, seed=1) for _ in range(2))
     assert [first.sources[0].was_cached, again.sources[0].was_cached] == [False, True]
     assert first.fingerprint() == again.fingerprint()
-    assert list(first.train.examples) == list(again.train.examples)
+    assert list(first.train.samples) == list(again.train.samples)
     assert len(entries(cache)) == 1
 
 
@@ -282,8 +282,8 @@ def test_a_cache_that_cannot_be_written_is_reported_with_a_fix(workspace, qwen_t
     taken.write_text("a file, where a folder would have to be")
     result = qwen_tune("train", "recipe.yaml", cwd=workspace, QWEN_TUNE_CACHE=str(taken))
     assert result.returncode == 2, result.stderr
-    assert "taken/prepared: prepared data cannot be written there" in result.stderr
-    assert "set QWEN_TUNE_CACHE to another place" in result.stderr
+    assert "taken/prepared: prepared data cannot be written here" in result.stderr
+    assert "set QWEN_TUNE_CACHE to another folder" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -368,7 +368,7 @@ def test_keys_are_of_what_is_in_them_not_of_its_order(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ids.bin", "sketch.bin", "store.json"])
-def test_a_damaged_entry_is_made_anew(rows, template, cache, name):
+def test_a_damaged_entry_is_made_again(rows, template, cache, name):
     """A flipped bit as well: what trains is what was prepared."""
     data = DataSpec(train=[SourceSpec(path=str(rows))])
     first = prepare_data(data, template, seed=1)

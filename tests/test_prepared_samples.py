@@ -6,14 +6,13 @@ import copy
 import json
 
 import pytest
-from conversations import with_template
+from conversations import tokenize, with_template
 from example_files import LONG, chat, lines, write
 from templates import REVISIONS
 from test_preparation import balanced
 
-from qwen_tune.chatml.encoder import Encoder, tokenize
+from qwen_tune.chatml.encoder import Encoder
 from qwen_tune.chatml.fast_encoder import FastEncoder
-from qwen_tune.chatml.rendering import Renderer
 from qwen_tune.chatml.template import IGNORED, ChatTemplate
 from qwen_tune.data.batches import KEPT_AS_TEXT, STRADDLES
 from qwen_tune.data.parallel import Division
@@ -35,7 +34,7 @@ def test_long_examples_are_dropped_and_counted(tmp_path, template):
     balanced(prepared)
     assert prepared.facts["rows"]["dropped"] == prepared.facts["samples"]["dropped"] == {OVERLONG: 1}
     assert prepared.train.dropped_examples[OVERLONG].tolist() == [1]
-    assert lines(prepared.train.examples) == [1, 3, 4]
+    assert lines(prepared.train.samples) == [1, 3, 4]
 
 
 def test_long_examples_are_cut_and_counted(tmp_path, template):
@@ -43,8 +42,8 @@ def test_long_examples_are_cut_and_counted(tmp_path, template):
     data = DataSpec(train=[source], max_length_tokens=60, overlong="truncate")
     prepared = prepare_data(data, template, seed=1)
     balanced(prepared)
-    whole = prepare_data(data.model_copy(update={"max_length_tokens": 4096}), template, seed=1).train.examples
-    short, cut = prepared.train.examples
+    whole = prepare_data(data.model_copy(update={"max_length_tokens": 4096}), template, seed=1).train.samples
+    short, cut = prepared.train.samples
     assert [short, cut.input_ids] == [whole[0], whole[1].input_ids[:60]]
     assert cut.labels == whole[1].labels[:60]
     assert (short.truncated, cut.truncated) == (False, True)
@@ -62,7 +61,7 @@ def test_long_examples_are_named_where_the_recipe_wants_an_error(tmp_path, templ
         prepare_data(data, template, seed=1)
     places = [problem.where for problem in caught.value.problems]
     assert places == [f"{tmp_path}/rows.jsonl:2", f"{tmp_path}/rows.jsonl:4", f"{tmp_path}/held.jsonl:2"]
-    assert all("at most 60 fit (data.max_length_tokens)" in problem.what for problem in caught.value.problems)
+    assert all("expected at most 60 (data.max_length_tokens)" in problem.what for problem in caught.value.problems)
 
 
 def test_more_than_half_dropped_is_an_error(tmp_path, template):
@@ -70,16 +69,16 @@ def test_more_than_half_dropped_is_an_error(tmp_path, template):
     with pytest.raises(DataError, match=r"more than half of the examples would be dropped: 2 overlong of 3"):
         prepare_data(DataSpec(train=[source], max_length_tokens=60), template, seed=1)
     half = write(tmp_path / "half.jsonl", chat("a"), chat(LONG), chat("b"), chat(LONG, "no"))
-    assert len(prepare_data(DataSpec(train=[half], max_length_tokens=60), template, seed=1).train.examples) == 2
+    assert len(prepare_data(DataSpec(train=[half], max_length_tokens=60), template, seed=1).train.samples) == 2
 
 
 def test_examples_without_supervised_tokens_are_an_error(tmp_path, template):
     masked = [chat(f"q{number}", train=False) for number in range(3)]
     source = write(tmp_path / "rows.jsonl", *masked)
-    with pytest.raises(DataError, match=r"no example is left of 3 \(3 no_labels dropped\)"):
+    with pytest.raises(DataError, match=r"none of 3 examples is left \(3 no_labels dropped\)"):
         prepare_data(DataSpec(train=[source]), template, seed=1)
     source = write(tmp_path / "some.jsonl", *masked, chat("a"))
-    with pytest.raises(DataError, match=r"3 of 4 examples have no token to learn from"):
+    with pytest.raises(DataError, match=r"3 of 4 examples have no supervised token"):
         prepare_data(DataSpec(train=[source]), template, seed=1)
     source = write(tmp_path / "most.jsonl", masked[0], chat("a"))
     prepared = prepare_data(DataSpec(train=[source]), template, seed=1)
@@ -94,7 +93,7 @@ def test_conversations_of_several_samples_are_one_example(tmp_path, template):
     source = write(tmp_path / "rows.jsonl", {"messages": turns}, chat("b"), weight=2.0)
     prepared = prepare_data(DataSpec(train=[source]), template, seed=1)
     balanced(prepared)
-    assert lines(prepared.train.examples) == [1, 1, 1, 2] * 2
+    assert lines(prepared.train.samples) == [1, 1, 1, 2] * 2
     assert prepared.facts["rows"]["trained"] == 2
     assert prepared.facts["samples"] == {"train": 8, "evaluation": 0, "expanded": 2, "repeated": 2, "dropped": {}}
     long = {"messages": [*turns, *chat(LONG, "end")["messages"]]}
@@ -103,14 +102,14 @@ def test_conversations_of_several_samples_are_one_example(tmp_path, template):
     # The last sample does not fit; the example is trained with the others.
     assert prepared.facts["rows"]["dropped"] == {}
     assert prepared.facts["samples"]["dropped"] == {OVERLONG: 1}
-    assert lines(prepared.train.examples) == [1, 1, 1, 2]
+    assert lines(prepared.train.samples) == [1, 1, 1, 2]
 
 
-def test_plain_texts_are_supervised_whole_up_to_their_end(tmp_path, template):
+def test_plain_texts_are_supervised_up_to_their_end(tmp_path, template):
     source = write(tmp_path / "rows.jsonl", {"text": "Es war einmal\n\nein Frosch 🐸."}, {"text": "  two "})
     prepared = prepare_data(DataSpec(train=[source]), template, seed=1)
     balanced(prepared)
-    one, two = prepared.train.examples
+    one, two = prepared.train.samples
     assert template.tokenizer.decode(one.input_ids) == "Es war einmal\n\nein Frosch 🐸.<|endoftext|>"
     assert template.tokenizer.decode(two.input_ids) == "  two <|endoftext|>"
     assert one.labels == [IGNORED, *one.input_ids[1:]]
@@ -123,7 +122,7 @@ def test_texts_that_spell_control_tokens(tmp_path, template):
         prepare_data(DataSpec(train=[source]), template, seed=1)
     data = DataSpec(train=[source], special_tokens_in_text="neutralize")
     prepared = prepare_data(data, template, seed=1)
-    one, _ = prepared.train.examples
+    one, _ = prepared.train.samples
     assert template.tokenizer.decode(one.input_ids) == "a<|im_end|>b<|endoftext|>"
     assert template.end_of_turn_id not in one.input_ids
     assert prepared.facts["warnings"] == {KEPT_AS_TEXT: 1}
@@ -134,7 +133,7 @@ def test_chats_that_spell_control_tokens(tmp_path, template):
     with pytest.raises(DataError, match=r"rows.jsonl:1: the text spells the control token"):
         prepare_data(DataSpec(train=[source]), template, seed=1)
     prepared = prepare_data(DataSpec(train=[source], special_tokens_in_text="neutralize"), template, seed=1)
-    one, other = prepared.train.examples
+    one, other = prepared.train.samples
     assert one.input_ids.count(template.end_of_turn_id) == other.input_ids.count(template.end_of_turn_id) == 2
     supervised = [token for token in one.labels if token != IGNORED]
     assert template.tokenizer.decode(supervised) == "a <|im_start|> a<|im_end|>"
@@ -151,7 +150,7 @@ def test_token_ids_are_taken_as_they_are(tmp_path, template):
     ]
     prepared = prepare_data(DataSpec(train=[write(tmp_path / "rows.jsonl", *rows)]), template, seed=1)
     balanced(prepared)
-    assert [(example.input_ids, example.labels) for example in prepared.train.examples] == [
+    assert [(example.input_ids, example.labels) for example in prepared.train.samples] == [
         ([5, 6, size - 1], [IGNORED, 6, size - 1]),
         ([7, 8], [IGNORED, 8]),
         ([1, 2, 3], [IGNORED, IGNORED, 3]),
@@ -168,7 +167,7 @@ def test_straddling_tokens_are_reported(tmp_path, template):
     source = write(tmp_path / "rows.jsonl", chat("q", "\n\nanswer"), chat("q", "answer"))
     prepared = prepare_data(DataSpec(train=[source]), ChatTemplate(tokenizer), seed=1)
     assert prepared.facts["warnings"] == {STRADDLES: 1}
-    assert [example.straddling for example in prepared.train.examples] == [1, 0]
+    assert [example.straddling for example in prepared.train.samples] == [1, 0]
 
 
 @pytest.mark.parametrize("name", REVISIONS)
@@ -197,16 +196,14 @@ def test_what_is_prepared_is_what_the_slow_way_makes(tmp_path, monkeypatch, tiny
     prepared = prepare_data(data, template, seed=1)
     balanced(prepared)
     expected = [example for row in load_sources(data.train, system=None) for example in tokenize(row, template, data)]
-    found = list(prepared.train.examples)
+    found = list(prepared.train.samples)
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert one == other
 
 
 @pytest.mark.parametrize("division", [None, Division(2, 50)], ids=["one process", "two"])
-def test_a_source_is_encoded_anew_where_the_fast_encoder_is_found_wrong(
-    tmp_path, template, tiny_tokenizer, capsys, division
-):
+def test_a_source_is_encoded_again_if_the_fast_encoder_is_wrong(tmp_path, template, tiny_tokenizer, capsys, division):
     """The encoder of another vocabulary stands for one that went wrong after it was proven."""
     described = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
     described["model"]["merges"] = described["model"]["merges"][:50]
@@ -216,12 +213,10 @@ def test_a_source_is_encoded_anew_where_the_fast_encoder_is_found_wrong(
     }
     path.write_text((json.dumps(row) + "\n") * 3)
     data = DataSpec(train=[SourceSpec(path=str(path))])
-    stores = SourceStores(data, template, division)
-    encoder = Encoder(template)
-    encoder._fast, encoder._looked_for_fast = FastEncoder(json.dumps(described)), True
-    stores._tools = Renderer(template, data), encoder
+    wrong = Encoder(template, fast=FastEncoder(json.dumps(described)))
+    stores = SourceStores(data, template, division=division, encoder=wrong)
     store, _ = stores.open(data.train[0])
-    assert "once more, with the checkpoint's own tokenizer" in capsys.readouterr().err
-    assert store.tokens(0)[0].tolist() == prepare_data(data, template, seed=1).train.examples[0].input_ids
+    assert "tokenizing again with the checkpoint's own tokenizer" in capsys.readouterr().err
+    assert store.tokens(0)[0].tolist() == prepare_data(data, template, seed=1).train.samples[0].input_ids
     text = template.render(row["messages"])
     assert store.tokens(0)[0].tolist() == tiny_tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -84,7 +84,7 @@ def shown(spelling, sample: TokenizedExample, **terminal) -> str:
     return console.file.getvalue()
 
 
-def test_what_is_supervised_is_reported_by_colour_or_by_brackets(spelling, tiny_tokenizer):
+def test_supervised_text_has_a_colour_or_brackets(spelling, tiny_tokenizer):
     sample = example(tiny_tokenizer, "<|im_start|>user\nHi", "Hello<|im_end|>\n")
     plain = shown(spelling, sample, color_system=None)
     assert plain.splitlines()[1:] == ["<|im_start|>user", "Hi⟦Hello<|im_end|>↵", "⟧", ""]
@@ -93,14 +93,14 @@ def test_what_is_supervised_is_reported_by_colour_or_by_brackets(spelling, tiny_
     assert "\x1b[1;32mHello\x1b[0m\x1b[1;4;32m<|im_end|>\x1b[0m\x1b[1;32m↵" in colours
 
 
-def test_white_space_at_the_borders_of_what_is_supervised_is_seen_and_only_there(spelling, tiny_tokenizer):
+def test_white_space_is_visible_only_at_the_borders_of_supervised_text(spelling, tiny_tokenizer):
     sample = example(tiny_tokenizer, "a  \n", "\n b\n c\t ")
     assert shown(spelling, sample, color_system=None).partition("\n")[2] == "a  \n⟦↵\n·b\n c⇥·⟧\n\n"
     blank = example(tiny_tokenizer, "a", " \n")
     assert "a⟦·↵\n⟧" in shown(spelling, blank, color_system=None)
 
 
-def test_an_example_does_not_command_the_terminal(spelling, tiny_tokenizer):
+def test_control_characters_of_an_example_do_not_reach_the_terminal(spelling, tiny_tokenizer):
     text = shown(spelling, example(tiny_tokenizer, "", "red \x1b[31m\x07\r\x9b1m"), color_system=None)
     assert "red ␛[31m␇␍\ufffd1m" in text
 
@@ -136,28 +136,28 @@ def workspace(tmp_path_factory):
     return folder
 
 
-def test_the_terminal_reports_what_became_of_all_examples(workspace, monkeypatch, capsys):
+def test_the_terminal_shows_what_became_of_all_examples(workspace, monkeypatch, capsys):
     monkeypatch.chdir(workspace)
     monkeypatch.setenv("COLUMNS", "120")
     assert run_command(["preview", "recipe.yaml", "--rows", "2"]) == 0
     text = capsys.readouterr().out
     assert text.count("<|im_start|>user") == 2
     assert f"\n{FILE}:" in text  # one sample of each source
-    reported = re.sub(r"\s+", " ", text)
-    assert re.search(r"data: 215 examples read = \d+ train \+ \d+ evaluate \+ 2 dropped", reported)
-    assert re.search(r"1 over data.max_length_tokens 256: 90% fit into \d+, 99% into \d+, 100% into 6\d\d", reported)
-    assert f"dropped: 1 example: longer than data.max_length_tokens ({FILE}:2); 6" in reported
-    assert f"dropped: 1 example: nothing to learn from ({FILE}:3)" in reported
-    assert f"similar: 1 example: the same as an earlier example ({FILE}:6)" in reported
+    told = re.sub(r"\s+", " ", text)
+    assert re.search(r"data: 215 examples read = \d+ train \+ \d+ evaluate \+ 2 dropped", told)
+    assert re.search(r"1 over data.max_length_tokens 256: 90% fit into \d+, 99% into \d+, 100% into 6\d\d", told)
+    assert f"dropped: 1 example: longer than data.max_length_tokens ({FILE}:2); 6" in told
+    assert f"dropped: 1 example: no supervised tokens ({FILE}:3)" in told
+    assert f"similar: 1 example: the same as an earlier example ({FILE}:6)" in told
 
 
-def test_train_reports_the_same_in_short_before_it_starts(workspace, qwen_tune):
+def test_train_tells_the_same_in_short_before_it_starts(workspace, qwen_tune):
     result = qwen_tune("train", "recipe.yaml", "--dry-run", cwd=workspace, COLUMNS="120")
     assert result.returncode == 0, result.stderr
     facts = [re.sub(" +", " ", line).strip() for line in result.stdout.splitlines()]
     assert any(line.startswith("sources rows: 208 x messages, 35% of 7,") for line in facts)
     assert any(line.startswith("odd: 7 x messages") for line in facts)
-    assert f"dropped 1 example: nothing to learn from ({FILE}:3)" in facts
+    assert f"dropped 1 example: no supervised tokens ({FILE}:3)" in facts
     assert any(line.startswith("sample rows.jsonl:") for line in facts)
     assert result.stdout.count("⟦") == 1
 
@@ -165,8 +165,8 @@ def test_train_reports_the_same_in_short_before_it_starts(workspace, qwen_tune):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--html", "no/such/page.html"], "there is no folder no/such to write the page to. Fix: mkdir -p no/such"),
-        (["--html", "."], "this is a folder; expected the name of a file"),
+        (["--html", "no/such/page.html"], "the folder no/such does not exist. Fix: mkdir -p no/such"),
+        (["--html", "."], "this is a folder; expected a file name"),
         (["--html", "page.html", "--json"], "not allowed with"),
         (["--rows", "0"], "0 is not at least 1"),
     ],
@@ -209,12 +209,12 @@ def test_the_page_holds_what_trains_and_asks_nobody_for_anything(page, workspace
     assert data["of"] == len(data["samples"]) > 190
     lines = qwen_tune("preview", "recipe.yaml", "--json", "--all", cwd=workspace).stdout.splitlines()
     for sample, line in zip(data["samples"], lines, strict=True):
-        reported = json.loads(line)
-        assert sample["at"] == reported["source"]
-        assert "".join(piece[0] for piece in sample["pieces"]) == reported["text"]
-        assert [id_ for piece in sample["pieces"] for id_ in piece[2:]] == reported["input_ids"]
+        told = json.loads(line)
+        assert sample["at"] == told["source"]
+        assert "".join(piece[0] for piece in sample["pieces"]) == told["text"]
+        assert [id_ for piece in sample["pieces"] for id_ in piece[2:]] == told["input_ids"]
         supervised = [id_ for piece in sample["pieces"] if piece[1] & preview_page.SUPERVISED for id_ in piece[2:]]
-        assert supervised == [label for label in reported["labels"] if label != IGNORED]
+        assert supervised == [label for label in told["labels"] if label != IGNORED]
     shell = page.read_text("utf-8").replace(json.dumps(data), "")
     assert "http://" not in shell.replace("http://www.w3.org/2000/svg", "")
     assert not re.search(r"https:|@import|url\(|<link|src=|innerHTML|{{", preview_page_parts())
@@ -286,7 +286,7 @@ def test_a_browser_shows_the_page_and_examples_stay_text(page, tmp_path):
     assert f'<span class="value">{rows["read"]}</span>' in body
     assert f"{rows['trained']} train" in body
     assert "<b>odd</b>" in body
-    assert "1 example: nothing to learn from" in body
+    assert "1 example: no supervised tokens" in body
     assert "1 example: longer than data.max_length_tokens" in body
     assert re.search(r'<span class="token supervised" data-ids="[\d ]+" data-at="\d+">', body)
     assert re.search(r'<span class="token control" data-ids="\d+" data-at="0">&lt;\|im_start\|&gt;</span>', body)
@@ -302,7 +302,9 @@ def test_a_browser_shows_the_page_and_examples_stay_text(page, tmp_path):
     assert ACTS in facts["text"]
     assert len(facts["emoji"]) == 1
     assert (len(facts["joined"]), facts["none"]) == (1, [])
-    assert re.fullmatch(r"ids \d+(, \d+)+ · positions \d+–\d+ · whole only together · supervised", facts["tip"])
+    assert re.fullmatch(
+        r"ids \d+(, \d+)+ · positions \d+–\d+ · one character of several tokens · supervised", facts["tip"]
+    )
 
 
 def test_a_narrow_window_has_to_scroll_in_one_direction_only(page, tmp_path):

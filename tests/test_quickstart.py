@@ -28,9 +28,9 @@ EXPECTED = {
         r"⟦?The bakery opens at five in the morning\.<\|im_end\|>⟧?",
         r"─+",
         r"1 of 187 training samples: .*",
-        r"source +form +examples +train +evaluate +tokens .*",
+        r"source +format +examples +train +evaluate +tokens .*",
         r"quickstart +messages +208 +187 +21 +7,177 .*",
-        r"(form|examples|samples|tokens|lengths|similar): .*",
+        r"(format|data|samples|tokens|lengths|similar): .*",
     ],
     "train": [
         r"quickstart",

@@ -1,4 +1,4 @@
-"""The shipped recipes, launcher files and sample rows, each read by the code that reads it in a run."""
+"""The shipped recipes, launcher files and sample examples, each read by the code that reads it in a run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import re
 import pytest
 import yaml
 from conftest import ROOT
+from example_files import load_training_examples
 
-from qwen_tune.chatml.conversation import tool_name
 from qwen_tune.chatml.template import END_OF_TURN, IGNORED, ChatTemplate
 from qwen_tune.data.preparation import prepare_data
-from qwen_tune.data.sources import load_conversations
 from qwen_tune.recipe.files import load_recipe
 from qwen_tune.recipe.schema import Recipe
 
@@ -88,21 +87,21 @@ def test_every_example_of_a_recipe_becomes_samples(path, chat_template, monkeypa
     # The tiny tokenizer knows few words and makes several times the tokens of a real one.
     data = recipe.data.model_copy(update={"eval": None, "max_length_tokens": 1_000_000})
     split = prepare_data(data, template, seed=recipe.train.seed).train
-    assert split.rows_read == split.rows_kept == sum(len(rows(source.path[5:])) for source in data.train)
-    assert not split.rows_dropped
+    assert split.examples_read == split.examples_kept == sum(len(rows(source.path[5:])) for source in data.train)
+    assert not split.dropped_counts
     assert not split.samples_dropped
     assert not split.warnings
-    for example in split.examples:
+    for example in split.samples:
         assert example.supervised
         # Every stretch that is trained ends with the end of its turn.
         for label, following in itertools.pairwise([*example.labels, IGNORED]):
             if label != IGNORED and following == IGNORED:
                 assert label == template.end_of_turn_id, example.source
         assert template.tokenizer.decode(example.input_ids).rstrip("\n").endswith(END_OF_TURN)
-    conversations = {conversation.source: conversation for conversation in load_conversations(data)}
-    for example in split.examples:
+    conversations = {conversation.source: conversation for conversation in load_training_examples(data)}
+    for example in split.samples:
         for tool in conversations[example.source].tools:
-            assert tool_name(tool) in template.tokenizer.decode(example.input_ids)
+            assert tool.get("function", tool)["name"] in template.tokenizer.decode(example.input_ids)
 
 
 def test_every_file_of_examples_belongs_to_a_recipe(monkeypatch):

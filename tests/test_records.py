@@ -19,7 +19,7 @@ from qwen_tune.data import json_files as json_rows
 from qwen_tune.data import tables as table_rows
 from qwen_tune.data.files import READERS, find_files, is_data_file, names_hub_data_set, read_records
 from qwen_tune.data.source_file import Record, SourceFile
-from qwen_tune.data.sources import SourceReader, iter_source, source_files
+from qwen_tune.data.sources import SourceReader, source_files
 from qwen_tune.errors import DataError, Problem
 from qwen_tune.recipe.schema import SourceSpec
 
@@ -130,10 +130,10 @@ def test_the_line_reached_is_reported(tmp_path):
 @pytest.mark.parametrize(
     ("name", "start", "expected"),
     [
-        ("rows.jsonl", b"BZh9", "the file is bzip2-compressed; expected gzip, zstd or none. Fix: unpack it"),
+        ("rows.jsonl", b"BZh9", "the file is bzip2-compressed; expected gzip, zstd or none. Fix: decompress it"),
         ("rows.json", b"\xfd7zXZ\0", "xz-compressed"),
         ("rows.csv", b"PK\x03\x04", "zip-compressed"),
-        ("rows.jsonl", b"PAR1", "the content is a .parquet file; the name ends in .jsonl. Fix: name it .parquet"),
+        ("rows.jsonl", b"PAR1", "the content is a .parquet file; the name ends in .jsonl. Fix: rename it to .parquet"),
         ("rows.parquet", b"ARROW1\0\0", "the content is a .arrow file"),
         ("rows.parquet", b'{"a": 1}', "the file is not Parquet"),
         ("rows.arrow", b'{"a": 1}', "the file is not Arrow"),
@@ -204,10 +204,10 @@ def test_lists_that_break_off_or_go_wrong(tmp_path, monkeypatch, text, line, chu
 @pytest.mark.parametrize(
     ("value", "fix"),
     [
-        ({"version": 1, "data": [{"a": 1}]}, 'the examples seem to stand under the key "data"'),
-        ({"prompt": ["q"], "completion": ["a"]}, '"prompt" holds a column: write the file by examples'),
+        ({"version": 1, "data": [{"a": 1}]}, 'the examples seem to be under the key "data"'),
+        ({"prompt": ["q"], "completion": ["a"]}, '"prompt" holds a column: write one object per example'),
         ({"prompt": {"0": "q"}, "completion": {"0": "a"}}, 'orient="records"'),
-        ({"messages": [{"role": "user"}]}, "write [{…}, {…}], or one object a line"),
+        ({"messages": [{"role": "user"}]}, "write [{…}, {…}], or one object per line"),
         ({}, "write [{…}, {…}]"),
         ("text", "write [{…}, {…}]"),
     ],
@@ -223,7 +223,7 @@ def test_objects_that_hold_examples_in_another_way(tmp_path, value, fix):
 
 def test_an_object_spread_over_lines_where_one_a_line_was_expected(tmp_path):
     path = tmp_path / "rows.jsonl"
-    for value, fix in (({"a": 1}, "write each object in one line"), ([{"a": 1}], "name it .json")):
+    for value, fix in (({"a": 1}, "write each object on one line"), ([{"a": 1}], "name it .json")):
         path.write_text(json.dumps(value, indent=1))
         [problem] = read(path)
         assert (problem.where, problem.fix) == ("rows.jsonl:1", fix)
@@ -267,7 +267,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
     count = 50_000  # 200 MB
     path = tmp_path / f"rows{suffix}"
     if suffix in (".parquet", ".arrow"):
-        # One example group, one batch: what many tools write, whatever the size.
+        # One row group, one batch: what many tools write, whatever the size.
         table = pyarrow.table({name: pyarrow.repeat(text, count) for name, text in row.items()})
         if suffix == ".parquet":
             pyarrow.parquet.write_table(
@@ -291,13 +291,13 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
     code = (
         "import sys, psutil\n"
         "from qwen_tune.recipe.schema import SourceSpec\n"
-        "from qwen_tune.data.sources import iter_source\n"
+        "from qwen_tune.data.sources import SourceReader\n"
         "if sys.argv[1].endswith(('.arrow', '.parquet')): import pyarrow.ipc, pyarrow.parquet\n"
         "def own():\n"
         "    info = psutil.Process().memory_info()\n"
         "    return info.rss - getattr(info, 'shared', 0)\n"
         "before = most = own()\n"
-        "for count, _ in enumerate(iter_source(SourceSpec(path=sys.argv[1]), system=None), start=1):\n"
+        "for count, _ in enumerate(SourceReader(SourceSpec(path=sys.argv[1]), system=None), start=1):\n"
         "    if count % 100 == 1: most = max(most, own())\n"
         "print(count, most - before)\n"
     )
@@ -322,7 +322,7 @@ def test_folders_and_globs_of_packed_files(tmp_path):
         (tmp_path / name).write_bytes(b"")
     assert [file.name for file in find_files(str(tmp_path))] == ["a.jsonl.gz", "b.csv.zst", "d.jsonl"]
     assert [file.name for file in find_files(str(tmp_path / "*.gz"))] == ["a.jsonl.gz"]
-    with pytest.raises(DataError, match=r"the file type is not known; expected \.jsonl, .*\.gz or \.zst"):
+    with pytest.raises(DataError, match=r"unknown file type; expected \.jsonl, .*\.gz or \.zst"):
         find_files(str(tmp_path / "c.txt"))
 
 
@@ -331,7 +331,7 @@ def test_source_files_are_what_is_read_and_what_it_is_called(tmp_path):
     path.write_text('{"text": "t"}\n')
     assert source_files(SourceSpec(path=str(path))) == [SourceFile(path, str(path))]
     assert source_files(SourceSpec(path="owner/name")) is None
-    [row] = iter_source(SourceSpec(path=str(path)), system=None)
+    [row] = SourceReader(SourceSpec(path=str(path)), system=None)
     assert row.source == f"{path}:1"
     with pytest.raises(DataError, match="split is for Hub data sets; this is a local path"):
         source_files(SourceSpec(path=str(path), split="train"))
@@ -366,15 +366,15 @@ def test_a_folder_that_datasets_saved(tmp_path):
         state.write_text(json.dumps({"_data_files": [{"filename": name} for name in order]}))
         assert [file.name for file in find_files(str(tmp_path / "saved"))] == order
     state.write_text(json.dumps({"_data_files": [{"filename": "gone.arrow"}]}))
-    with pytest.raises(DataError, match=r"state\.json: it names gone\.arrow, which is not there. Fix: copy"):
+    with pytest.raises(DataError, match=r"state\.json: it lists gone\.arrow, which does not exist. Fix: copy"):
         find_files(str(tmp_path / "saved"))
     for broken in ("[]", "{", '{"_data_files": 1}'):
         state.write_text(broken)
-        with pytest.raises(DataError, match=r"state\.json: it does not name the data set's files"):
+        with pytest.raises(DataError, match=r"state\.json: it does not list the data set's files"):
             find_files(str(tmp_path / "saved"))
     datasets.DatasetDict(train=saved, test=saved).save_to_disk(tmp_path / "splits")
     with pytest.raises(
-        DataError, match=r"several splits \(.*splits/test, .*splits/train\).*give the folder of the split"
+        DataError, match=r"several splits \(.*splits/test, .*splits/train\).*write the path of one split's folder"
     ):
         find_files(str(tmp_path / "splits"))
     assert len(find_files(str(tmp_path / "splits" / "train"))) == 1
@@ -386,9 +386,9 @@ def test_notes_beside_examples_are_not_read(tmp_path):
     assert [file.name for file in find_files(str(tmp_path))] == ["train.jsonl"]
 
 
-def test_a_pipe_is_not_a_data_file(tmp_path):
+def test_a_pipe_is_no_data_file(tmp_path):
     os.mkfifo(tmp_path / "rows.jsonl")
-    with pytest.raises(DataError, match=r"rows\.jsonl: it is not a regular file"):
+    with pytest.raises(DataError, match=r"rows\.jsonl: not a regular file"):
         find_files(str(tmp_path / "rows.jsonl"))
     for path in (tmp_path, tmp_path / "*.jsonl"):
         with pytest.raises(DataError):

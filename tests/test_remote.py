@@ -11,8 +11,9 @@ from threading import Thread
 from typing import ClassVar
 
 import pytest
+from example_files import load_training_examples
 
-from qwen_tune.data.sources import check_data, load_conversations, source_files
+from qwen_tune.data.sources import check_data, source_files
 from qwen_tune.errors import DataError
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
 
@@ -38,7 +39,7 @@ def files(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     (folder / "one.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps(ROW) + "\n")
     (folder / "two.json").write_text(json.dumps([ROW]))
-    (folder / "notes.md").write_text("no examples")
+    (folder / "notes.md").write_text("no rows")
     return folder
 
 
@@ -56,7 +57,7 @@ def server(files):
 
 
 def load(path: str, **source):
-    return load_conversations(DataSpec(train=[SourceSpec(path=path, **source)]))
+    return load_training_examples(DataSpec(train=[SourceSpec(path=path, **source)]))
 
 
 def test_a_file_over_http_is_fetched_once(server):
@@ -100,7 +101,7 @@ def test_the_cache_is_where_the_user_says(server, tmp_path, monkeypatch):
 
 def test_folders_and_globs(files):
     (files / ".hidden").mkdir()
-    (files / ".hidden" / "one.jsonl").write_text("no example")
+    (files / ".hidden" / "one.jsonl").write_text("no row")
     assert len(load(f"file://{files}")) == 3
     assert len(load(f"file://{files}/*.jsonl")) == 2
 
@@ -124,16 +125,16 @@ def test_a_bad_example_is_named_by_its_address_and_line(server, files):
     ("path", "message"),
     [
         ("{server}/none.jsonl", "cannot be read"),
-        ("file://{files}/none*.jsonl", "no data files there"),
-        ("file://{files}/notes.md", "no data files there"),
+        ("file://{files}/none*.jsonl", "no data files found"),
+        ("file://{files}/notes.md", "no data files found"),
         ("nosuch://bucket/rows.jsonl", "cannot be read: Protocol not known: nosuch"),
         ("s3://bucket/rows.jsonl", "pip install s3fs"),
     ],
 )
-def test_what_is_not_available_is_reported(server, files, path, message):
-    with pytest.raises(DataError) as caught:
+def test_what_cannot_be_fetched_is_reported(server, files, path, message):
+    with pytest.raises(DataError) as told:
         load(path.format(server=server, files=files))
-    assert message in str(caught.value)
+    assert message in str(told.value)
 
 
 def test_only_hub_data_sets_have_splits(server):
@@ -143,5 +144,5 @@ def test_only_hub_data_sets_have_splits(server):
 
 def test_validation_asks_no_network(server):
     data = DataSpec(train=[SourceSpec(path=f"{server}/one.jsonl")])
-    assert check_data(data).endswith("1 sources elsewhere not looked at")
+    assert check_data(data).endswith("1 remote sources not checked")
     assert QuietHandler.requested == []

@@ -211,7 +211,7 @@ def renders_alike(renderer: Renderer, conversation: Conversation) -> bool:
 
 
 def used(renderer: Renderer) -> int:
-    return sum(plan.used for plan in renderer._plans.values() if plan)
+    return sum(plan.used for plan in renderer.plans.values() if plan)
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +345,7 @@ def test_edited_templates_render_equal_whatever_they_ask(load, hook):
             renders_alike(renderer, dialogue(*texts))
 
 
-def test_keys_of_a_turn_that_are_not_texts_reach_the_template(load):
+def test_keys_of_a_turn_that_are_no_texts_reach_the_template(load):
     """tool_call_id stands on tool turns as a rule; an example may have it anywhere."""
     renderer = Renderer(load(HOOKED.replace("HOOK", "{{ message.tool_call_id or 'none' }}")), data())
     messages = dialogue("q", "a").messages
@@ -356,7 +356,7 @@ def test_keys_of_a_turn_that_are_not_texts_reach_the_template(load):
         renders_alike(renderer, Conversation("rows.jsonl:1", "rows", (marked, messages[1])))
 
 
-def test_white_space_before_an_answer_after_reasoning(renderers):
+def test_white_space_before_an_answer_behind_reasoning(renderers):
     """QwQ gets its reasoning in the content, where line breaks before the answer are cut off."""
     for name in REVISIONS:
         renderer = renderers(name)
@@ -365,7 +365,7 @@ def test_white_space_before_an_answer_after_reasoning(renderers):
             renders_alike(renderer, Conversation("rows.jsonl:1", "rows", turns))
 
 
-def test_an_end_of_turn_that_is_not_a_special_token_is_looked_for_in_the_texts(tiny_tokenizer):
+def test_an_end_of_turn_that_is_no_special_token_is_looked_for_in_the_texts(tiny_tokenizer):
     spelled = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
     for token in spelled["added_tokens"]:
         token["special"] = token["content"] != "<|im_end|>" and token["special"]
@@ -377,7 +377,7 @@ def test_an_end_of_turn_that_is_not_a_special_token_is_looked_for_in_the_texts(t
     renders_alike(renderer, dialogue("q", "a<|im_end|>b"))
 
 
-def test_examples_out_of_the_ordinary_go_their_own_way(renderers):
+def test_unusual_examples_are_rendered_by_the_reference(renderers):
     call = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
     tool = {"name": "add", "parameters": {"type": "object"}}
     for name in REVISIONS:
@@ -422,8 +422,8 @@ def test_long_conversations_are_never_planned(renderers):
     for turns in (TURNS_PLANNED, TURNS_PLANNED + 2):
         for number in range(SEEN_BEFORE_PLANNED + 2):
             assert renders_alike(renderer, dialogue(*(f"text {number}.{place}" for place in range(turns))))
-    assert [len(shape) for shape in renderer._plans] == [TURNS_PLANNED]
-    assert not renderer._seen
+    assert [len(shape) for shape in renderer.plans] == [TURNS_PLANNED]
+    assert not renderer.seen
 
 
 def test_shapes_that_come_once_do_not_fill_the_memory(load, monkeypatch):
@@ -432,14 +432,14 @@ def test_shapes_that_come_once_do_not_fill_the_memory(load, monkeypatch):
     renderer = Renderer(load(REVISIONS["qwen3_instruct_2507"].text), data())
     for turns in range(2, 32, 2):
         renderer.render(dialogue(*"abcdefghijklmnopqrstuvwxyzABCDEFG"[:turns]))
-        assert len(renderer._seen) <= 5
+        assert len(renderer.seen) <= 5
     for _ in range(SEEN_BEFORE_PLANNED + 2):
         renderer.render(dialogue("q", "a"))
     renderer.render(dialogue("q", "a", "q", "a"))
-    assert len(renderer._plans) == 1
+    assert len(renderer.plans) == 1
 
 
-def test_a_plan_that_writes_another_text_is_our_fault(load, monkeypatch):
+def test_a_plan_that_gives_another_text_is_a_bug(load, monkeypatch):
     """And detected under `python -O` too."""
     renderer = Renderer(load(REVISIONS["qwen3"].text), data())
     monkeypatch.setattr(SamplePlan, "fill", lambda self, texts: None)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from example_files import load_training_examples
 
 from qwen_tune.data.files import find_files, names_hub_data_set
-from qwen_tune.data.sources import check_data, load_conversations
+from qwen_tune.data.sources import check_data
 from qwen_tune.errors import DataError
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
 
@@ -23,7 +24,7 @@ PROMPT = {"prompt": "q", "completion": "a"}
 
 def load(path: Path | str, **source):
     system = source.pop("system", None)
-    return load_conversations(DataSpec(train=[SourceSpec(path=str(path), **source)], system=system))
+    return load_training_examples(DataSpec(train=[SourceSpec(path=str(path), **source)], system=system))
 
 
 def problem(path: Path, **source) -> str:
@@ -126,7 +127,7 @@ def test_columns_that_map_nothing_are_errors(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"chat": CHAT["messages"]}))
     assert "systm is not a column" in problem(path, columns={"messages": "chat", "systm": "chat"})
-    assert 'there is no column "chats"' in problem(path, columns={"messages": "chats"})
+    assert 'the example has no column "chats"' in problem(path, columns={"messages": "chats"})
 
 
 def test_only_the_completion_of_a_chat_is_trained(tmp_path):
@@ -158,12 +159,12 @@ def test_nulls_that_arrow_invents_do_not_reach_a_template(tmp_path):
         (b"[1]\n", ":1: the file holds a JSON list"),
         (LINE.encode() + b"\n[1]\n", ":2: the example is a list"),
         (LINE.encode() + b'\n{"messages": [', ":2: the line is not JSON"),
-        (b'{"messages": [], "messages": []}\n', ':1: the line is not JSON: the key "messages" stands twice'),
+        (b'{"messages": [], "messages": []}\n', ':1: the line is not JSON: the key "messages" occurs twice'),
         (b'{"messages": NaN}\n', ":1: the line is not JSON: NaN is not JSON"),
         (b'{"messages": "\\ud800"}\n', ":1: the line is not JSON: it holds half of a surrogate pair"),
         (b'{"a": "\xff"}\n', ":1: byte 8 of the line is not UTF-8"),
         (LINE.encode("utf-16"), ":1: the file is UTF-16"),
-        (b"\x1f\x8b\x08\x00", ":1: after this line the gzip data end too early"),
+        (b"\x1f\x8b\x08\x00", ":1: after this line the gzip data are cut off"),
         (b"[" * 100_000, ":1: the line is not JSON"),
         (
             b'{"question": "q"}\n',
@@ -186,7 +187,7 @@ def test_files_that_cannot_be_read_name_the_line(tmp_path, content, expected):
         (f'[\n{LINE},\n{{"a": ]', ":3: the example is not JSON"),
         (f"[{LINE}", ":1: expected a comma or the end"),
         (f"[{LINE},\n3]", ":2: the example is the number 3"),
-        (f"[{LINE}]\nmore", ":2: there is more after"),
+        (f"[{LINE}]\nmore", ":2: found text after"),
     ],
 )
 def test_json_files_that_hold_no_list_of_examples(tmp_path, content, expected):
@@ -198,10 +199,10 @@ def test_json_files_that_hold_no_list_of_examples(tmp_path, content, expected):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("prompt,completion\nq\n", ":2: the example has 1 values; the header has 2 columns"),
+        ("prompt,completion\nq\n", ":2: the line has 1 values; expected 2, one per column of the header"),
         ("prompt,prompt\nq,a\n", ":1: the header names prompt twice"),
-        ("prompt,completion\n", ":1: the file holds a header and no examples"),
-        ('prompt,completion\n"q,a\n', "the example is not CSV"),
+        ("prompt,completion\n", ":1: the file has a header but no examples"),
+        ('prompt,completion\n"q,a\n', "the line is not CSV"),
     ],
 )
 def test_csv_files_that_are_not_tables(tmp_path, content, expected):
@@ -241,7 +242,7 @@ USER = {"role": "user", "content": "q"}
         ('[{"role": "user", "content": "\\ud800"}]', "half of a surrogate pair"),
     ],
 )
-def test_examples_that_teach_nothing_or_something_else(tmp_path, messages, expected):
+def test_examples_that_train_nothing_or_something_else(tmp_path, messages, expected):
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{LINE}\n{json.dumps({'messages': messages})}\n")
     text = problem(path)
@@ -261,13 +262,13 @@ def test_all_problems_are_reported_and_the_rest_counted(tmp_path):
 def test_images_are_not_trained_in_silence(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({**CHAT, "images": ["a.png"]}))
-    assert 'not yet: the example carries "images"' in problem(path)
+    assert 'the example has "images"' in problem(path)
 
 
 def test_missing_files_suggest_their_neighbour(tmp_path):
     (tmp_path / "train.jsonl").write_text(LINE)
     text = problem(tmp_path / "trian.jsonl")
-    assert "the data file is not there" in text
+    assert "the data file does not exist" in text
     assert "train.jsonl?" in text
     assert "no file matches" in problem(tmp_path / "*.parquet")
     (tmp_path / "empty").mkdir()
@@ -279,8 +280,8 @@ def test_every_missing_source_is_reported_at_once(tmp_path):
     sources = [SourceSpec(path=str(tmp_path / f"{name}.jsonl")) for name in ("missing", "there", "gone")]
     with pytest.raises(DataError) as caught:
         check_data(DataSpec(train=sources[:2], eval=[sources[2], SourceSpec(path="owner/name")]))
-    reported = [problem.where.removeprefix(str(tmp_path)) for problem in caught.value.problems]
-    assert reported == ["/missing.jsonl", "/there.jsonl:1", "/gone.jsonl"]
+    told = [problem.where.removeprefix(str(tmp_path)) for problem in caught.value.problems]
+    assert told == ["/missing.jsonl", "/there.jsonl:1", "/gone.jsonl"]
 
 
 @pytest.mark.parametrize("path", ["rows.jsonl", "a/rows.csv", "./a/b", "/a/b", "~/a", "a/*", "a/b/c", "name"])
@@ -298,7 +299,7 @@ def test_a_hub_data_set_is_what_lies_nowhere_here(tmp_path, monkeypatch):
     assert not names_hub_data_set("owner/name")
 
 
-def test_a_file_that_is_not_parquet(tmp_path):
+def test_a_file_that_is_no_parquet(tmp_path):
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"PAR1 but not really")
     assert "the file is not Parquet" in problem(path)

@@ -13,8 +13,8 @@ from qwen_tune.chatml.encoder import EncodedSamples
 from qwen_tune.chatml.template import IGNORED
 from qwen_tune.data.near_duplicates import BINS, EMPTY
 from qwen_tune.data.token_store import (
+    DISTINCT_WARNINGS,
     FURTHER_WARNINGS,
-    WARNINGS_TOLD_APART,
     StoredBatch,
     StoredExample,
     StoreWriter,
@@ -75,7 +75,7 @@ def folder(tmp_path_factory):
 def test_what_was_written_is_read(folder, batches):
     store = write(folder / "drawn", batches, {"recognised": {"name": "messages"}})
     expected = [row for batch in batches for row in batch]
-    assert store.rows == len(expected)
+    assert store.example_count == len(expected)
     assert store.facts["recognised"] == {"name": "messages"}
     assert store.digests.tolist() == [digest for _, _, digest, _, _ in expected]
     assert store.sketches.tolist() == [line for batch in batches for line in sketches(len(batch)).tolist()]
@@ -87,15 +87,15 @@ def test_what_was_written_is_read(folder, batches):
         assert store.first_sample[number] == sample
         assert store.samples[number] == len(parts)
         for pairs in parts:
-            example = store.example(sample, "named")
+            example = store.sample(sample, "named")
             labels = [token if flag else IGNORED for token, flag in pairs]
             assert (example.source, example.source_name) == (f"{file}:{line}", "named")
             assert (example.input_ids, example.labels) == ([token for token, _ in pairs], labels)
             assert (example.straddling, example.truncated) == (len(pairs) % 3, False)
             assert store.supervised[sample] == sum(flag for _, flag in pairs)
-            assert store.row_of(sample) == number
+            assert store.example_of(sample) == number
             if len(pairs) > 1:
-                cut = store.example(sample, "named", len(pairs) - 1)
+                cut = store.sample(sample, "named", len(pairs) - 1)
                 assert (cut.input_ids, cut.labels, cut.truncated) == (example.input_ids[:-1], labels[:-1], True)
                 assert store.supervised_within(sample, len(pairs) - 1) == cut.supervised
             sample += 1
@@ -119,24 +119,24 @@ def test_the_hash_is_of_what_trains(folder):
 
 def test_a_source_without_examples(folder):
     store = write(folder / "empty", [])
-    assert (store.rows, len(store.lengths), store.files, store.warning_names) == (0, 0, [], [])
+    assert (store.example_count, len(store.lengths), store.files, store.warning_names) == (0, 0, [], [])
     assert store.sketches.shape == (0, BINS)
     assert store.digests.dtype == np.uint64
 
 
 def test_examples_without_samples(folder):
     store = write(folder / "no-samples", [[("a", 1, 1, set(), []), ("a", 2, 2, set(), [[(1, True)]])]])
-    assert store.row_of(0) == 1
+    assert store.example_of(0) == 1
     assert store.samples.tolist() == [0, 1]
 
 
-def test_kinds_of_warnings_beyond_what_is_distinguished_are_one(folder):
+def test_warnings_beyond_the_distinct_ones_are_one(folder):
     batch = [("a", number + 1, number, {f"warning {number}"}, []) for number in range(80)]
     store = write(folder / "warnings", [batch])
-    assert len(store.warning_names) == WARNINGS_TOLD_APART + 1
+    assert len(store.warning_names) == DISTINCT_WARNINGS + 1
     assert store.warning_names[-1] == FURTHER_WARNINGS
     names = [store.warning_names[int(bits).bit_length() - 1] for bits in store.warnings]
-    assert names == [*(f"warning {n}" for n in range(WARNINGS_TOLD_APART)), *[FURTHER_WARNINGS] * 17]
+    assert names == [*(f"warning {n}" for n in range(DISTINCT_WARNINGS)), *[FURTHER_WARNINGS] * 17]
 
 
 @pytest.mark.parametrize("name", ["ids.bin", "supervised.bin", "sketch.bin", "line.bin", "store.json"])

@@ -148,7 +148,7 @@ def test_evaluation_loss_is_the_mean_over_tokens(workspace, monkeypatch):
     recipe = load_recipe(path / "recipe.yaml")
     base = BaseCheckpoint(id="tiny", revision=None, path=Path("tiny-qwen").resolve(), is_local=True)
     template = ChatTemplate(load_tokenizer(recipe.model, base))
-    examples = prepare_data(recipe.data, template, seed=recipe.train.seed).evaluation.examples
+    examples = prepare_data(recipe.data, template, seed=recipe.train.seed).evaluation.samples
     model = AutoModelForCausalLM.from_pretrained(base.path).eval()
     losses = []
     for example in examples:

@@ -1,7 +1,7 @@
-"""Text in an example that spells a control token: refused, or kept apart from the tokens that the template writes.
+"""Text of an example that spells a control token: an error, or kept as plain text.
 
-`neutralize` renders the example with stand-ins for such text, so that neither the template nor the search for the end
-of an answer takes it for a token, and puts it back afterwards with its place in the text.
+For `neutralize` the example is rendered with stand-ins for such text, so that neither the template nor the search for
+the end of an answer mistakes it for a token. Afterwards it is restored, and its places in the text are returned.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from qwen_tune.errors import ExampleError
 
 @dataclass(frozen=True)
 class StandIns:
-    """One character for each control token that an example spells; repeated, it takes the token's place."""
+    """A character for each control token that an example spells, which is repeated to the length of the token."""
 
     token_of: Mapping[str, str]
 
-    def put_back(self, text: str) -> tuple[str, tuple[tuple[int, int], ...]]:
-        """The text as the example has it, and the character ranges of it that only look like control tokens.
+    def restore(self, text: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """The original text, and its character ranges that only look like control tokens.
 
         Raises:
-            ExampleError: The template did not leave the stand-ins as they were.
+            ExampleError: The template has changed a stand-in.
         """
         if not self.token_of:
             return text, ()
@@ -38,7 +38,7 @@ class StandIns:
 
         text = re.sub("|".join(char * len(token) for char, token in self.token_of.items()), token, text)
         for char, spelled in self.token_of.items():
-            # What a filter escapes would go unseen, and be supervised.
+            # An escaped stand-in would stay in the text and be supervised.
             if char in text or json.dumps(char)[1:-1] in text.lower():
                 raise ExampleError(
                     f"the chat template changes text that spells {spelled}, so it cannot be kept as plain text",
@@ -48,16 +48,16 @@ class StandIns:
 
 
 class ControlTokens:
-    """The tokens of a tokenizer that mean something to the model which no text can say."""
+    """The special tokens of a tokenizer, which text must not be mistaken for."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
         tokens = sorted(tokens, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
-        # Looked for first, because most texts have none of them: what all begin with.
+        # What all of them start with: a quick test for the many texts without any.
         self._prefix = "<|" if tokens and all(token.startswith("<|") for token in tokens) else ""
 
     def first_in(self, text: str) -> str | None:
-        """The first control token that a text spells out, if any."""
+        """The first control token that a text spells, if any."""
         if self._prefix[:1] not in text or self._prefix not in text:
             return None
         match = self._pattern.search(text)
@@ -68,8 +68,8 @@ class ControlTokens:
         return self._pattern.finditer(text)
 
     def refuse(self, conversation: Conversation) -> None:
-        """Raises ExampleError where the example's text spells a control token."""
-        # One search in all of it: this runs for every example.
+        """Raises ExampleError if a text of the conversation spells a control token."""
+        # A single search, since this runs for every example.
         texts = [*conversation.texts(), *map(str, conversation.chat_template_kwargs.values())]
         if token := self.first_in("\0".join(texts)):
             raise ExampleError(
@@ -88,7 +88,7 @@ class ControlTokens:
             return text
 
         _with_texts(conversation, collect)
-        # Rare letters: filters trim, escape or respell most else (Python's repr does so with private-use characters).
+        # Rare letters: filters trim, escape or change most other characters (repr escapes private-use characters).
         rare = (chr(code) for code in range(0x2A6D6, 0x20000, -1) if chr(code) not in written)
         char_of = dict(zip(sorted(spelled), rare, strict=False))
         hidden = _with_texts(

@@ -1,6 +1,6 @@
-"""A conversation as chat templates see it: turns, tools, and where it came from.
+"""A conversation as chat templates see it: turns, tools, and its place in a data file.
 
-Light: `validate` needs neither a tokenizer nor torch. Parsing what a file holds is in `data.messages`.
+Imports neither a tokenizer nor torch, which `validate` does not need. Data files are parsed in `data.messages`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, overload
 ROLES = ("system", "user", "assistant", "tool")
 
 
-SHARED_ROLES = {role: role for role in ROLES}  # a million examples share these strings instead of holding each its own
+SHARED_ROLES = {role: role for role in ROLES}  # shared strings save memory over a million examples
 
 
 Roles: TypeAlias = "tuple[str, ...]"
@@ -22,7 +22,7 @@ Roles: TypeAlias = "tuple[str, ...]"
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `train` is False where the example says that an assistant turn is context only."""
+    """One turn. `train` is False for an assistant turn that is context only."""
 
     role: str
     content: str | None = None
@@ -34,16 +34,16 @@ class Message:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the turn is a role and a text, and nothing else that a template would see."""
+        """Whether the turn is only a role and a text for a template."""
         return (
             not self.tool_calls and self.reasoning_content is None and self.tool_call_id is None and self.name is None
         )
 
     def for_template(self) -> dict[str, Any]:
-        """The mapping that a chat template sees: keys without a value are absent, never null.
+        """The mapping for a chat template: keys without a value are absent, never null.
 
-        `content` is the exception: templates read it from every turn, so a turn of tool calls alone carries an empty
-        text (which every Qwen template renders like an absent one).
+        `content` is the exception: templates read it from every turn, so a turn with only tool calls has an empty text
+        (which every Qwen template renders like an absent one).
         """
         entry: dict[str, Any] = {"role": self.role, "content": self.content or ""}
         if self.reasoning_content is not None:
@@ -58,7 +58,7 @@ class Message:
 
 
 class PlainTurns(Sequence[Message]):
-    """Turns that are just a role and a text each, as in most examples; made into messages on demand."""
+    """Turns that are only a role and a text, as in most examples; converted to messages on demand."""
 
     __slots__ = ("_messages", "roles", "texts")
 
@@ -69,7 +69,6 @@ class PlainTurns(Sequence[Message]):
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """The turns as messages."""
         if self._messages is None:
             self._messages = tuple(map(Message, self.roles, self.texts))
         return self._messages
@@ -98,7 +97,7 @@ class PlainTurns(Sequence[Message]):
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One example. `source` is `file:line`, `source_name` the recipe's name for the data it belongs to."""
+    """One example. `source` is `file:line`, `source_name` the recipe's name of its source."""
 
     source: str
     source_name: str
@@ -109,17 +108,17 @@ class Conversation:
 
     @property
     def plain(self) -> PlainTurns | None:
-        """The turns, where they are just roles and texts with nothing beside them, as in most examples."""
+        """The turns if the conversation is only roles and texts, as most are; else None."""
         turns = self.messages
         return turns if isinstance(turns, PlainTurns) and not self.tools and not self.chat_template_kwargs else None
 
     def content_hash(self, content: bytes | None = None) -> str:
-        """sha256 over what is said, whatever file it came from: equal conversations have equal hashes.
+        """sha256 of the conversation's content, the same for equal conversations of different files.
 
         Args:
-            content: `content_bytes()`, from whoever has it already.
+            content: `content_bytes()`, if already computed.
         """
-        # Turns first, one a line, with the length of each text or all of it; then the texts: none runs into another.
+        # First a line per turn with the length of its text, or all of it; then the texts. So none runs into another.
         plain = self.plain
         if plain is not None and "system" not in plain.roles:
             lines = list(map("{} {}".format, plain.roles, map(len, plain.texts)))
@@ -131,23 +130,23 @@ class Conversation:
         return digest.hexdigest()
 
     def content_bytes(self) -> bytes:
-        """What user, assistant and tools say, reasoning and calls included, in UTF-8: a line break between turns."""
+        """The texts of user, assistant and tools, with reasoning and calls, in UTF-8; a line break between turns."""
         if (plain := self.plain) is not None:
             texts = plain.texts
             if "system" in plain.roles:
                 texts = [text for role, text in zip(plain.roles, texts, strict=True) if role != "system"]
             return "\n".join(texts).encode()
-        said: list[str] = []
+        texts = []
         for message in self.messages:
             if message.role != "system":
-                said += [text for text in (message.reasoning_content, message.content) if text]
-                said += [
+                texts += [text for text in (message.reasoning_content, message.content) if text]
+                texts += [
                     json.dumps(call["function"], sort_keys=True, ensure_ascii=False) for call in message.tool_calls
                 ]
-        return "\n".join(said).encode()
+        return "\n".join(texts).encode()
 
     def texts(self) -> list[str]:
-        """Every string that a person wrote and a template would put into the prompt."""
+        """Every string of the conversation that a template may write."""
         found: list[str] = []
         _collect_strings(self.tools, found)
         for message in self.messages:
@@ -159,11 +158,6 @@ def _digest_line(message: Message) -> str:
     if not message.is_plain:
         return json.dumps(message.for_template(), sort_keys=True)
     return json.dumps(message.content) if message.role == "system" else f"{message.role} {len(message.content or '')}"
-
-
-def tool_name(tool: Mapping[str, Any]) -> str:
-    """The function's name in a tool of `parse_tools`."""
-    return str(tool.get("function", tool)["name"])
 
 
 def _collect_strings(value: Any, found: list[str]) -> None:

@@ -1,9 +1,9 @@
-"""Texts into token ids, and character ranges into the tokens that are supervised.
+"""Encodes texts to token ids, and maps character ranges to the tokens that are supervised.
 
-A text is encoded whole and ranges are mapped onto it afterwards: segments that are encoded apart and joined differ from
-what a server sees wherever white space meets a boundary. The checkpoint's own tokenizer is the authority. Most texts go
-through a faster encoder, which has first to give the same ids for some hundred probes, and for one in so many
-samples ever after; where it does not, all is encoded anew by the tokenizer alone.
+A text is encoded as a whole and the ranges are mapped to its tokens afterwards: segments encoded separately differ from
+what a server sees where white space meets a boundary. The checkpoint's own tokenizer is the reference. Most texts go
+through a faster encoder, which must first give the same ids for some hundred probes, and then for one sample in
+`CHECKED_EVERY`; if it does not, everything is encoded again by the tokenizer.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,28 +21,21 @@ import numpy.typing as npt
 from qwen_tune.chatml.fast_encoder import FastEncoder, FastEncoderError, Ids, TokenSizes
 from qwen_tune.chatml.template import (
     END_OF_TURN,
-    IGNORED,
     ChatTemplate,
     RenderedSample,
-    TokenizedExample,
-    render_samples,
 )
-from qwen_tune.errors import ExampleError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from qwen_tune.chatml.conversation import Conversation
-    from qwen_tune.recipe.schema import DataSpec
 
 NOT_ENDED = f"the tokenizer does not end the answer with {END_OF_TURN}"
 CHECKED_EVERY = 500  # samples
 WORTH_A_START = 1 << 20  # characters
 
-# Characters on which versions of the Unicode tables differ, found by comparing all code points in several
-# neighbourhoods: after the basic plane only letters of mathematics, emoji and Han are left to the fast encoder.
+# Characters on which versions of the Unicode tables differ, found by comparing all code points in several contexts.
+# Beyond the basic plane, only mathematical letters, emoji and Han characters go to the fast encoder.
 UNSETTLED = frozenset("\u088f\u0c5c\u0cdc\ua7ce\ua7cf\ua7d2\ua7d4\ua7f1")
-UNSETTLED_BEHIND = re.compile("[\U00010000-\U0001d3ff\U0001d800-\U0001efff\U0001fc00-\U0001ffff\U0002a6e0-\U0010ffff]")
+UNSETTLED_PLANES = re.compile("[\U00010000-\U0001d3ff\U0001d800-\U0001efff\U0001fc00-\U0001ffff\U0002a6e0-\U0010ffff]")
 
 ASCII = bytes(range(128))
 
@@ -52,11 +44,10 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class EncodedSamples:
-    """Samples one after the other.
+    """Several samples, concatenated.
 
-    `ids` and `loss_mask` have one entry a token of all samples; `lengths`, `straddling` (tokens that hold the end of a
-    prompt and the start of an answer: they are context) and `ended` (whether each answer's last token is the end of a
-    turn) one entry a sample.
+    Per token: `ids` and `loss_mask`. Per sample: `lengths`, `straddling` (how many tokens hold both the end of a prompt
+    and the start of an answer; they are context) and `ended` (whether each answer's last token is the end of a turn).
     """
 
     ids: Ids
@@ -67,76 +58,87 @@ class EncodedSamples:
 
 
 class Encoder:
-    """Encodes samples of one tokenizer.
+    """Encodes samples for one tokenizer; `fast` is the fast encoder in use, or None."""
 
-    The fast encoder takes a second to start, so it is looked for when there is work enough (`fast` False: never).
-    """
+    def __init__(
+        self,
+        template: ChatTemplate,
+        tokenizer_json: str | None = None,
+        *,
+        fast: FastEncoder | Literal["auto"] | None = "auto",
+    ) -> None:
+        """Loads the sizes of the tokens.
 
-    def __init__(self, template: ChatTemplate, tokenizer_json: str | None = None, *, fast: bool = True) -> None:
+        Args:
+            template: The checkpoint's chat template, with its tokenizer.
+            tokenizer_json: The tokenizer as JSON, if the caller has it.
+            fast: A fast encoder, None for none, or "auto" to start one, which takes a second, once there is enough to
+                encode.
+        """
         self.tokenizer: PreTrainedTokenizerBase = template.tokenizer
         self.end_of_turn_id = template.end_of_turn_id
         self._control_tokens = template.control_tokens
         self._normalizes = self.tokenizer.backend_tokenizer.normalizer is not None
         self._sizes = TokenSizes(self.tokenizer)
         self._json = tokenizer_json
-        self._fast: FastEncoder | None = None
-        self._looked_for_fast = not fast
-        self._settled: set[str] = set()  # characters beyond ASCII that both encoders know alike
-        self._joining: set[str] = set()  # those of which that holds in NFC
+        self.fast = None if fast == "auto" else fast
+        self._may_start_fast = fast == "auto"
+        self._settled: set[str] = set()  # characters beyond ASCII that both encoders treat alike
+        self._joining: set[str] = set()  # characters that they treat alike only in NFC
         self._encoded = self._characters = 0
 
     def expect(self, characters: int) -> None:
-        """Says how much there is to encode, so that the fast encoder starts before it if that is worth it."""
+        """Announces how much will be encoded, so that the fast encoder is started first if that is worth it."""
         self._characters += characters
-        if self._characters > WORTH_A_START and not self._looked_for_fast:
-            self._fast = FastEncoder.proven(self.tokenizer, self._json)
-            self._looked_for_fast = True
+        if self._characters > WORTH_A_START and self._may_start_fast:
+            self.fast = FastEncoder.verified(self.tokenizer, self._json)
+            self._may_start_fast = False
 
     def encode(self, samples: Sequence[RenderedSample]) -> EncodedSamples:
         """Encodes samples in their order.
 
         Raises:
-            FastEncoderError: What was encoded so far, by this call or others before it, may be wrong.
+            FastEncoderError: What was encoded so far, by this call or earlier ones, may be wrong.
         """
         self.expect(sum(len(sample.text) for sample in samples))
         ids: list[Ids] = []
-        exact: dict[int, list[tuple[int, int]]] = {}  # character ranges of the tokens of what was not encoded fast
+        exact: dict[int, list[tuple[int, int]]] = {}  # character ranges of the tokens, by sample
         for index, sample in enumerate(samples):
             found = self._encode_fast(sample)
             if found is None:
-                tokens, exact[index] = self._encode_exactly(sample)
+                tokens, exact[index] = self.encode_exactly(sample)
                 found = np.array(tokens, dtype=np.uint32)
             ids.append(found)
         return self._with_ranges(samples, ids, exact)
 
     def _encode_fast(self, sample: RenderedSample) -> Ids | None:
         text = sample.text
-        if self._fast is None or sample.literals or not self._is_settled(text):
+        if self.fast is None or sample.literals or not self.agree_on(text):
             return None
         try:
-            ids = self._fast.encode(text)
+            ids = self.fast.encode(text)
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # how Rust's failed assertions arrive here
+            if type(error).__name__ != "PanicException":  # a failed assertion in Rust
                 raise
-            self._fast = None
+            self.fast = None
             return None
         self._encoded += 1
-        if self._encoded % CHECKED_EVERY == 1 and ids.tolist() != self._encode_exactly(sample)[0]:
+        if self._encoded % CHECKED_EVERY == 1 and ids.tolist() != self.encode_exactly(sample)[0]:
             raise FastEncoderError
         return ids
 
     def _with_ranges(
         self, samples: Sequence[RenderedSample], ids: Sequence[Ids], exact: Mapping[int, list[tuple[int, int]]]
     ) -> EncodedSamples:
-        """Maps the ranges of all samples at once, through the bytes that each token stands for."""
+        """Maps the ranges of all samples at once, by the number of bytes of each token."""
         lengths = np.fromiter(map(len, ids), np.int64, len(samples))
         joined = np.concatenate(ids) if ids else np.empty(0, np.uint32)
         token_ends = np.cumsum(lengths)
-        # Where each token begins, in bytes from the first sample on; one more for the end.
+        # The start of each token in bytes of all samples, and the end.
         begins = np.zeros(len(joined) + 1, np.int64)
         np.cumsum(self._sizes.of(joined), out=begins[1:])
         offsets = begins[token_ends - lengths].tolist()
-        places: list[int] = []  # beginning and end of each range in turn
+        places: list[int] = []  # start and end of each range, alternating
         owners: list[int] = []
         for index, sample in enumerate(samples):
             if index in exact:
@@ -176,8 +178,8 @@ class Encoder:
             ended=np.bincount(owner, open_ended, len(samples)) == 0,
         )
 
-    def _is_settled(self, text: str) -> bool:
-        """Whether both encoders know all characters of a text alike."""
+    def agree_on(self, text: str) -> bool:
+        """Whether both encoders treat all characters of a text alike."""
         if text.isascii():
             return True
         met = set(text.encode().translate(None, ASCII).decode())
@@ -191,14 +193,14 @@ class Encoder:
         is_known = met <= self._settled | self._joining
         return is_known and (not self._normalizes or unicodedata.is_normalized("NFC", text))
 
-    def _encode_exactly(self, sample: RenderedSample) -> tuple[list[int], list[tuple[int, int]]]:
-        """The checkpoint's own ids, and the characters that each stands for."""
+    def encode_exactly(self, sample: RenderedSample) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of the checkpoint's tokenizer, and the character range of each."""
         tokenizer = self.tokenizer.backend_tokenizer
         if not sample.literals:
             encoding = tokenizer.encode(sample.text, add_special_tokens=False)
             return encoding.ids, encoding.offsets
-        # Control tokens part a text: what lies between two of them is encoded by itself in any case. So it can be
-        # encoded with a tokenizer that takes what only looks like one for text.
+        # The text between control tokens is encoded independently in any case. So it can be encoded with a tokenizer
+        # that treats what only looks like a control token as text.
         literals = set(sample.literals)
         borders = [match.span() for match in self._control_tokens.finditer(sample.text)]
         ids: list[int] = []
@@ -216,53 +218,22 @@ class Encoder:
         return ids, offsets
 
 
-def tokenize(conversation: Conversation, template: ChatTemplate, data: DataSpec) -> list[TokenizedExample]:
-    """The samples of one conversation, rendered by Jinja and encoded by the checkpoint's tokenizer alone.
-
-    `preparation` does the same for many examples at once.
-
-    Raises:
-        ExampleError: See `render_samples`.
-    """
-    samples = render_samples(conversation, template, data)
-    encoded = _exact_encoder(template).encode(samples)
-    if data.loss_on != "all" and not encoded.ended.all():
-        raise ExampleError(NOT_ENDED)
-    labels = np.where(encoded.loss_mask, encoded.ids.astype(np.int64), IGNORED)
-    ends = np.cumsum(encoded.lengths)
-    return [
-        TokenizedExample(
-            conversation.source,
-            conversation.source_name,
-            encoded.ids[end - length : end].tolist(),
-            labels[end - length : end].tolist(),
-            straddling=int(straddling),
-        )
-        for end, length, straddling in zip(ends, encoded.lengths, encoded.straddling, strict=True)
-    ]
-
-
-@lru_cache(maxsize=8)
-def _exact_encoder(template: ChatTemplate) -> Encoder:
-    return Encoder(template, fast=False)
-
-
 def _is_settled_alone(character: str) -> bool:
-    """Whether both encoders know a character alike where it stands alone."""
+    """Whether both encoders treat a single character alike."""
     return (
         character not in UNSETTLED
-        and UNSETTLED_BEHIND.match(character) is None
+        and UNSETTLED_PLANES.match(character) is None
         and unicodedata.is_normalized("NFC", character)
     )
 
 
 def _joins(character: str) -> bool:
-    """Whether NFC may change what a character is beside others: a mark, or a piece of a Korean syllable."""
+    """Whether NFC may combine a character with its neighbours: a mark, or a part of a Korean syllable."""
     return unicodedata.category(character)[0] == "M" or "\u1100" <= character <= "\u11ff"
 
 
 def _token_range(offsets: Sequence[tuple[int, int]], span: tuple[int, int], base: int) -> tuple[int, int, bool]:
-    """The tokens that lie in a range of characters (numbered from `base` on), and whether one straddles its start."""
+    """The range of tokens within a range of characters, plus `base`, and whether a token straddles its start."""
     begin = bisect_left(offsets, span[0], key=lambda place: place[0])
     end = max(begin, bisect_right(offsets, span[1], key=lambda place: place[1]))
     return base + begin, base + end, begin > 0 and offsets[begin - 1][1] > span[0]

@@ -1,4 +1,4 @@
-"""Gigatoken, a byte-pair encoder that keeps the ids of every word it has met, and what it has to prove."""
+"""Gigatoken, a byte-pair encoder that caches the ids of every word, and its check against the tokenizer."""
 
 from __future__ import annotations
 
@@ -14,35 +14,39 @@ import psutil
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LARGEST_GROWTH = 400 << 20  # bytes of memory after which the encoder, which never forgets a word, starts anew
-LOOKED_AT_EVERY = 32 << 20  # characters
+LARGEST_GROWTH = 400 << 20  # bytes of memory after which the encoder, whose cache is unbounded, is restarted
+MEMORY_CHECKED_EVERY = 32 << 20  # characters
 
 Ids = npt.NDArray[np.uint32]
 
 
 class FastEncoderError(Exception):
-    """The fast encoder gives other ids than the checkpoint's tokenizer; all that it has encoded is in doubt."""
+    """The fast encoder gave other ids than the checkpoint's tokenizer; all its results are in doubt."""
 
 
 class FastEncoder:
-    """Encodes texts of one tokenizer; see `proven`."""
+    """Encodes texts for one tokenizer; use `verified` to create it.
+
+    `starts` counts how often it was started, which empties its cache.
+    """
 
     def __init__(self, tokenizer_json: str) -> None:
+        self.starts = 0
         self._json = tokenizer_json
         self._start()
 
     def _start(self) -> None:
         from gigatoken.gigatoken_rs import load_hf_json
 
-        self._encoder: Any = None  # gone before there is another
+        self._encoder: Any = None  # frees the memory of the old one first
         self._encoder = load_hf_json(self._json)
+        self.starts += 1
         self._characters = 0
         self._memory = _memory()
 
     def encode(self, text: str) -> Ids:
-        """The ids of one text."""
         self._characters += len(text)
-        if self._characters > LOOKED_AT_EVERY:
+        if self._characters > MEMORY_CHECKED_EVERY:
             self._characters = 0
             if _memory() > self._memory + LARGEST_GROWTH:
                 self._start()
@@ -50,8 +54,8 @@ class FastEncoder:
         return ids
 
     @classmethod
-    def proven(cls, tokenizer: PreTrainedTokenizerBase, tokenizer_json: str | None = None) -> FastEncoder | None:
-        """The fast encoder of a tokenizer if it is there, can read it, and gives its ids for all probes."""
+    def verified(cls, tokenizer: PreTrainedTokenizerBase, tokenizer_json: str | None = None) -> FastEncoder | None:
+        """The fast encoder for a tokenizer if it is installed, can read it, and gives its ids for all probes."""
         backend = tokenizer.backend_tokenizer
         if backend.normalizer is not None and type(backend.normalizer).__name__ != "NFC":
             return None
@@ -62,10 +66,10 @@ class FastEncoder:
             sizes = TokenSizes(tokenizer)
             for text, one in zip(texts, exact, strict=True):
                 found = fast.encode(text)
-                # Ranges are found by the tokens' sizes, so these have to add up as well.
+                # Ranges are found by the sizes of tokens, so these must add up as well.
                 if found.tolist() != one.ids or sizes.of(found).sum() != len(text.encode()):
                     return None
-        except BaseException as error:  # whatever it cannot read, the tokenizer can
+        except BaseException as error:  # whatever the reason, the tokenizer itself will do
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             return None
@@ -73,7 +77,7 @@ class FastEncoder:
 
 
 def probes(added_tokens: Sequence[str]) -> list[str]:
-    """Texts in which encoders have been known to differ: scripts, white space, contractions, digits, control tokens."""
+    """Texts on which encoders are known to differ: scripts, white space, contractions, digits, control tokens."""
     pieces = [
         *"aZ09 \t\n\r.,;:!?'\"-_/\\()[]{}<>|@#$%^&*+=~`",
         *"éßñøÅжЯωאبहไ中文語한日々ｱ０①½²♥€…—“”·\u00a0\u200b\u200d\u3000\ufeff🙂👩🏽",
@@ -100,12 +104,12 @@ def probes(added_tokens: Sequence[str]) -> list[str]:
 
 
 def _memory() -> int:
-    """Bytes of memory of this process, which may be a fork of the one that began."""
+    """Resident bytes of this process, which may be a fork of the one that created the encoder."""
     return int(psutil.Process().memory_info().rss)
 
 
 class TokenSizes:
-    """How many bytes of UTF-8 each id stands for, detected as ids occur."""
+    """The number of bytes in UTF-8 of each id's text, computed when the id first occurs."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
@@ -113,11 +117,10 @@ class TokenSizes:
         self._sizes = np.zeros(len(tokenizer), np.int32)
 
     def of(self, ids: Ids) -> npt.NDArray[np.int32]:
-        """The size of each id."""
         sizes = self._sizes[ids]
         if not sizes.all():
             for id_ in np.unique(ids[sizes == 0]).tolist():
-                # A byte-level vocabulary spells every byte with one character.
+                # In a byte-level vocabulary a character is a byte.
                 self._sizes[id_] = self._added.get(id_) or len(self._tokenizer.id_to_token(id_))
             sizes = self._sizes[ids]
         return sizes

@@ -1,4 +1,4 @@
-"""What a chat template passes over without a word: tools, calls, turns and texts that it does not know."""
+"""Finds what a chat template silently leaves out: tools, calls, turns and texts that it does not support."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qwen_tune.chatml.conversation import Conversation, Message, tool_name
+from qwen_tune.chatml.conversation import Conversation, Message
 from qwen_tune.errors import ExampleError
 
 
 def refuse_lost_answer(message: Message, index: int, answer: str) -> None:
-    """Compares a trained turn with the text of it that is trained.
+    """Checks that all of a trained turn is in its supervised text.
 
     Raises:
-        ExampleError: Something that the turn teaches is not there.
+        ExampleError: Something is missing.
     """
-    if _behind([message.reasoning_content, message.content], answer) is None:
+    if _end_of_texts([message.reasoning_content, message.content], answer) is None:
         raise ExampleError(
             f"messages[{index}]: the chat template leaves out a part of this turn", "take it out of the example"
         )
@@ -25,32 +25,33 @@ def refuse_lost_answer(message: Message, index: int, answer: str) -> None:
         if not all(_is_spelled(part, answer) for part in (function["name"], *_leaves(function["arguments"]))):
             raise ExampleError(
                 f'messages[{index}]: the chat template leaves out the call to "{function["name"]}" or a part of it',
-                "use a checkpoint that knows tools",
+                "use a checkpoint that supports tools",
             )
 
 
 def refuse_lost_context(conversation: Conversation, end: int, prompt: str, *, reasoning: bool = False) -> None:
-    """Compares what the model answers to, messages[:end] and the tools, with the prompt.
+    """Checks that messages[:end] and the tools are in the prompt.
 
     Args:
-        conversation: What the example says.
+        conversation: The example.
         end: The first message that is not in the prompt.
         prompt: The template's text.
-        reasoning: Whether earlier reasoning must be there too; templates leave it out of prompts on purpose.
+        reasoning: Whether earlier reasoning must be in it too; templates leave it out of prompts on purpose.
 
     Raises:
-        ExampleError: Something is not there.
+        ExampleError: Something is missing.
     """
     for tool in conversation.tools:
-        if not _is_spelled(tool_name(tool), prompt):
+        name = str(tool.get("function", tool)["name"])
+        if not _is_spelled(name, prompt):
             raise ExampleError(
-                f'the chat template leaves out the tool "{tool_name(tool)}"', "use a checkpoint that knows tools"
+                f'the chat template leaves out the tool "{name}"', "use a checkpoint that supports tools"
             )
     position: int | None = 0
     for index, message in enumerate(conversation.messages[:end]):
         names = [call["function"]["name"] for call in message.tool_calls]
         thought = message.reasoning_content if reasoning else None
-        position = _behind([thought, message.content], prompt, position or 0)
+        position = _end_of_texts([thought, message.content], prompt, position or 0)
         if position is None or not all(_is_spelled(name, prompt) for name in names):
             raise ExampleError(
                 f"messages[{index}]: the chat template leaves out this {message.role} turn or a part of it",
@@ -60,10 +61,10 @@ def refuse_lost_context(conversation: Conversation, end: int, prompt: str, *, re
             )
 
 
-def _behind(texts: Sequence[str | None], rendered: str, position: int = 0) -> int | None:
-    """Where the last of some texts ends, if they stand one after another from a position on.
+def _end_of_texts(texts: Sequence[str | None], rendered: str, position: int = 0) -> int | None:
+    """The end of the last of some texts if they follow each other from a position; else None.
 
-    Their order tells a text that is left out from the same text elsewhere.
+    Their order distinguishes a text that is left out from an equal text elsewhere.
     """
     for text in texts:
         stripped = (text or "").strip()
@@ -75,7 +76,7 @@ def _behind(texts: Sequence[str | None], rendered: str, position: int = 0) -> in
 
 
 def _is_spelled(value: Any, rendered: str) -> bool:
-    """Whether a value stands in a text, in one of the ways in which templates write values."""
+    """Whether a text contains a value in one of the ways in which templates write values."""
     if isinstance(value, str):
         value = value.strip()
         if value in rendered:

@@ -1,9 +1,8 @@
-"""Conversations into text at speed: one rendering a shape of conversation, then only texts put in their places.
+"""Renders conversations fast: once per shape of conversation, then only texts are filled in.
 
-`render_samples` says what a conversation becomes, and is what runs for every conversation that is out of the
-ordinary. Most are not: of the same few shapes, with texts of which the template asks nothing or gets the same answers.
-For these a plan is made once from `render_samples` itself, run on stand-ins (see `traced_template`), and holds wherever
-the answers hold.
+`render_samples` is the reference, and renders every unusual conversation. Most conversations have one of a few shapes,
+and the template tests their texts with the same results. For these a plan is made once, by `render_samples` on
+stand-ins for the texts (see `tracing`), and is valid for all conversations that give the same results.
 """
 
 from __future__ import annotations
@@ -25,19 +24,19 @@ from qwen_tune.errors import ExampleError
 if TYPE_CHECKING:
     from qwen_tune.recipe.schema import DataSpec
 
-# What there is to a turn apart from its texts: its role, or role, reasons, trains where it is not a plain one.
+# A turn without its texts: its role, or (role, has reasoning, train) for a turn that is not plain.
 Shape: TypeAlias = tuple[str | tuple[str, bool, bool], ...]
 
 SEEN_BEFORE_PLANNED = 2  # a plan costs several renderings
 PLANS_KEPT = 2000
-TURNS_PLANNED = 32  # each turn is rendered for a plan, and with a record: the cost grows with the square
-SHAPES_COUNTED = 20_000  # examples that are all unlike one another shall not fill the memory
+TURNS_PLANNED = 32  # the cost of a plan grows with the square of the turns
+SHAPES_COUNTED = 20_000  # a limit on memory if every example has another shape
 CHECKED_EVERY = 500  # conversations of one shape
 
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """One sample of a shape: fixed texts and numbers of fields in turn; `spans` are ranges of these parts."""
+    """One sample of a shape: `parts` are fixed texts and numbers of fields, `spans` are ranges of parts."""
 
     parts: tuple[int | str, ...]
     spans: tuple[tuple[int, int], ...]
@@ -51,7 +50,7 @@ class SamplePlan:
         return [(place, part) for place, part in enumerate(self.parts) if not isinstance(part, str)]
 
     def fill(self, texts: Sequence[str]) -> RenderedSample:
-        """The sample with these texts in the places of the fields."""
+        """The sample with these texts in the fields."""
         pieces = self._fixed.copy()
         for place, field in self._fields:
             pieces[place] = texts[field]
@@ -61,7 +60,7 @@ class SamplePlan:
 
 @dataclass
 class ShapePlan:
-    """The samples of a shape, and the answers on which that rests."""
+    """The samples of a shape, and the conditions under which they are valid."""
 
     samples: tuple[SamplePlan, ...]
     guards: tuple[Guard, ...]
@@ -69,15 +68,18 @@ class ShapePlan:
 
 
 class Renderer:
-    """Renders conversations as `render_samples` does."""
+    """Renders conversations as `render_samples` does.
+
+    `plans` are those of the shapes planned so far (None: it cannot be planned), `seen` counts the shapes before that.
+    """
 
     def __init__(self, template: ChatTemplate, data: DataSpec) -> None:
         self.template = template
         self.data = data
-        self._plans: dict[Shape, ShapePlan | None] = {}
-        self._seen: Counter[Shape] = Counter()
+        self.plans: dict[Shape, ShapePlan | None] = {}
+        self.seen: Counter[Shape] = Counter()
         self._traced: TracedTemplate | None = None
-        # Without it every conversation is rendered by itself.
+        # Without it every conversation is rendered by `render_samples`.
         with suppress(UntraceableError, ImportError):
             self._traced = TracedTemplate(template.source, template.tokenizer.special_tokens_map)
 
@@ -91,7 +93,7 @@ class Renderer:
             return render_samples(conversation, self.template, self.data)
         plain = conversation.plain
         shape, texts = (plain.roles, plain.texts) if plain is not None else _shape_and_texts(conversation)
-        if not texts or len(shape) > TURNS_PLANNED or self._is_odd("\0".join(texts)):
+        if not texts or len(shape) > TURNS_PLANNED or self._is_unusual("\0".join(texts)):
             return render_samples(conversation, self.template, self.data)
         plan = self._plan(shape)
         if plan is None or not all(guard.holds(texts) for guard in plan.guards):
@@ -100,30 +102,30 @@ class Renderer:
         plan.used += 1
         if plan.used % CHECKED_EVERY == 1 and filled != render_samples(conversation, self.template, self.data):
             raise RuntimeError(
-                f"{conversation.source}: the plan for conversations of this shape writes another text than the chat "
-                "template does: please report this, with the template"
+                f"{conversation.source}: the plan for conversations of this shape gives another text than the chat "
+                "template: please report this, with the template"
             )
         return filled
 
-    def _is_odd(self, text: str) -> bool:
-        """Whether `render_samples` would ask of this text what a plan does not know."""
-        # Looking for one character takes a tenth of the time, and most texts have none of these.
+    def _is_unusual(self, text: str) -> bool:
+        """Whether `render_samples` tests something of this text that plans do not cover."""
+        # Looking for one character first takes a tenth of the time; most texts have none of these.
         if MARK in text or (">" in text and "think>" in text):
             return True
         return self.template.control_tokens.first_in(text) is not None
 
     def _plan(self, shape: Shape) -> ShapePlan | None:
-        if shape in self._plans:
-            return self._plans[shape]
-        if len(self._plans) >= PLANS_KEPT:
+        if shape in self.plans:
+            return self.plans[shape]
+        if len(self.plans) >= PLANS_KEPT:
             return None
-        self._seen[shape] += 1
-        if self._seen[shape] <= SEEN_BEFORE_PLANNED:
-            if len(self._seen) > SHAPES_COUNTED:
-                self._seen.clear()
+        self.seen[shape] += 1
+        if self.seen[shape] <= SEEN_BEFORE_PLANNED:
+            if len(self.seen) > SHAPES_COUNTED:
+                self.seen.clear()
             return None
-        del self._seen[shape]
-        plan = self._plans[shape] = self._make_plan(shape)
+        del self.seen[shape]
+        plan = self.plans[shape] = self._make_plan(shape)
         return plan
 
     def _make_plan(self, shape: Shape) -> ShapePlan | None:
@@ -136,17 +138,17 @@ class Renderer:
                 traced = [_traced_message(message, guards) for message in messages]
                 if str.__str__(self._traced.render(traced, **kwargs)) != rendered:
                     return None
-            guards += _partings([rendered for _, _, rendered in recording.calls])
+            guards += _divergence_guards([rendered for _, _, rendered in recording.calls])
             return ShapePlan(tuple(map(_to_plan, samples)), tuple(dict.fromkeys(guards)))
         except (UntraceableError, ExampleError):
             return None
 
 
 class _Recording(ChatTemplate):
-    """A template that keeps what was rendered."""
+    """A template that records what was rendered."""
 
     def __init__(self, template: ChatTemplate) -> None:
-        # No second probing: it is the same template.
+        # Without probing the same template again.
         vars(self).update(vars(template))
         self.calls: list[tuple[Sequence[Mapping[str, Any]], dict[str, Any], str]] = []
 
@@ -167,7 +169,7 @@ class _Recording(ChatTemplate):
 
 
 def _shape_and_texts(conversation: Conversation) -> tuple[Shape, list[str]]:
-    """Shape and texts in order; no texts where there is more to the conversation than a shape and texts."""
+    """Shape and texts in order; no texts if the conversation is more than a shape and texts."""
     texts: list[str] = []
     if conversation.tools or conversation.chat_template_kwargs:
         return (), texts
@@ -178,7 +180,7 @@ def _shape_and_texts(conversation: Conversation) -> tuple[Shape, list[str]]:
             return (), []
         texts.append(content)
         if reasoning is not None:
-            # `render_samples` trims reasoning, and what stands between it and the answer.
+            # `render_samples` trims reasoning, and white space between it and the answer.
             if not reasoning or reasoning.strip() != reasoning or content[0] == "\n":
                 return (), []
             texts.append(reasoning)
@@ -199,12 +201,12 @@ def _stand_in_conversation(shape: Shape) -> Conversation:
 
 
 def _stand_in(number: int) -> str:
-    # Characters that JSON, HTML and changes of case would not leave as they are.
+    # With characters that JSON, HTML and changes of case would change.
     return f'{MARK}<&"Aa\\é{number}{MARK}'
 
 
 def _parts(text: str) -> list[int | str]:
-    """Fixed texts and numbers of stand-ins, in turn."""
+    """Fixed texts and numbers of stand-ins, in order."""
     pieces: list[int | str] = []
     for index, piece in enumerate(text.split(MARK)):
         if index % 2:
@@ -238,20 +240,20 @@ def _to_plan(sample: RenderedSample) -> SamplePlan:
     return SamplePlan(tuple(parts), tuple(spans))
 
 
-def _partings(rendered: Sequence[str]) -> Iterator[Guard]:
-    """What keeps a rendering from being continued by the next one, where a text of the example has a part in it.
+def _divergence_guards(rendered: Sequence[str]) -> Iterator[Guard]:
+    """Conditions on texts under which a rendering is not a prefix of the next one.
 
     Raises:
-        UntraceableError: The texts alone decide it.
+        UntraceableError: It depends on two texts.
     """
     for before, after in pairwise(rendered):
         if after.startswith(before) or before.startswith(after):
             continue
         position = next(index for index, (one, other) in enumerate(zip(before, after, strict=False)) if one != other)
         if before[:position].count(MARK) % 2:
-            raise UntraceableError("renderings part between two texts")
+            raise UntraceableError("renderings diverge between two texts")
         for text, other in ((before, after), (after, before)):
             if text[position] == MARK:
-                # Here a text, there something fixed: apart as long as the text begins with another letter.
+                # A text against something fixed: they diverge if the text starts with another character.
                 field = _parts(text[position : text.index(MARK, position + 1) + 1])
                 yield Guard(tuple(field), "startswith", (other[position],), False)

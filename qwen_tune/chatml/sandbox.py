@@ -1,7 +1,7 @@
-"""A chat template's first rendering, in a process that it cannot take the machine down with.
+"""A chat template's first rendering, in a process with limits on time and memory.
 
-Templates come with checkpoints, and are programs. Jinja's sandbox keeps them from files and from the network; a loop
-without an end, or a text of gigabytes, it lets pass.
+Templates are programs that come with checkpoints. Jinja's sandbox keeps them from files and the network, but not from
+an endless loop or a text of gigabytes.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from qwen_tune.errors import ModelError, Problem
 from qwen_tune.machine import signals_held
 
 SECONDS = 20
-"""Of processor time for a few short conversations, which take milliseconds."""
+"""CPU time for a few short conversations, which usually take milliseconds."""
 
 BYTES = 1 << 30
-"""Of memory beyond what this process has."""
+"""Memory in addition to what this process uses."""
 
-_FIX = "use the checkpoint's own template, or look at what this one does"
+_FIX = "use the checkpoint's own template, or check what this one does"
 
 
 def render_with_limits(render: Callable[[], object]) -> None:
-    """Renders in a child process with limits. What else goes wrong there is for the caller to detect.
+    """Renders in a child process with limits. Other errors are ignored: the caller renders again.
 
     Raises:
         ModelError: The template takes too long, or too much memory.
@@ -54,7 +54,7 @@ def render_with_limits(render: Callable[[], object]) -> None:
 
 
 def _run_limited(render: Callable[[], object]) -> None:
-    """The child: it ends with 0 unless memory runs out; the system ends it when its time is up."""
+    """The child: exits with 0 unless memory runs out; the system ends it when its time is up."""
     code = 0
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -68,20 +68,20 @@ def _run_limited(render: Callable[[], object]) -> None:
         render()
     except MemoryError:
         code = 1
-    except BaseException:  # the caller's own rendering reports it
+    except BaseException:  # the caller's own rendering raises it again
         code = 0
     finally:
-        os._exit(code)  # nothing of the parent's is ended here
+        os._exit(code)  # without running the parent's exit handlers
 
 
 def _seconds_used() -> int:
-    """A child's clock resumes where its parent's was in some systems, and at zero in others."""
+    """CPU seconds of this process: after a fork some systems start at zero, others at the parent's."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return int(used.ru_utime + used.ru_stime) + 1
 
 
 def _address_space() -> int:
-    """Bytes of address space of this process; 0 where the system does not tell (macOS), for no limit."""
+    """Bytes of address space of this process; 0, for no limit, where the system does not report it (macOS)."""
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     except OSError:

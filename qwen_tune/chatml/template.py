@@ -1,14 +1,14 @@
-"""From a conversation to the text that a server would send, and to the part of it that is supervised.
+"""Renders a conversation to the text that a server would send, and finds the parts of it that are supervised.
 
-The checkpoint's own chat template is the only authority: it renders everything here. For each trained assistant turn i
+Everything is rendered by the checkpoint's own chat template. For each trained assistant turn i
 
     P = template(messages[:i],   add_generation_prompt=True)     what a server sends before the model answers
     F = template(messages[:i+1])                                 the same with the answer
 
-and the loss falls on what F adds to P, up to and including the end of the turn. Whether the next trained turn joins
-this sample or begins a new one is decided by the texts alone: it joins while F is still a prefix of the next P. So
-templates that leave a history as it was give one sample a conversation, and those that strip thinking from earlier
-turns give one a turn; in both, the model learns from exactly the prompts that it will be given.
+and the loss is computed on what F adds to P, up to and including the end of the turn. The next trained turn joins this
+sample if F is a prefix of its P, and starts a new sample otherwise. So templates that leave the history unchanged give
+one sample per conversation, and those that remove thinking from earlier turns give one per turn; in both cases the
+model is trained on exactly the prompts that it will be served with.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from qwen_tune.recipe.schema import DataSpec
 
 END_OF_TURN = "<|im_end|>"
-# Legal on every family, so that one file of examples serves all: a template without thinking has nothing to switch.
+# Allowed for every model, so that a data file works with all: a template without thinking ignores them.
 SWITCHES = frozenset({"enable_thinking", "preserve_thinking"})
 IGNORED = -100  # the label of a token without loss, PyTorch's and Transformers' convention
 
@@ -43,8 +43,8 @@ IGNORED = -100  # the label of a token without loss, PyTorch's and Transformers'
 class RenderedSample(NamedTuple):
     """A text as it will be trained.
 
-    `spans` are the character ranges [start, end) that are supervised, in order. `literals` are the ranges that only
-    look like control tokens: the example spells them, and `data.special_tokens_in_text: neutralize` keeps them as text.
+    `spans` are the character ranges [start, end) that are supervised, in order. `literals` are ranges that only look
+    like control tokens: `data.special_tokens_in_text: neutralize` keeps them as text.
     """
 
     text: str
@@ -56,9 +56,8 @@ class RenderedSample(NamedTuple):
 class TokenizedExample:
     """A sample as the model sees it.
 
-    `labels` has one entry a token: the token's own id where it is supervised, -100 elsewhere (the shift by one
-    happens at the loss). `straddling` counts tokens that hold the end of a prompt and the start of an answer: they are
-    context.
+    `labels` are the token's own id where it is supervised, -100 elsewhere (the loss shifts them by one). `straddling`
+    counts tokens that hold both the end of a prompt and the start of an answer; they are context.
     """
 
     source: str
@@ -70,24 +69,24 @@ class TokenizedExample:
 
     @property
     def supervised(self) -> int:
-        """How many tokens are supervised."""
+        """The number of supervised tokens."""
         return len(self.labels) - self.labels.count(IGNORED)
 
 
 class ChatTemplate:
-    """The checkpoint's chat template with what was detected about it by rendering."""
+    """The checkpoint's chat template, and what rendering with it has shown."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Probes the tokenizer's template.
 
         Raises:
-            ModelError: There is no template, or it is not ChatML.
+            ModelError: The template is missing, cannot render, or is not ChatML.
         """
         self.tokenizer = tokenizer
         self.source = _source(tokenizer)
         self.end_of_turn_id: int = _end_of_turn_id(tokenizer)
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        # Whatever the tokenizer calls it, it ends turns here.
+        # It ends turns here, whether the tokenizer calls it special or not.
         self.control_tokens = ControlTokens({*special, END_OF_TURN})
         question = {"role": "user", "content": "?"}
         answer = {"role": "assistant", "content": "!", "reasoning_content": "~why~"}
@@ -101,7 +100,7 @@ class ChatTemplate:
                 self.render([question, inline], template_kwargs=thinks),
             )
 
-        # Before anything is compiled here: Jinja works out constants then.
+        # Before the template is compiled in this process, which would evaluate its constants.
         render_with_limits(probe)
         self._owned = _owned_variables(tokenizer, self.source)
         self._variables = (_variables_read(self.source) - self._owned) | SWITCHES
@@ -122,7 +121,7 @@ class ChatTemplate:
         self.reasoning: ReasoningPlace = (
             "field" if "~why~" in rendered else "content" if _opens_thinking(prompt) else "nowhere"
         )
-        # Such a template is shown inline thinking as it stands: what it trims of it is its own affair.
+        # Such a template gets inline thinking unchanged, and may trim it.
         self.parses_blocks = self.reasoning == "field" and rendered == rendered_inline
 
     def render(
@@ -142,7 +141,7 @@ class ChatTemplate:
             template_kwargs: Further variables of the template, such as enable_thinking.
 
         Raises:
-            ExampleError: The template refuses them.
+            ExampleError: The template raised an error.
         """
         import jinja2
 
@@ -160,33 +159,31 @@ class ChatTemplate:
         return text
 
     def refuse_variables(self, conversation: Conversation) -> None:
-        """Compares an example's chat_template_kwargs with what the template reads.
+        """Checks an example's chat_template_kwargs against the variables of the template.
 
         Raises:
-            ExampleError: A variable would have no effect, or another one than an example may have.
+            ExampleError: A variable would have no effect, or must not be set by examples.
         """
         for name, value in _own_kwargs(conversation).items():
-            self._refuse_variable(name, value)
-
-    def _refuse_variable(self, name: str, value: Any) -> None:
-        if name in self._owned:
-            raise ExampleError(f'chat_template_kwargs sets "{name}", which no example can set', "remove it")
-        if name not in self._variables:
-            nearest = difflib.get_close_matches(name, sorted(self._variables), n=1)
-            raise ExampleError(
-                f'chat_template_kwargs sets "{name}", which this template does not read',
-                f"write {nearest[0]}" if nearest else "remove it",
-            )
-        if name in SWITCHES and not isinstance(value, bool):
-            # Templates compare with `is true` and `is false`: anything else would count as absent.
-            raise ExampleError(f"chat_template_kwargs.{name} is {value!r}; expected true or false", "write one of them")
+            if name in self._owned:
+                raise ExampleError(f'chat_template_kwargs sets "{name}", which examples must not set', "remove it")
+            if name not in self._variables:
+                nearest = difflib.get_close_matches(name, sorted(self._variables), n=1)
+                raise ExampleError(
+                    f'chat_template_kwargs sets "{name}", which this template does not read',
+                    f"write {nearest[0]}" if nearest else "remove it",
+                )
+            if name in SWITCHES and not isinstance(value, bool):
+                # Templates test `is true` and `is false`: any other value would be ignored.
+                what = f"chat_template_kwargs.{name} is {value!r}; expected true or false"
+                raise ExampleError(what, "write true or false")
 
 
 def render_samples(conversation: Conversation, template: ChatTemplate, data: DataSpec) -> list[RenderedSample]:
-    """Renders a conversation to one sample or several.
+    """Renders a conversation to one or more samples.
 
     Raises:
-        ExampleError: The conversation cannot be trained as the template and the recipe want it.
+        ExampleError: The conversation cannot be trained on with this template and recipe.
     """
     conversation = reasoning_apart(conversation, template.reasoning, parses_blocks=template.parses_blocks)
     template.refuse_variables(conversation)
@@ -213,8 +210,8 @@ def _render_turns(conversation: Conversation, trained: Sequence[int], template: 
         full = template.render(messages[: index + 1], tools=tools, template_kwargs=kwargs)
         if not full.startswith(prompt):
             raise ExampleError(
-                f"messages[{index}]: with this turn the template writes another text than the prompt that a server "
-                "would send for it, so what is trained would not be what is served",
+                f"messages[{index}]: rendered with this turn, the conversation does not start with the prompt that a "
+                "server would send for it, so training would differ from serving",
                 _why_not_a_prefix(conversation, index, prompt, kwargs),
             )
         span = (len(prompt), _end_of_answer(full, len(prompt), index))
@@ -228,7 +225,7 @@ def _render_turns(conversation: Conversation, trained: Sequence[int], template: 
 
 
 def _render_whole(conversation: Conversation, template: ChatTemplate) -> RenderedSample:
-    """The conversation in one piece, every token of it supervised."""
+    """Renders the conversation as one sample in which every token is supervised."""
     answers = [(index, turn) for index, turn in enumerate(conversation.messages) if turn.role == "assistant"]
     if any(not turn.train for _, turn in answers):
         raise ExampleError('"train": false contradicts loss_on: all', "remove it, or write loss_on: assistant")
@@ -244,10 +241,10 @@ def _render_whole(conversation: Conversation, template: ChatTemplate) -> Rendere
 def _for_template(
     conversation: Conversation, template: ChatTemplate
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Messages and tools as a server hands them to the template."""
+    """Messages and tools as a server passes them to the template."""
     place = as_in_content if template.reasoning == "content" else lambda message: message
     messages = [place(message).for_template() for message in conversation.messages]
-    # The API knows tools of the type "function" only; examples often have the bare function.
+    # The API only has tools of the type "function"; examples often have the function alone.
     tools = [
         {"type": "function", **tool} if "function" in tool else {"type": "function", "function": tool}
         for tool in conversation.tools
@@ -260,12 +257,12 @@ def _template_kwargs(conversation: Conversation, *, thinks: bool) -> dict[str, A
 
 
 def _own_kwargs(conversation: Conversation) -> dict[str, Any]:
-    # A null is what Arrow puts where other examples of a file have a value.
+    # Arrow adds a null where other examples of the file have a value.
     return {name: value for name, value in conversation.chat_template_kwargs.items() if value is not None}
 
 
 def _with_literals(sample: RenderedSample, stand_ins: StandIns) -> RenderedSample:
-    text, literals = stand_ins.put_back(sample.text)
+    text, literals = stand_ins.restore(sample.text)
     return sample._replace(text=text, literals=literals)
 
 
@@ -293,22 +290,24 @@ def _opens_thinking(prompt: str) -> bool:
 
 def _why_refused(messages: Sequence[Mapping[str, Any]]) -> str:
     if any(message.get("role") == "system" for message in messages[1:]):
-        return "say it in the first system turn or in a user turn: this template takes no other system turn"
+        return "move it to the first system turn or to a user turn: this template accepts no other system turn"
     users = [str(message.get("content")) for message in messages if message.get("role") == "user"]
     if all(text.strip().startswith("<tool_response>") for text in users):
-        return "write a tool's result as a turn with the role tool; the template sees no question in the user turns"
-    return "change the example to what the template takes, or remove it"
+        return (
+            "write the result of a tool as a turn with the role tool; the template finds no question in the user turns"
+        )
+    return "change the example to what the template accepts, or remove it"
 
 
 def _why_not_a_prefix(conversation: Conversation, index: int, prompt: str, kwargs: Mapping[str, Any]) -> str:
     reasons = conversation.messages[index].reasoning_content is not None
     if reasons and not kwargs["enable_thinking"]:
-        return "the turn reasons while thinking is off: remove enable_thinking from the example's chat_template_kwargs"
+        return "the turn has reasoning, but thinking is off: remove enable_thinking from chat_template_kwargs"
     if not reasons and _opens_thinking(prompt):
         return "this checkpoint always thinks: add reasoning_content to the turn"
     if index > 0 and conversation.messages[index - 1].role == "assistant":
-        return "join two assistant turns in a row into one"
-    return "does this template close the system or tool turns differently when an answer follows?"
+        return "join consecutive assistant turns into one"
+    return "check whether this template closes system or tool turns differently before an answer"
 
 
 def _source(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -317,41 +316,41 @@ def _source(tokenizer: PreTrainedTokenizerBase) -> str:
         raise ModelError(
             Problem(
                 "tokenizer",
-                "it has no chat template, so nothing says how conversations are written",
-                "use an Instruct checkpoint, or give a .jinja file in model.chat_template",
+                "it has no chat template; expected one to render conversations",
+                "use an Instruct checkpoint, or name a .jinja file in model.chat_template",
             )
         )
     if not isinstance(source, str):
-        # Transformers would take another one for examples with tools than for the rest, and a server may take either.
+        # Transformers would choose by whether an example has tools, and a server may choose differently.
         raise ModelError(
             Problem(
                 "tokenizer",
                 f"it has several chat templates ({', '.join(sorted(source))}); expected one",
-                "give the one that your server uses as a .jinja file in model.chat_template",
+                "write the one that your server uses to a .jinja file and name it in model.chat_template",
             )
         )
     return source
 
 
 def _owned_variables(tokenizer: PreTrainedTokenizerBase, source: str) -> frozenset[str]:
-    """What an example must not set, because it means something to the tokenizer or to Jinja.
+    """Variables that an example must not set, because the tokenizer or Jinja uses them.
 
-    An example could otherwise bring its own template, its own end of turns, or break the template's loops.
+    Otherwise an example could replace the template or the end of turns, or break the template's loops.
     """
     parameters = inspect.signature(tokenizer.apply_chat_template).parameters
-    # Tokens that this tokenizer lacks are among the attributes too.
+    # The attributes include tokens that this tokenizer does not have.
     tokens = {*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, *tokenizer.special_tokens_map}
     return frozenset({"self", "messages", *parameters, *tokens, *_parsed(source)[0].globals})
 
 
 def _variables_read(source: str) -> frozenset[str]:
-    """What a template takes from outside, apart from names that it sets itself on the way to reading them."""
+    """The variables that a template reads, without those that it sets itself before it reads them."""
     from jinja2 import meta, nodes
 
     _, tree = _parsed(source)
     names = list(tree.find_all(nodes.Name))
     in_macros = {id(name) for macro in tree.find_all(nodes.Macro) for name in macro.find_all(nodes.Name)}
-    # `{% if x is not defined %}{% set x = … %}` and `{% set x = x | default(…) %}` leave x to whoever renders.
+    # `{% if x is not defined %}{% set x = … %}` and `{% set x = x | default(…) %}` leave x to the caller.
     asked = {
         node.node.name
         for node in tree.find_all((nodes.Test, nodes.Filter))
@@ -376,9 +375,11 @@ def _parsed(source: str) -> tuple[Environment, Template]:
         environment = _compile_jinja_template(source).environment
         return environment, environment.parse(source)
     except jinja2.TemplateSyntaxError as error:
-        raise ModelError(Problem("chat template", f"it cannot be read: line {error.lineno}: {error.message}")) from None
+        raise ModelError(
+            Problem("chat template", f"it is not valid Jinja: line {error.lineno}: {error.message}")
+        ) from None
     except RecursionError:
-        raise ModelError(Problem("chat template", "it is nested too deeply to be read")) from None
+        raise ModelError(Problem("chat template", "it is nested too deeply")) from None
 
 
 def _end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,4 +1,4 @@
-"""Reasoning in assistant turns: where a template takes it from, and whether a server would have thinking on."""
+"""Reasoning in assistant turns: where a template reads it, and the checks of `data.thinking`."""
 
 from __future__ import annotations
 
@@ -12,34 +12,33 @@ from qwen_tune.errors import ExampleError
 OPEN, CLOSE = "<think>", "</think>"
 
 ReasoningPlace = Literal["field", "content", "nowhere"]
-"""`field`: the template renders `reasoning_content`. `content`: it knows no such key, but its prompt opens a think
-block that the answer resumes with, as QwQ's does. `nowhere`: `<think>` is ordinary text to it."""
+"""`field`: the template renders `reasoning_content`. `content`: it does not read that key, but its prompt opens a think
+block that the answer continues, as QwQ's does. `nowhere`: `<think>` is ordinary text to it."""
 
 
 @dataclass(frozen=True)
 class InlineMessage(Message):
-    """A turn with its reasoning in the content, for a template that takes it out of there itself.
+    """A turn with its reasoning in the content, for a template that parses it itself.
 
-    The parts are kept to the letter and put together again for the template.
+    The parts are kept unchanged and joined again for the template.
     """
 
     before: str = ""
     """The white space before the think block."""
 
     def for_template(self) -> dict[str, Any]:
-        """The mapping that a chat template sees: the turn as the example has it."""
         entry = super().for_template()
         entry["content"] = f"{self.before}{OPEN}{entry.pop('reasoning_content')}{CLOSE}{self.content}"
         return entry
 
 
 def reasoning_apart(conversation: Conversation, place: ReasoningPlace, *, parses_blocks: bool) -> Conversation:
-    """Tells inline `<think>…</think>` from the answer where the template knows reasoning.
+    """Separates inline `<think>…</think>` from the answer if the template supports reasoning.
 
     Args:
-        conversation: As the example has it.
-        place: Where the template takes reasoning from.
-        parses_blocks: Whether it takes reasoning that is not in its place out of the content by itself.
+        conversation: The example as it was read.
+        place: Where the template reads reasoning.
+        parses_blocks: Whether the template itself parses think blocks in the content.
 
     Raises:
         ExampleError: Reasoning that the template would leave out or garble.
@@ -49,7 +48,7 @@ def reasoning_apart(conversation: Conversation, place: ReasoningPlace, *, parses
 
 
 def as_in_content(message: Message) -> Message:
-    """A turn for templates that take reasoning from the content alone, as a model writes it."""
+    """The turn with its reasoning in the content, as a model writes it, for templates that read it only there."""
     if message.reasoning_content is None:
         return message
     block = f"{OPEN}\n" + message.reasoning_content.strip("\n") + f"\n{CLOSE}\n\n"
@@ -57,27 +56,27 @@ def as_in_content(message: Message) -> Message:
 
 
 def refuse_unwanted(conversation: Conversation, trained: Sequence[int], thinking: str, place: ReasoningPlace) -> None:
-    """Compares an example with `data.thinking`: `off` wants no reasoning anywhere, `require` some in each trained turn.
+    """Checks an example against `data.thinking`: `off` allows no reasoning, `require` demands it in each trained turn.
 
     Raises:
-        ExampleError: The example has too much or too little of it.
+        ExampleError: It has reasoning that is not allowed, or lacks some.
     """
     reasons = [index for index, message in enumerate(conversation.messages) if message.reasoning_content is not None]
     if thinking == "off" and reasons:
         raise ExampleError(
-            f"messages[{reasons[0]}] reasons, and the recipe says data.thinking: off",
+            f"messages[{reasons[0]}] has reasoning; data.thinking is off",
             "remove the reasoning, or write thinking: auto",
         )
     if thinking == "require" and trained:
         if place == "nowhere":
             raise ExampleError(
-                "the recipe says data.thinking: require, and this checkpoint's template has no thinking",
+                "this checkpoint's template does not support thinking; data.thinking is require",
                 "write thinking: auto, or train a checkpoint that thinks",
             )
         for index in trained:
             if index not in reasons:
                 raise ExampleError(
-                    f"messages[{index}] does not reason, and the recipe says data.thinking: require",
+                    f"messages[{index}] has no reasoning; data.thinking is require",
                     "add reasoning_content, or write thinking: auto",
                 )
 

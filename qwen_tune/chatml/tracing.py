@@ -1,4 +1,4 @@
-"""Texts that stand for those of an example and keep a record of what a template asks of them."""
+"""Stand-ins for the texts of an example that record how a template tests them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.runtime import Macro
 from jinja2.utils import Namespace
 
-MARK = "\ue0f7"  # a private-use character that stands around every stand-in, so that none gets lost unseen
+MARK = "\ue0f7"  # a private-use character before and after every stand-in, so that a lost one is detected
 
 
-class UntraceableError(BaseException):  # Jinja takes any Exception of a test for an answer
-    """The template does something with a text that cannot be reported without the text."""
+class UntraceableError(BaseException):  # in tests, Jinja catches Exception
+    """The result of an operation of the template depends on the text."""
 
 
 @dataclass(frozen=True)
 class Guard:
-    """A question that a template asked of a text made of stand-ins, and the answer on which the rendering rests.
+    """A test of a text by the template, and the result on which the rendering depends.
 
-    `parts` are fields (their numbers) and fixed texts between them.
+    `parts` of the text are numbers of fields, and fixed texts between them.
     """
 
     parts: tuple[int | str, ...]
@@ -32,7 +32,7 @@ class Guard:
     answer: bool
 
     def holds(self, texts: Sequence[str]) -> bool:
-        """Whether these texts, in the places of the stand-ins, give the same answer."""
+        """Whether the test has the same result with these texts in the fields."""
         text = "".join(part if isinstance(part, str) else texts[part] for part in self.parts)
         return _ask(text, self.question, self.argument) == self.answer
 
@@ -51,7 +51,7 @@ def _ask(text: str, question: str, argument: Any) -> bool:
 
 
 class TracedText(str):
-    """A text that stands for a field of an example, or for such texts put together, and records what it is asked."""
+    """A stand-in for a field of an example, or several of them joined with text, that records the tests of it."""
 
     _parts: tuple[int | str, ...]
     _record: list[Guard]
@@ -140,10 +140,10 @@ for _name in set(dir(str)) - _ANSWERED - {"__doc__"} | {"__iter__", "__hash__"}:
 
 
 def join(texts: Iterable[Any]) -> Any:
-    """Puts texts together; with stand-ins among them, to one that knows its parts.
+    """Joins texts; to a TracedText if one of them is.
 
     Raises:
-        UntraceableError: A stand-in is among them that came through something which did not keep it.
+        UntraceableError: One of them contains a stand-in, but is a plain string.
     """
     texts = list(texts)
     parts: list[int | str] = []
@@ -153,7 +153,7 @@ def join(texts: Iterable[Any]) -> Any:
             record = text._record
             parts += text._parts
         elif MARK in text:
-            raise UntraceableError("a text went through something that does not keep record")
+            raise UntraceableError("an operation on a text was not recorded")
         elif text:
             parts.append(text)
     plain = "".join(map(str.__str__, texts))
@@ -161,7 +161,7 @@ def join(texts: Iterable[Any]) -> Any:
 
 
 def holds_text(value: Any) -> bool:
-    """Whether a stand-in is among what C code is about to look at."""
+    """Whether a value contains a stand-in."""
     if isinstance(value, str):
         return isinstance(value, TracedText) or MARK in value
     if isinstance(value, Mapping):
@@ -188,18 +188,18 @@ _TESTS = {
 
 
 def _contains(item: Any, container: Any) -> bool:
-    # A text within a fixed one is looked for in C, where no stand-in hears of it.
+    # str.__contains__ of a fixed text does not call the stand-in.
     if isinstance(container, str) and not isinstance(container, TracedText) and holds_text(item):
-        raise UntraceableError("a text looked for in a fixed one")
+        raise UntraceableError("a text searched in a fixed one")
     return item in container
 
 
 def _call(self: Any, context: Any, called: Any, *arguments: Any, **named: Any) -> Any:
     keeps = isinstance(called, (Macro, type)) or isinstance(getattr(called, "__self__", None), TracedText)
-    # Within loops Jinja hands its own variables along.
-    handed = [value for name, value in named.items() if name not in ("_loop_vars", "_block_vars")]
-    if not keeps and (holds_text(arguments) or holds_text(handed)):
-        raise UntraceableError("a text handed to a function")
+    # In loops Jinja passes its own variables.
+    passed = [value for name, value in named.items() if name not in ("_loop_vars", "_block_vars")]
+    if not keeps and (holds_text(arguments) or holds_text(passed)):
+        raise UntraceableError("a text passed to a function")
     return type(self).call(self, context, called, *arguments, **named)
 
 
@@ -209,7 +209,7 @@ def _call_binop(self: Any, context: Any, operator: str, left: Any, right: Any) -
     return type(self).call_binop(self, context, operator, left, right)
 
 
-def _deaf(function: Any) -> Any:
+def _refuse_texts(function: Any) -> Any:
     def refusing(value: Any, *arguments: Any, **named: Any) -> Any:
         if holds_text(value) or holds_text(arguments) or holds_text(named):
             raise UntraceableError(function.__name__)
@@ -223,7 +223,7 @@ def _true_of_texts(test: Any) -> Any:
 
 
 class _Generator(CodeGenerator):
-    """Compiles `~` and `in` to what keeps record."""
+    """Compiles `~` and `in` to functions that record."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
         self.write("environment.concat((")
@@ -254,17 +254,17 @@ class TracedTemplate:
         """Compiles the template in the environment that Transformers renders in.
 
         Raises:
-            UntraceableError: The template has means to ask texts what cannot be recorded.
+            UntraceableError: The template uses filters, tests or functions that cannot be recorded.
         """
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
-        # Overlaid, because Transformers keeps the compiled template for all others that render it.
+        # An overlay, because Transformers caches the compiled template.
         environment = _compile_jinja_template(source).environment.overlay()
         environment.concat = join
         tree = environment.parse(source)
         used = {node.name for node in tree.find_all(nodes.Filter)} - _FILTERS
         used |= {node.name for node in tree.find_all(nodes.Test)} - _TESTS
-        # What is another thing each time it is asked.
+        # Their values change between calls.
         used |= {node.name for node in tree.find_all(nodes.Name)} & {"strftime_now", "lipsum", "cycler", "joiner"}
         if used:
             raise UntraceableError(f"filters, tests or functions: {', '.join(sorted(used))}")
@@ -274,7 +274,7 @@ class TracedTemplate:
         environment.call_binop = MethodType(_call_binop, environment)
         environment.intercepted_binops = frozenset({"%"})
         environment.filters = {
-            name: _deaf(function) if name in ("tojson", "safe") else function
+            name: _refuse_texts(function) if name in ("tojson", "safe") else function
             for name, function in environment.filters.items()
         }
         environment.tests = dict(environment.tests)
@@ -289,11 +289,11 @@ class TracedTemplate:
         """Renders messages whose texts are stand-ins.
 
         Raises:
-            UntraceableError: A text is asked what cannot be recorded.
+            UntraceableError: An operation on a text cannot be recorded.
         """
         from transformers.utils import chat_template_utils
 
-        # Later releases give templates the reasoning under several names.
+        # Later releases pass the reasoning under several names.
         alias = getattr(chat_template_utils, "_alias_reasoning_fields", list)
         rendered: str = self._template.render(
             messages=alias([dict(message) for message in messages]),

@@ -1,7 +1,7 @@
-"""Prepared data on disk, found again by the hash of everything that it was made from.
+"""Prepared data on disk, under the hash of everything that they were made from.
 
-Half an entry never stands under its name: it is made beside it, under a lock, and renamed when it is whole. Processes
-that want the same entry wait for the one that makes it.
+An entry is made in a directory beside it, under a lock, and renamed when it is complete. Processes that need the same
+entry wait for the one that makes it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from qwen_tune.errors import DataError, Problem, first_line
 T = TypeVar("T")
 
 KEPT_SECONDS = 30 * 24 * 3600
-"""Entries that nothing has used for so long are removed when a new one is made."""
+"""Entries unused for this long are removed when a new one is made."""
 
 
 def cache_folder(name: str) -> Path:
-    """A folder of ours in the user's cache (`XDG_CACHE_HOME`, else ~/.cache); QWEN_TUNE_CACHE names another place.
+    """Our folder in the user's cache (`XDG_CACHE_HOME`, else ~/.cache), or in QWEN_TUNE_CACHE if that is set.
 
     Raises:
         DataError: The environment names no usable path.
@@ -38,15 +38,15 @@ def cache_folder(name: str) -> Path:
 
 
 def cached(key: str, make: Callable[[Path], None], load: Callable[[Path], T]) -> tuple[T, bool]:
-    """What `load` reads of an entry, which is made now where it is not there yet, or damaged.
+    """Loads an entry, after making it if it is missing or damaged.
 
     Args:
         key: See `key_of`.
         make: Fills an empty directory.
-        load: Reads a directory that `make` has filled; a DataError of it says that the directory is damaged.
+        load: Reads a directory that `make` has filled; raises DataError if the directory is damaged.
 
     Returns:
-        What was loaded, and whether the entry was there before.
+        What was loaded, and whether the entry existed before.
 
     Raises:
         DataError: The cache cannot be written.
@@ -58,14 +58,14 @@ def cached(key: str, make: Callable[[Path], None], load: Callable[[Path], T]) ->
     from filelock import FileLock
 
     try:
-        make_private_folder(folder)  # examples are somebody's words
+        make_private_folder(folder)  # examples may be confidential
         with FileLock(folder / f"{key}.lock"):
             if (found := _load(entry, load)) is not None:
                 return found, True
             _remove_unused(folder)
             shutil.rmtree(entry, ignore_errors=True)
             part = folder / f"{key}.part"
-            # Whoever left one there is dead: the lock is ours.
+            # The process that left one has ended: the lock is ours.
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             try:
@@ -77,16 +77,16 @@ def cached(key: str, make: Callable[[Path], None], load: Callable[[Path], T]) ->
             finally:
                 shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
-        what = f"prepared data cannot be written there: {first_line(error)}"
+        what = f"prepared data cannot be written here: {first_line(error)}"
         raise DataError(
-            Problem(str(folder), what, "free some space, or set QWEN_TUNE_CACHE to another place")
+            Problem(str(folder), what, "free some space, or set QWEN_TUNE_CACHE to another folder")
         ) from error
     return load(entry), False
 
 
 def _load(entry: Path, load: Callable[[Path], T]) -> T | None:
     try:
-        os.utime(entry)  # what is used is not removed
+        os.utime(entry)  # entries in use are not removed
     except OSError:
         if not entry.is_dir():
             return None
@@ -102,7 +102,7 @@ def _remove_unused(folder: Path) -> None:
         try:
             if entry.stat().st_mtime >= before:
                 continue
-            # What was killed while it made an entry leaves its part there.
+            # A process that was killed while it made an entry leaves its part.
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
             elif entry.suffix == ".lock":

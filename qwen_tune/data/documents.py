@@ -1,4 +1,4 @@
-"""Examples other than conversations: plain text, and token ids made elsewhere."""
+"""Examples that are not conversations: plain text, and text that was tokenized before."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwen_tune.data.values import kind, parse_json_text
 from qwen_tune.errors import ExampleError
 
 IGNORED_LABEL = -100
-LARGEST_ID = (1 << 31) - 1  # far above every vocabulary; four bytes hold it
+LARGEST_ID = (1 << 31) - 1  # far above every vocabulary; fits into four bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +26,16 @@ class TextExample:
     warnings: tuple[str, ...] = ()
 
     def content_hash(self, content: bytes | None = None) -> str:
-        """sha256 over the text: equal texts have equal hashes, and none has that of a conversation."""
+        """sha256 of the text, never equal to the hash of a conversation."""
         return hashlib.sha256(b"text\n" + (content or self.content_bytes())).hexdigest()
 
     def content_bytes(self) -> bytes:
-        """The text in UTF-8."""
         return self.text.encode()
 
 
 @dataclass(frozen=True, slots=True)
 class PretokenizedExample:
-    """Token ids, and for each its own id where it is supervised or -100 where it is context."""
+    """Token ids and labels: a token's own id where it is supervised, -100 where it is context."""
 
     source: str
     source_name: str
@@ -45,7 +44,7 @@ class PretokenizedExample:
     warnings: tuple[str, ...] = ()
 
     def content_hash(self, content: bytes | None = None) -> str:
-        """sha256 over the ids, whichever of them are supervised: equal ids have equal hashes."""
+        """sha256 of the ids, whichever of them are supervised."""
         return hashlib.sha256(b"ids\n" + (content or self.content_bytes())).hexdigest()
 
     def content_bytes(self) -> bytes:
@@ -57,43 +56,43 @@ TrainingExample: TypeAlias = Conversation | TextExample | PretokenizedExample
 
 
 def to_text_example(
-    row: Mapping[str, Any], *, source: str, source_name: str, warnings: tuple[str, ...] = ()
+    record: Mapping[str, Any], *, source: str, source_name: str, warnings: tuple[str, ...] = ()
 ) -> TextExample:
-    """An example with the column `text`.
+    """Reads the column `text`.
 
     Raises:
-        ExampleError: It holds no text.
+        ExampleError: It is not text, or is blank.
     """
-    text = row["text"]
+    text = record["text"]
     if not isinstance(text, str) or not text.strip():
-        raise ExampleError(f"text is {kind(text)}; expected a text", "write the text or remove the example")
+        raise ExampleError(f"text is {kind(text)}; expected text", "write the text or remove the example")
     return TextExample(source, source_name, text, warnings)
 
 
 def to_pretokenized_example(
-    row: Mapping[str, Any], *, source: str, source_name: str, warnings: tuple[str, ...] = ()
+    record: Mapping[str, Any], *, source: str, source_name: str, warnings: tuple[str, ...] = ()
 ) -> PretokenizedExample:
-    """An example with the columns `input_ids` and, where only some are supervised, `labels`.
+    """Reads the columns `input_ids` and, if only some tokens are supervised, `labels`.
 
     Raises:
-        ExampleError: They are not token ids, or do not fit each other.
+        ExampleError: They are not token ids, or do not match each other.
     """
-    ids = _integers(row["input_ids"], "input_ids")
+    ids = _integers(record["input_ids"], "input_ids")
     if not ids:
         raise ExampleError("input_ids is empty; expected at least one token id", "remove the example")
     if min(ids) < 0 or max(ids) > LARGEST_ID:
         wrong = next(index for index, token in enumerate(ids) if not 0 <= token <= LARGEST_ID)
         raise ExampleError(f"input_ids[{wrong}] is {ids[wrong]}; expected a token id", "tokenize the text again")
     labels = ids
-    if row.get("labels") is not None:
-        labels = _integers(row["labels"], "labels")
+    if record.get("labels") is not None:
+        labels = _integers(record["labels"], "labels")
         _require_length(labels, ids, "labels")
         for index, (label, token) in enumerate(zip(labels, ids)):  # noqa: B905
             if label not in (token, IGNORED_LABEL):
                 what = f"labels[{index}] is {label}; expected {token}, the token's own id, or {IGNORED_LABEL}"
-                raise ExampleError(what, "labels are not shifted: each stands at the token that is supervised")
-    if row.get("attention_mask") is not None:
-        mask = _integers(row["attention_mask"], "attention_mask")
+                raise ExampleError(what, "do not shift labels: each is at the place of its own token")
+    if record.get("attention_mask") is not None:
+        mask = _integers(record["attention_mask"], "attention_mask")
         _require_length(mask, ids, "attention_mask")
         if set(mask) != {1}:
             what = (

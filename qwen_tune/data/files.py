@@ -1,4 +1,4 @@
-"""Data files: found on the disk or at a URL (fetched through fsspec and cached), and read by their format."""
+"""Data files: found on disk or at a URL (fetched through fsspec and cached), and read by their format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qwen_tune.errors import DataError, Problem, first_line
 
 GLOB_CHARACTERS = "*?["
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-DATA_SET_NOTES = ("dataset_info.json", "dataset_infos.json")  # what `datasets` writes beside examples
+DATA_SET_NOTES = ("dataset_info.json", "dataset_infos.json")  # written by `datasets` beside the data
 TABLE_MAGIC = {b"PAR1": ".parquet", b"ARROW1": ".arrow"}
 
 READERS: dict[str, Callable[[SourceFile], Iterator[Record | Problem]]] = {
@@ -30,16 +30,16 @@ READERS: dict[str, Callable[[SourceFile], Iterator[Record | Problem]]] = {
     ".parquet": read_parquet,
     ".arrow": read_arrow,
 }
-KNOWN_FILES = f"{', '.join(READERS)}, each also with .gz or .zst after it"
+KNOWN_FILES = f"{', '.join(READERS)}, each optionally followed by .gz or .zst"
 
 
 def is_data_file(name: str) -> bool:
-    """Whether a file of this name is one that `read_records` knows."""
+    """Whether `read_records` can read a file of this name."""
     return data_suffix(name) in READERS
 
 
 def names_hub_data_set(path: str) -> bool:
-    """Whether a recipe's path names nothing local and has the form of a Hub data set, `owner/name`."""
+    """Whether a recipe's path has the form of a Hub data set, `owner/name`, and does not exist locally."""
     local = Path(path).expanduser()
     if "://" in path or local.exists() or any(character in path for character in GLOB_CHARACTERS):
         return False
@@ -48,13 +48,13 @@ def names_hub_data_set(path: str) -> bool:
 
 
 def find_files(path: str) -> list[Path] | None:
-    """The data files that a recipe's path means: a file, a folder's files that are not hidden, or a glob's.
+    """The data files of a recipe's path: a file, the files of a folder that are not hidden, or those of a glob.
 
     Returns:
-        The files in order of their names; None when the path names a Hub data set.
+        The files in order of their names; None if the path names a Hub data set.
 
     Raises:
-        DataError: The path names a local thing that is not there or holds no data.
+        DataError: There is no such file, or the folder holds no data files.
     """
     if names_hub_data_set(path):
         return None
@@ -69,16 +69,17 @@ def find_files(path: str) -> list[Path] | None:
     if any(character in path for character in GLOB_CHARACTERS):
         files = sorted(Path(name) for name in glob.glob(str(local), recursive=True) if Path(name).is_file())
         if not files:
-            raise DataError(Problem(path, "no file matches this pattern", "check it: `**` goes into folders"))
+            raise DataError(
+                Problem(path, "no file matches this pattern", "check it; `**` matches folders at any depth")
+            )
         return [_known_file(file) for file in files]
-    raise DataError(Problem(path, "the data file is not there", _nearest(local)))
+    raise DataError(Problem(path, "the data file does not exist", _nearest(local)))
 
 
 def read_records(file: SourceFile) -> Iterator[Record | Problem]:
-    """The examples of one file, and a problem for each example that cannot be read; a problem that ends the file comes
-    last.
+    """Yields the records of one file, and a problem for each that cannot be read.
 
-    Of a range of lines nothing is asked that only a whole file can answer: see `in_ranges`.
+    Of a range of lines (see `in_ranges`) only the lines are checked, not what concerns the whole file.
     """
     reached = f"{file.name}:1"
     try:
@@ -91,42 +92,43 @@ def read_records(file: SourceFile) -> Iterator[Record | Problem]:
             reached = item.source if isinstance(item, Record) else item.where
             yield item
         if empty:
-            yield Problem(
-                reached, "the file is empty; expected at least one example", "add examples, or leave the file out"
-            )
+            what = "the file is empty; expected at least one example"
+            yield Problem(reached, what, "add examples, or leave the file out")
     except UnpackError as error:
-        yield Problem(reached, f"after this line {error}", "copy or pack the file again")
+        yield Problem(reached, f"after this line {error}", "copy or compress the file again")
     except OSError as error:
         yield Problem(file.name, f"the file cannot be read: {error.strerror or error}", "check it and its permissions")
 
 
 def in_ranges(file: SourceFile, size: int) -> list[SourceFile]:
-    """A file in ranges of lines, of about `size` bytes each, that together have the examples and problems of the whole.
+    """Divides a file into ranges of lines, of about `size` bytes each.
 
     Returns:
-        The file itself if it cannot be divided: it is not plain JSONL, or it does not begin with an example, which may
-        say something of the whole file.
+        The ranges, or the file itself if it cannot be divided: it is not uncompressed JSONL, or its first line is not
+        an example, which may concern the whole file.
 
     Raises:
         OSError: The file cannot be read.
     """
-    parts = READERS[data_suffix(file.path.name)] is read_jsonl and file.compression is None
-    if not parts or file.path.stat().st_size <= size or not isinstance(next(read_records(file), None), Record):
+    is_divisible = READERS[data_suffix(file.path.name)] is read_jsonl and file.compression is None
+    if not is_divisible or file.path.stat().st_size <= size or not isinstance(next(read_records(file), None), Record):
         return [file]
     return split_lines(file, size)
 
 
 def _unreadable(file: SourceFile) -> Problem | None:
-    """What the first bytes tell of a file that is not what its name says."""
+    """The problem of a file whose first bytes show that it is not what its name says."""
     if not file.is_readable:
         what = f"the file is {file.compression}-compressed; expected gzip, zstd or none"
-        return Problem(file.name, what, "unpack it")
+        return Problem(file.name, what, "decompress it")
     with file.open() as stream:
         head = stream.read(8)
     suffix = data_suffix(file.path.name)
     for magic, meant in TABLE_MAGIC.items():
         if head.startswith(magic) and suffix != meant:
-            return Problem(file.name, f"the content is a {meant} file; the name ends in {suffix}", f"name it {meant}")
+            return Problem(
+                file.name, f"the content is a {meant} file; the name ends in {suffix}", f"rename it to {meant}"
+            )
     is_utf16 = head.startswith(UTF16_MARKS) or (b"\0" in head[:4] and head.strip(b"\0"))
     if is_utf16 and suffix not in TABLE_MAGIC.values():
         return Problem(f"{file.name}:1", "the file is UTF-16; expected UTF-8", "save it as UTF-8")
@@ -134,12 +136,12 @@ def _unreadable(file: SourceFile) -> Problem | None:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a part of a path, relative to the folder that a recipe names, is hidden (a notebook's checkpoints)."""
+    """Whether any part of a path, relative to the recipe's folder, is hidden (as a notebook's checkpoints are)."""
     return any(part.startswith(".") for part in path.split("/"))
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """A folder's data files in order of their names, then those of the data sets that `save_to_disk` wrote there."""
+    """A folder's data files in order of their names, then those of data sets that `save_to_disk` wrote into it."""
     files = sorted(
         file
         for file in folder.rglob("*")
@@ -148,9 +150,8 @@ def _files_below(folder: Path) -> list[Path]:
     if splits := next((file for file in files if file.name == "dataset_dict.json"), None):
         names = ", ".join(sorted(str(state.parent) for state in splits.parent.glob("*/state.json"))) or "no folder"
         what = f"the folder holds a data set of several splits ({names}); expected one split"
-        raise DataError(Problem(str(splits.parent), what, "give the folder of the split"))
-    # Beside its examples such a folder keeps what `map` and `filter` once made of them: only its state tells them
-    # apart.
+        raise DataError(Problem(str(splits.parent), what, "write the path of one split's folder"))
+    # Such a folder also keeps results of `map` and `filter`: only state.json names the files of the data set.
     saved = [
         file.parent for file in files if file.name == "state.json" and (file.parent / "dataset_info.json").is_file()
     ]
@@ -163,22 +164,20 @@ def _saved_files(folder: Path) -> list[Path]:
     try:
         files = [folder / entry["filename"] for entry in parse_json(state.read_bytes())["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"it does not name the data set's files ({type(error).__name__}); expected what save_to_disk writes"
+        what = f"it does not list the data set's files ({type(error).__name__}); expected the file of save_to_disk"
         raise DataError(Problem(str(state), what, "save the data set again")) from None
     for file in files:
         if not file.is_file():
-            raise DataError(Problem(str(state), f"it names {file.name}, which is not there", "copy the whole folder"))
+            raise DataError(Problem(str(state), f"it lists {file.name}, which does not exist", "copy the whole folder"))
     return files
 
 
 def _known_file(path: Path) -> Path:
     if not path.is_file():
-        raise DataError(
-            Problem(str(path), "it is not a regular file; expected a data file", "write the examples to a file")
-        )
+        raise DataError(Problem(str(path), "not a regular file; expected a data file", "write the examples to a file"))
     if is_data_file(path.name):
         return path
-    raise DataError(Problem(str(path), f"the file type is not known; expected {KNOWN_FILES}", "rename or convert it"))
+    raise DataError(Problem(str(path), f"unknown file type; expected {KNOWN_FILES}", "rename or convert it"))
 
 
 def _nearest(path: Path) -> str:
@@ -189,7 +188,7 @@ def _nearest(path: Path) -> str:
     return "paths are relative to the directory in which the command runs"
 
 
-# What tells one version of a file from the next; each kind of storage has some of these. A size alone does not.
+# What changes with a file's content; each kind of storage has some of these. The size alone is not enough.
 VERSION_KEYS = (
     *("etag", "ETag", "Content-MD5", "Digest", "blob_id", "sha256"),
     *("mtime", "Last-Modified", "LastModified", "last_modified", "updated"),
@@ -203,16 +202,16 @@ def is_url(path: str) -> bool:
 
 
 def fetch(address: str) -> list[SourceFile]:
-    """Brings the data files of an address here: a file, a folder's files, or those of a glob.
+    """Fetches the data files of an address: a file, the files of a folder, or those of a glob.
 
     Raises:
-        DataError: It cannot be read, or holds no data files.
+        DataError: The address cannot be read, or has no data files.
     """
     import fsspec
 
     try:
         storage, root = fsspec.core.url_to_fs(address)
-        # In an address that a web server answers, `?` begins a query.
+        # In a web address `?` begins a query.
         if any(character in address for character in ("*[" if address.startswith("http") else "*?[")):
             names = [str(name) for name in storage.glob(root)]
         elif not is_data_file(_file_name(root)) and storage.isdir(root):
@@ -222,15 +221,15 @@ def fetch(address: str) -> list[SourceFile]:
             names = [root]
         names = sorted(name for name in names if is_data_file(_file_name(name)))
         if not names:
-            raise DataError(Problem(address, f"no data files there; expected {KNOWN_FILES}", "check the URL"))
+            raise DataError(Problem(address, f"no data files found; expected {KNOWN_FILES}", "check the URL"))
         return [_fetch_file(storage, name) for name in names]
     except ImportError as error:
         package = PACKAGES.get(address.split("://", 1)[0].rstrip("s"), "the package for it")
-        what = f"this kind of address needs a package more ({first_line(error)})"
+        what = f"a package for this kind of address is missing ({first_line(error)})"
         raise DataError(Problem(address, what, f"pip install {package}")) from error
     except DataError:
         raise
-    except Exception as error:  # every storage has exceptions of its own
+    except Exception as error:  # every storage has its own exceptions
         what = f"cannot be read: {first_line(error)}"
         raise DataError(Problem(address, what, "check the URL and your access to it")) from error
 
@@ -248,7 +247,7 @@ def _fetch_file(storage: Any, name: str) -> SourceFile:
         fetched = Path(part) / _file_name(name)
         storage.get_file(name, str(fetched))
         if not version:
-            # Only its bytes tell this version: the same ones stay in their place, so that no reader sees them change.
+            # Identified by its bytes. An equal file stays in place, so that no reader sees it change.
             path = folder / key_of({"address": address, "sha256": sha256(fetched)}) / _file_name(name)
         path.parent.mkdir(exist_ok=True)
         if not path.exists():

@@ -1,4 +1,4 @@
-"""The shapes in which people keep what they train on, and how each becomes a conversation, a text, or token ids."""
+"""The data formats, and how a record of each becomes a conversation, a text, or token ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qwen_tune.chatml.conversation import Conversation, Message, PlainTurns
 from qwen_tune.data.documents import TrainingExample, to_pretokenized_example, to_text_example
 from qwen_tune.data.messages import parse_messages, parse_tools
 from qwen_tune.data.turns import TURN_COLUMNS, history_pairs, list_column, spelling, text_column, to_messages
-from qwen_tune.data.values import check_json, kind, parse_json_text, shown_example
+from qwen_tune.data.values import check_json, kind, parse_json_text, shown_record
 from qwen_tune.errors import ExampleError
 
 MEDIA_COLUMNS = frozenset({"images", "audios", "videos", "image", "audio", "video"})
@@ -18,7 +18,7 @@ MEDIA_COLUMNS = frozenset({"images", "audios", "videos", "image", "audio", "vide
 
 @dataclass(frozen=True)
 class Recognised:
-    """The format of a source's examples, and what it was concluded from, in words."""
+    """The format of a source's examples, and why it was recognised as that, for the user."""
 
     name: str
     reason: str
@@ -26,25 +26,23 @@ class Recognised:
 
 @dataclass(frozen=True)
 class Format:
-    """One form of examples."""
-
     name: str
 
     required: tuple[tuple[str, ...], ...]
-    """Columns that an example must have; of several names in one place, any one."""
+    """Columns that an example must have; each entry lists alternative names."""
 
     optional: tuple[str, ...]
-    """Columns that are read where they are there."""
+    """Columns that are read if present."""
 
     example: str
     """An example, for messages."""
 
-    def missing(self, row: Mapping[str, Any]) -> list[str]:
-        """The required columns that an example lacks."""
+    def missing(self, record: Mapping[str, Any]) -> list[str]:
+        """The required columns that a record lacks."""
         lacking: list[str] = []
         for names in self.required:
             for name in names:
-                if name in row:
+                if name in record:
                     break
             else:
                 lacking.append(names[0])
@@ -94,26 +92,26 @@ COLUMNS = tuple(
         for column in (*(name for names in entry.required for name in names), *entry.optional)
     )
 )
-"""Every column that some format has, which is what a recipe may rename."""
+"""The columns of all formats: those that a recipe may rename."""
 
 REQUIRED_COLUMNS = frozenset(name for entry in _FORMATS for names in entry.required for name in names)
 ACCEPTED = "; ".join(f"{entry.name} {entry.example}" for entry in _FORMATS)
 
 
-def recognise(row: Mapping[str, Any]) -> Recognised:
-    """The format that an example's columns show.
+def recognise(record: Mapping[str, Any]) -> Recognised:
+    """Recognises the format by the columns of a record.
 
     Raises:
-        ExampleError: No format has these columns; the message shows the example and the accepted forms.
+        ExampleError: No format has these columns; the message shows the record and the accepted formats.
     """
-    # Tables of mixed examples hold every column in each: those without a value say nothing.
-    filled = {name: value for name, value in row.items() if value is not None}
-    for columns in (filled, row):
+    # Tables of mixed formats hold every column in each row: ignore those without a value at first.
+    filled = {name: value for name, value in record.items() if value is not None}
+    for columns in (filled, record):
         for entry in _FORMATS:
             if not entry.missing(columns):
                 return _recognised(entry, columns)
     raise ExampleError(
-        f"the format is not recognised; the example is {shown_example(row)}; accepted are {ACCEPTED}",
+        f"the format is not recognised; the example is {shown_record(record)}; accepted are {ACCEPTED}",
         "name the columns in the recipe, as in data.train[].columns: {messages: your_column}",
     )
 
@@ -135,14 +133,14 @@ def _recognised(entry: Format, columns: Mapping[str, Any]) -> Recognised:
 
 
 def to_training_example(
-    row: Mapping[str, Any], format_name: str, *, source: str, source_name: str, system: str | None = None
+    record: Mapping[str, Any], format_name: str, *, source: str, source_name: str, system: str | None = None
 ) -> TrainingExample:
-    """Turns one example into what is trained.
+    """Converts one record into what is trained.
 
     Args:
-        row: Column names and values.
+        record: Column names and values.
         format_name: A key of `FORMATS`.
-        source: `file:line` of the example.
+        source: `file:line` of the record.
         source_name: The recipe's name for the data.
         system: A system text for conversations that have none.
 
@@ -150,42 +148,41 @@ def to_training_example(
         ExampleError: The example is not of that format, or is not something to train on.
     """
     if format_name in TO_MESSAGES:
-        return to_conversation(row, format_name, source=source, source_name=source_name, system=system)
-    _refuse_media(row)
-    # Nothing but a conversation has a place for these.
-    warnings = tuple(f'column "{name}" is not used by format {format_name}' for name in _CHAT_COLUMNS if row.get(name))
+        return to_conversation(record, format_name, source=source, source_name=source_name, system=system)
+    _refuse_media(record)
+    unused = [name for name in _CHAT_COLUMNS if record.get(name)]
+    warnings = tuple(f'column "{name}" is not used by format {format_name}' for name in unused)
     convert = to_text_example if format_name == "text" else to_pretokenized_example
-    return convert(row, source=source, source_name=source_name, warnings=warnings)
+    return convert(record, source=source, source_name=source_name, warnings=warnings)
 
 
 def to_conversation(
-    row: Mapping[str, Any], format_name: str, *, source: str, source_name: str, system: str | None = None
+    record: Mapping[str, Any], format_name: str, *, source: str, source_name: str, system: str | None = None
 ) -> Conversation:
-    """Turns one example of a conversation's format into a conversation; see `to_training_example`.
+    """Converts one record of a conversation format; see `to_training_example`.
 
     Raises:
         ExampleError: The example is not of that format, or is not something to train on.
     """
-    _refuse_media(row)
-    column, raw = TO_MESSAGES[format_name](row)
+    _refuse_media(record)
+    column, raw = TO_MESSAGES[format_name](record)
     messages, warnings = parse_messages(raw, column)
-    template_kwargs = row.get("chat_template_kwargs")
+    template_kwargs = record.get("chat_template_kwargs")
     return Conversation(
         source,
         source_name,
-        _with_system(messages, row.get("system"), system),
-        parse_tools(row.get("tools")),
+        _with_system(messages, record.get("system"), system),
+        parse_tools(record.get("tools")),
         _parse_template_kwargs(template_kwargs) if template_kwargs else {},
         warnings,
     )
 
 
-def _refuse_media(row: Mapping[str, Any]) -> None:
-    for column in MEDIA_COLUMNS.intersection(row):
-        if row[column]:
-            raise ExampleError(
-                f'not yet: the example carries "{column}"; only text is trained so far', "remove these examples"
-            )
+def _refuse_media(record: Mapping[str, Any]) -> None:
+    for column in MEDIA_COLUMNS.intersection(record):
+        if record[column]:
+            what = f'not yet: the example has "{column}"; only text is trained so far'
+            raise ExampleError(what, "remove such examples")
 
 
 def _parse_template_kwargs(given: Any) -> Mapping[str, Any]:
@@ -196,15 +193,15 @@ def _parse_template_kwargs(given: Any) -> Mapping[str, Any]:
             f"chat_template_kwargs is {kind(given)}; expected an object", 'write {"enable_thinking": false}'
         )
     check_json(given, "chat_template_kwargs")
-    # A null means the same as in tables, which hold one wherever another example has a value. What a template has no
-    # place for is refused by whoever knows the template, `chatml.ChatTemplate.render`.
+    # A null means absent, as in tables, which hold one wherever another example has a value. Variables that the
+    # template does not read are refused by `chatml.ChatTemplate.refuse_variables`.
     return {name: value for name, value in given.items() if value is not None}
 
 
 def _with_system(messages: Sequence[Message], own: Any, default: str | None) -> Sequence[Message]:
-    """Puts the example's `system` column, or else the recipe's system text, before turns that begin without one."""
+    """Puts the `system` column, or else the recipe's system text, before turns that begin without one."""
     if own is not None and not isinstance(own, str):
-        raise ExampleError(f"system is {kind(own)}; expected text", "write the text or leave it out")
+        raise ExampleError(f"system is {kind(own)}; expected text", "write the text or remove it")
     own = own if own and not own.isspace() else None
     if not own and not default:
         return messages
@@ -219,36 +216,36 @@ def _with_system(messages: Sequence[Message], own: Any, default: str | None) -> 
     return (Message("system", text), *messages)
 
 
-def _from_turns(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
-    return _turns_of(row, TURN_COLUMNS)
+def _from_turns(record: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    return _turns_of(record, TURN_COLUMNS)
 
 
-def _from_sharegpt(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
-    return _turns_of(row, ("conversations", "conversation", "messages"))
+def _from_sharegpt(record: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    return _turns_of(record, ("conversations", "conversation", "messages"))
 
 
-def _turns_of(row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[str, list[Any]]:
+def _turns_of(record: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[str, list[Any]]:
     column = columns[0]
-    if row.get(column) is None:
-        column = next((name for name in columns if row.get(name) is not None), column)
-    return column, to_messages(list_column(row, column), column)
+    if record.get(column) is None:
+        column = next((name for name in columns if record.get(name) is not None), column)
+    return column, to_messages(list_column(record, column), column)
 
 
-def _from_alpaca(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
-    question, given = text_column(row, "instruction"), row.get("input")
+def _from_alpaca(record: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    question, given = text_column(record, "instruction"), record.get("input")
     if given is not None and not isinstance(given, str):
         raise ExampleError(f"input is {kind(given)}; expected a string", "write the text, or leave it out")
     if given and not given.isspace():
         question = f"{question}\n{given}"
-    return _answered(row, question, "output", history_pairs(row))
+    return _answered(record, question, "output", history_pairs(record))
 
 
-def _from_query_response(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
-    return _answered(row, text_column(row, "query"), "response", history_pairs(row))
+def _from_query_response(record: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    return _answered(record, text_column(record, "query"), "response", history_pairs(record))
 
 
-def _from_prompt_completion(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
-    prompt, completion = _turns_or_text(row["prompt"]), _turns_or_text(row["completion"])
+def _from_prompt_completion(record: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    prompt, completion = _turns_or_text(record["prompt"]), _turns_or_text(record["completion"])
     if isinstance(prompt, list) and isinstance(completion, list):
         if not completion:
             raise ExampleError(
@@ -263,16 +260,16 @@ def _from_prompt_completion(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
     if isinstance(prompt, list) or isinstance(completion, list):
         what = "prompt and completion are of different kinds; expected two strings or two lists of turns"
         raise ExampleError(what, "write both as lists of turns")
-    return _answered(row, text_column(row, "prompt"), "completion", [])
+    return _answered(record, text_column(record, "prompt"), "completion", [])
 
 
-def _answered(row: Mapping[str, Any], question: str, answer: str, before: list[Any]) -> tuple[str, list[Any]]:
-    pair = [{"role": "user", "content": question}, {"role": "assistant", "content": text_column(row, answer)}]
+def _answered(record: Mapping[str, Any], question: str, answer: str, before: list[Any]) -> tuple[str, list[Any]]:
+    pair = [{"role": "user", "content": question}, {"role": "assistant", "content": text_column(record, answer)}]
     return "messages", [*before, *pair]
 
 
 def _turns_or_text(value: Any) -> Any:
-    """A list of turns, also where it is JSON text of one; a text that only looks like JSON stays what it is."""
+    """A list of turns, parsed if it is JSON text of one; any other value is returned as it is."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
             turns = parse_json_text(value, "prompt")

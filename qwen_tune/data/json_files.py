@@ -1,8 +1,7 @@
-"""Rows of JSON files: an object a line, or a list of objects.
+"""Records of JSON files: one object per line, or a list of objects.
 
-Read here rather than by `datasets`, whose reader names neither file nor line, invents nulls where examples differ in
-shape, and dies on a file that holds only `null`. Neither reader holds more than a line, or a value of the list, at a
-time.
+Not read by `datasets`, whose reader reports neither file nor line, adds nulls where records differ in their keys, and
+crashes on a file that holds only `null`. At most one line, or one value of the list, is in memory at a time.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from qwen_tune.data.values import decode, decode_at, kind
 from qwen_tune.errors import Problem
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-LINES_FIX = "one JSON object a line"
+LINES_FIX = "write one JSON object per line"
 
 _CHUNK_BYTES = 1 << 20
 _ERROR_MARGIN = 16
-"""Characters: no JSON token but a string can be cut off further from the end of what is read."""
+"""Characters: a JSON token that is not a string can be cut off at most this far from the end of the window."""
 
 
 def read_jsonl(file: SourceFile) -> Iterator[Record | Problem]:
-    """The examples of a file with an object a line; a line that is wrong does not hide those after it."""
+    """Reads a file with one object per line; after a line that is wrong the next ones are still read."""
     name = file.name
     with file.open() as stream:
         number = file.lines.first_line - 1 if file.lines else 0
@@ -47,26 +46,25 @@ def read_jsonl(file: SourceFile) -> Iterator[Record | Problem]:
                 if line.isspace() or not line:
                     continue
                 if number == 1 and line.strip() in (b"{", b"["):
-                    # A list is what .json files hold; an object spread over lines is an example in neither kind of
-                    # file.
-                    fix = "name it .json" if b"[" in line else "write each object in one line"
-                    yield Problem(source, f"the line is not JSON: {error}; expected an object a line", fix)
+                    # A .json file may hold a list; an object over several lines is valid in neither kind of file.
+                    fix = "name it .json" if b"[" in line else "write each object on one line"
+                    yield Problem(source, f"the line is not JSON: {error}; expected one object per line", fix)
                     return
                 truncated = not line.endswith(b"\n") and number > 1
-                fix = "the last line is cut off: complete or remove it" if truncated else LINES_FIX
+                fix = "complete or remove the last line, which is cut off" if truncated else LINES_FIX
                 yield Problem(source, f"the line is not JSON: {error}", fix)
                 continue
             if type(value) is dict:
                 yield Record(source, value)
             elif isinstance(value, list) and number == 1:
-                yield Problem(source, "the file holds a JSON list; expected one object a line", "name it .json")
+                yield Problem(source, "the file holds a JSON list; expected one object per line", "name it .json")
                 return
             else:
                 yield Problem(source, f"the example is {kind(value)}; expected an object", LINES_FIX)
 
 
 def read_json(file: SourceFile) -> Iterator[Record | Problem]:
-    """The examples of a file that holds a list; also of one that holds an object a line."""
+    """Reads a file that holds a list of objects, or one object per line."""
     with file.open() as stream:
         try:
             text = _Text(stream)
@@ -88,11 +86,11 @@ def read_json(file: SourceFile) -> Iterator[Record | Problem]:
         yield from read_jsonl(file)
         return
     if is_followed:
-        what = "the file holds objects spread over lines, one after another; expected a list of examples"
+        what = "the file holds several objects, each over several lines; expected a list of examples"
         yield Problem(f"{file.name}:{line}", what, "write one list, [{…}, {…}]")
         return
     found = "one object" if isinstance(value, dict) else kind(value)
-    yield Problem(f"{file.name}:1", f"the file holds {found}; expected a list of examples", _where_rows_are(value))
+    yield Problem(f"{file.name}:1", f"the file holds {found}; expected a list of examples", _where_records_are(value))
 
 
 def _read_list(file: SourceFile, text: _Text) -> Iterator[Record | Problem]:
@@ -105,8 +103,8 @@ def _read_list(file: SourceFile, text: _Text) -> Iterator[Record | Problem]:
             if character == "]" and not expects_value:
                 text.position += 1
                 if text.skip_space():
-                    what = f"there is more after the list: {text.ahead()!r}"
-                    yield Problem(f"{file.name}:{text.line}", what, "one list a file")
+                    what = f"found text after the list: {text.ahead()!r}"
+                    yield Problem(f"{file.name}:{text.line}", what, "write one list per file")
                 return
             value = text.value()
             if type(value) is dict:
@@ -119,7 +117,7 @@ def _read_list(file: SourceFile, text: _Text) -> Iterator[Record | Problem]:
                 text.position += 1
             elif character != "]":
                 what = "expected a comma or the end of the list"
-                yield Problem(f"{file.name}:{text.line}", what, "is the file cut off?")
+                yield Problem(f"{file.name}:{text.line}", what, "complete the file, which may be cut off")
                 return
         except _TextError as error:
             yield Problem(f"{file.name}:{error.line}", f"the example is not JSON: {error}", "complete or remove it")
@@ -127,7 +125,7 @@ def _read_list(file: SourceFile, text: _Text) -> Iterator[Record | Problem]:
 
 
 class _TextError(Exception):
-    """What makes the text unreadable, and its line."""
+    """Why the text cannot be read, and on which line."""
 
     def __init__(self, what: str, line: int) -> None:
         super().__init__(what)
@@ -135,7 +133,7 @@ class _TextError(Exception):
 
 
 class _Text:
-    """A text through a window: values are parsed at a position, and what lies before it is forgotten."""
+    """A text read through a window: values are parsed at a position, and the text before it is dropped."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.position = 0
@@ -156,7 +154,6 @@ class _Text:
         return self._line
 
     def ahead(self) -> str:
-        """The next characters, for messages."""
         return self._window[self.position : self.position + 20]
 
     def skip_space(self) -> str:
@@ -173,10 +170,10 @@ class _Text:
                 self._grow()
 
     def value(self) -> Any:
-        """Parses the value at the position and moves after it.
+        """Parses the value at the position and moves past it.
 
         Raises:
-            _TextError: There is none, or it is larger than what is read.
+            _TextError: It is not valid JSON, or is larger than VALUE_LIMIT_BYTES.
         """
         while True:
             try:
@@ -197,7 +194,7 @@ class _Text:
             self._grow()
 
     def _grow(self) -> None:
-        """Forgets what was read and doubles what lies ahead, so that a long value is parsed few times."""
+        """Drops what was parsed and doubles the window, so that a long value is parsed only a few times."""
         line = self.line
         self._window = self._window[self.position :]
         self.position = self._counted = 0
@@ -215,15 +212,15 @@ def _skip_line(stream: BinaryIO) -> None:
         pass
 
 
-def _where_rows_are(value: Any) -> str:
-    """How to make a list of examples of an object that holds them in another way."""
+def _where_records_are(value: Any) -> str:
+    """The fix for a file whose object holds the examples in another way."""
     columns = value if isinstance(value, dict) else {}
     lists = {key: items for key, items in columns.items() if isinstance(items, list) and items}
     if len(lists) > 1 and len(lists) == len(columns) and len({len(items) for items in lists.values()}) == 1:
-        return f'"{next(iter(columns))[:40]}" holds a column: write the file by examples, not by columns'
+        return f'"{next(iter(columns))[:40]}" holds a column: write one object per example instead of columns'
     for key, items in lists.items():
         if all(isinstance(item, dict) for item in items) and key not in ("messages", "conversations", "conversation"):
-            return f'the examples seem to stand under the key "{key[:40]}": write that list alone'
+            return f'the examples seem to be under the key "{key[:40]}": write only that list'
     if columns and all(isinstance(items, dict) and "0" in items for items in columns.values()):
-        return f'"{next(iter(columns))[:40]}" holds a column: write the file by examples (orient="records" in pandas)'
-    return "write [{…}, {…}], or one object a line in a .jsonl file"
+        return f'"{next(iter(columns))[:40]}" holds a column: write one object per example (orient="records" in pandas)'
+    return "write [{…}, {…}], or one object per line in a .jsonl file"

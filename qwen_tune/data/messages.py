@@ -1,4 +1,4 @@
-"""The turns of a conversation, and what can be wrong with one whatever the model."""
+"""Parses the turns of a conversation and checks what does not depend on the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwen_tune.errors import ExampleError, visible
 
 LOSS_KEYS = ("weight", "loss", "loss_scale", "loss_weight", "mask", "masked", "trainable", "training", "labels")
 MESSAGE_KEYS = frozenset({"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "train"})
-# Keys with which other tools change what is trained: to pass over them would train something else without a word.
+# Keys with which other tools change what is trained: ignoring them would silently train something else.
 MEANINGFUL_FOREIGN_KEYS = {
     **dict.fromkeys(LOSS_KEYS, 'write "train": true or "train": false'),
     "function_call": 'write "tool_calls": [{"function": {"name": …, "arguments": {…}}}]',
@@ -31,10 +31,10 @@ def parse_messages(raw: Any, name: str = "messages") -> tuple[Sequence[Message],
         name: The column that holds it, for errors.
 
     Returns:
-        The messages and warnings (keys that were ignored, turns that are odd but legal).
+        The messages and warnings (keys that are ignored, turns in an unusual order).
 
     Raises:
-        ExampleError: The first thing in the list that cannot be trained on.
+        ExampleError: The first error in the list.
     """
     if isinstance(raw, str):
         raw = parse_json_text(raw, name)
@@ -47,12 +47,12 @@ def parse_messages(raw: Any, name: str = "messages") -> tuple[Sequence[Message],
         return plain, _check_order(plain.roles)
     warnings: list[str] = []
     messages = tuple([_parse_message(entry, f"{name}[{index}]", warnings) for index, entry in enumerate(raw)])
-    odd = _check_order(tuple([message.role for message in messages]))
-    return messages, (*warnings, *odd)
+    of_order = _check_order(tuple([message.role for message in messages]))
+    return messages, (*warnings, *of_order)
 
 
 def _plain_turns(raw: list[Any]) -> PlainTurns | None:
-    """The turns, where each is a role and a text and nothing about them is wrong."""
+    """The turns if each is a role and a text, without errors; else None."""
     roles: list[str] = []
     texts: list[str] = []
     for entry in raw:
@@ -77,7 +77,7 @@ def _parse_message(entry: Any, at: str, warnings: list[str]) -> Message:
     for key in entry.keys() - MESSAGE_KEYS:
         if fix := MEANINGFUL_FOREIGN_KEYS.get(key):
             if entry[key] is not None:
-                raise ExampleError(f'{at} has the key "{key}", which is not one of ours', fix)
+                raise ExampleError(f'{at} has the key "{key}", which is not supported', fix)
         elif entry[key] is not None:
             warnings.append(f'message key "{visible(key[:40])}" is not used')
     train = _parse_train(entry.get("train"), role, at)
@@ -89,7 +89,7 @@ def _parse_message(entry: Any, at: str, warnings: list[str]) -> Message:
     calls = _parse_tool_calls(entry.get("tool_calls"), role, at)
     reasoning = _optional_text(entry, "reasoning_content", at)
     if reasoning is not None and not reasoning.strip():
-        # Blank reasoning is none: it would switch thinking on and teach an empty think block.
+        # Blank reasoning would turn thinking on and train an empty think block.
         reasoning = None
     if reasoning is not None and role != "assistant":
         what = f"{at} is a {role} turn with reasoning_content; only assistant turns reason"
@@ -179,10 +179,10 @@ def _optional_text(entry: Mapping[str, Any], key: str, at: str) -> str | None:
     return value
 
 
-@lru_cache(maxsize=4096)  # of a million examples, most have their turns in one of a few orders
+@lru_cache(maxsize=4096)  # most examples have their turns in one of a few orders
 def _check_order(roles: Roles) -> tuple[str, ...]:
     if "assistant" not in roles:
-        raise ExampleError("there is no assistant turn, so nothing to learn", "add the answer or remove the example")
+        raise ExampleError("there is no assistant turn, so nothing to train on", "add the answer or remove the example")
     first = roles[0] if roles[0] != "system" else next(role for role in roles if role != "system")
     if first != "user":
         raise ExampleError(f"the first turn is from the {first}; expected the user", "start with what the user asked")
@@ -199,18 +199,18 @@ def _check_order(roles: Roles) -> tuple[str, ...]:
 
 
 def parse_tools(raw: Any) -> tuple[Mapping[str, Any], ...]:
-    """Tools as a list of JSON schemas, or as a JSON string of one.
+    """Parses a list of JSON schemas, or a JSON string of one.
 
     Raises:
-        ExampleError: It is neither.
+        ExampleError: It is neither, or a tool has no name.
     """
     if raw is None or raw == "":
         return ()
     if isinstance(raw, str):
         raw = parse_json_text(raw, "tools")
     if not isinstance(raw, list):
-        raise ExampleError(f"tools is {kind(raw)}; expected a list of JSON schemas", "write [{…}], or leave tools out")
-    # Tables hold tools of different shapes as text.
+        raise ExampleError(f"tools is {kind(raw)}; expected a list of JSON schemas", "write [{…}], or remove tools")
+    # In tables, tools of different shapes are text.
     tools = [parse_json_text(tool, f"tools[{i}]") if isinstance(tool, str) else tool for i, tool in enumerate(raw)]
     for index, tool in enumerate(tools):
         function = tool.get("function", tool) if isinstance(tool, dict) else tool
@@ -223,8 +223,6 @@ def parse_tools(raw: Any) -> tuple[Mapping[str, Any], ...]:
     return tuple(tools)
 
 
-# With these other tools say what is supervised: to pass over them would train something else without a word.
-
 _REASONING = ("reasoning", "thinking")
 _MEDIA = ("image", "audio", "video", "file")
 
@@ -232,16 +230,16 @@ _MEDIA = ("image", "audio", "video", "file")
 def joined_parts(entry: Mapping[str, Any], role: str, at: str) -> dict[str, Any]:
     """A message with one text instead of parts.
 
-    Texts are put together as they stand, which is what chat templates do with them; reasoning and tool calls go to the
-    keys of their own. A template writes reasoning, text and calls in this order, so parts in another are refused.
+    Texts are joined without a separator, as chat templates do; reasoning and tool calls move to their own keys.
+    Templates write reasoning, text and calls in this order, so parts in another order are an error.
 
     Args:
         entry: The message; its content is a list.
         role: Whose turn it is.
-        at: The message's place in the example.
+        at: The message's place, for errors.
 
     Raises:
-        ExampleError: A part is not text, or says what no template would write.
+        ExampleError: A part is not text, or no template would write it.
     """
     texts: list[str] = []
     reasons: list[str] = []
@@ -271,7 +269,7 @@ def joined_parts(entry: Mapping[str, Any], role: str, at: str) -> dict[str, Any]
     for key, found in (("reasoning_content", "".join(reasons)), ("tool_calls", calls)):
         if found:
             if entry.get(key):
-                raise ExampleError(f"{at} has {key} beside parts that say the same", "keep one of them")
+                raise ExampleError(f"{at} has both {key} and parts of that type", "keep one of them")
             joined[key] = found
     return joined
 
@@ -280,16 +278,16 @@ def _part_kind(part: Mapping[str, Any], place: str) -> str:
     named = part.get("type", "text")
     if not isinstance(named, str):
         raise ExampleError(f"{place}.type is {kind(named)}; expected text", 'write "type": "text"')
-    if any(medium in named or part.get(medium) for medium in _MEDIA):
-        what = f'not yet: {place} is a part of the type "{named[:40]}"; only text is trained so far'
-        raise ExampleError(what, "remove these examples")
+    if medium := next((medium for medium in _MEDIA if medium in named or part.get(medium)), None):
+        raise ExampleError(f"not yet: {place} holds {medium} data; only text is trained so far", "remove such examples")
     if named not in ("text", "tool_call", *_REASONING):
         what = f'{place} has the type "{named[:40]}"; expected text, reasoning, thinking or tool_call'
         raise ExampleError(what, 'write {"type": "text", "text": …}')
     for key in ("train", *LOSS_KEYS):
         if part.get(key) is not None:
             raise ExampleError(
-                f'{place} has the key "{key}"; whole turns are trained or not', 'write "train" into the turn'
+                f'{place} has the key "{key}"; only whole turns can be left out of training',
+                'write "train" in the turn',
             )
     return named
 

@@ -1,8 +1,8 @@
-"""Conversations that say almost the same: found by sketches of their texts, without comparing all with all.
+"""Almost equal conversations, found by sketches of their texts without comparing every pair.
 
-Of a text, whatever its case and punctuation, the sixteen bytes from the start of each word on are taken (about three
-words; in scripts without spaces, those from each character on). The share of these runs that two texts have in common
-(Jaccard) is estimated from the smallest hash in each of a few bins (one-permutation MinHash: Li, Owen and Zhang, "One
+A text, without case and punctuation, is cut into runs: the sixteen bytes from the start of each word (about three
+words; in scripts without spaces, from each character). The share of runs that two texts have in common (Jaccard
+similarity) is estimated from the smallest hash in each of a few bins (one-permutation MinHash: Li, Owen and Zhang, "One
 Permutation Hashing", 2012); candidates are texts that agree in a band of bins (locality-sensitive hashing).
 """
 
@@ -17,29 +17,29 @@ import numpy.typing as npt
 BINS = 64
 BAND = 4
 SIMILAR = 0.8
-"""Least share of bins in which two texts agree, of those in which either has something."""
+"""Smallest share of bins in which two texts must agree, of the bins that are filled in either."""
 
 SHORTEST_RUNS = 12
-"""Words below which texts are compared as a whole only: in short ones a single word can be all the difference."""
+"""Texts of fewer words are compared as a whole only: a single word can make the difference in a short text."""
 
 RUN = 16
-CHUNK = 1 << 16  # texts of which the sketches are held at once
+CHUNK = 1 << 16  # texts whose sketches are in memory at once
 EMPTY = np.uint16(0xFFFF)
 
 Sketches = npt.NDArray[np.uint16]
-"""One example of `BINS` a text: the smallest hash in each bin, `EMPTY` where there is none."""
+"""(texts, BINS): the smallest hash in each bin, `EMPTY` if there is none."""
 
 _SPACE = 32
-_FIRST_OF_SEVERAL = 0xC0  # the first byte of a character that takes more than one
+_FIRST_OF_SEVERAL = 0xC0  # smallest first byte of a character of several bytes
 _REDUCED = bytearray(range(256)).lower()
 for _character in (string.whitespace + string.punctuation).encode():
     _REDUCED[_character] = _SPACE
 
 
 def sketch(texts: Sequence[bytes]) -> Sketches:
-    """The sketches of texts in UTF-8, all at once."""
+    """The sketches of texts in UTF-8, shape (texts, BINS)."""
     ends = np.cumsum(np.fromiter((len(text) + RUN for text in texts), np.int64, len(texts)))
-    # As much room between two texts as after the last one: no run sees its neighbour.
+    # A gap after every text, so that no run reaches into the next text.
     gap = bytes([_SPACE]) * RUN
     joined = gap.join(texts).translate(bytes(_REDUCED)) + gap + b" "
     data = np.frombuffer(joined, np.uint8)[:-RUN]
@@ -68,8 +68,7 @@ def near_groups(digests: npt.NDArray[np.uint64], sketches: Sketches) -> npt.NDAr
         sketches: Their sketches, (texts, BINS).
 
     Returns:
-        For each text the first text of its group. Being alike is passed on: a group is what a chain of similar texts
-        connects.
+        For each text the first text of its group. Similarity is transitive here: a chain of similar texts is one group.
     """
     _, first, same = np.unique(digests, return_index=True, return_inverse=True)
     root = first[same].astype(np.int64)
@@ -78,15 +77,15 @@ def near_groups(digests: npt.NDArray[np.uint64], sketches: Sketches) -> npt.NDAr
     for band in range(0, BINS, BAND):
         keys = np.ascontiguousarray(sketches[kept, band : band + BAND]).view(np.uint64).ravel()
         order = np.argsort(keys, kind="stable")
-        is_known = keys[order] != np.uint64(0xFFFFFFFFFFFFFFFF)
+        is_filled = keys[order] != np.uint64(0xFFFFFFFFFFFFFFFF)
         members = kept[order]
         # Each candidate is compared with the first of its bucket, and with its neighbour in it.
         begins = np.concatenate(([True], keys[order][1:] != keys[order][:-1]))
         heads = members[np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))]
         neighbours = np.concatenate((members[:1], members[:-1]))
         for other in (heads, neighbours):
-            # Most of what is alike has been joined in the bands before.
-            pairs = np.flatnonzero(is_known & ~begins & (root[other] != root[members]))
+            # Most similar texts were joined in earlier bands.
+            pairs = np.flatnonzero(is_filled & ~begins & (root[other] != root[members]))
             alike = pairs[_similarity(sketches, members[pairs], other[pairs]) >= SIMILAR]
             for one, two in zip(members[alike].tolist(), other[alike].tolist(), strict=True):
                 _join(root, one, two)
@@ -95,11 +94,11 @@ def near_groups(digests: npt.NDArray[np.uint64], sketches: Sketches) -> npt.NDAr
     return root
 
 
-def _filled(sketches: Sketches, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Which of some texts have a sketch at all."""
-    filled = np.zeros(len(rows), bool)
-    for start in range(0, len(rows), CHUNK):
-        filled[start : start + CHUNK] = (sketches[rows[start : start + CHUNK]] != EMPTY).any(axis=1)
+def _filled(sketches: Sketches, texts: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which of some texts have a sketch."""
+    filled = np.zeros(len(texts), bool)
+    for start in range(0, len(texts), CHUNK):
+        filled[start : start + CHUNK] = (sketches[texts[start : start + CHUNK]] != EMPTY).any(axis=1)
     return filled
 
 

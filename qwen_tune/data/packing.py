@@ -1,4 +1,4 @@
-"""Samples into packs of at most `max_length_tokens`, with as little room left as can be."""
+"""Joins samples to packs of at most `max_length_tokens`, as full as possible."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from qwen_tune.disk import key_of
 from qwen_tune.errors import DataError, Problem, first_line
 
 if TYPE_CHECKING:
-    from qwen_tune.data.mixing import Rows
+    from qwen_tune.data.mixing import Integers
     from qwen_tune.data.token_store import Samples
     from qwen_tune.recipe.schema import DataSpec
 
 
 @dataclass(frozen=True)
 class Packs:
-    """What the trainer gets: `members` are places in `samples`, pack after pack, `sizes` how many each pack has."""
+    """Packs for the trainer: `members` are places in `samples`, pack after pack, `sizes` the samples in each pack."""
 
     samples: Samples
-    members: Rows
-    sizes: Rows
+    members: Integers
+    sizes: Integers
 
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def __getitem__(self, index: int) -> dict[str, Rows]:
+    def pack(self, index: int) -> dict[str, Integers]:
         """One pack: `input_ids`, `labels`, and `lengths` (tokens of each sample in it)."""
         parts = [self.samples.tokens(place) for place in self._members_of(index)]
         return {
@@ -43,7 +43,7 @@ class Packs:
         }
 
     def places(self, index: int) -> list[str]:
-        """Where the examples of one pack stand, as `file:line`, each once."""
+        """The places of the examples in one pack, as `file:line`, each once."""
         return list(dict.fromkeys(self.samples.place(place) for place in self._members_of(index)))
 
     def _members_of(self, index: int) -> list[int]:
@@ -52,28 +52,28 @@ class Packs:
         return members
 
     @cached_property
-    def lengths(self) -> Rows:
+    def lengths(self) -> Integers:
         """Tokens of each pack."""
         return self._sums(self.samples.lengths)
 
     @cached_property
-    def supervised(self) -> Rows:
+    def supervised(self) -> Integers:
         """Tokens of each pack that are supervised."""
         return self._sums(self.samples.supervised)
 
-    def _sums(self, of_samples: Rows) -> Rows:
-        # Without packs there is no first one to start a sum with.
-        sums: Rows = np.add.reduceat(of_samples[self.members], self._first) if len(self) else self.sizes
+    def _sums(self, of_samples: Integers) -> Integers:
+        # `reduceat` fails without packs.
+        sums: Integers = np.add.reduceat(of_samples[self.members], self._first) if len(self) else self.sizes
         return sums
 
     @cached_property
-    def _first(self) -> Rows:
-        first: Rows = np.cumsum(self.sizes) - self.sizes
+    def _first(self) -> Integers:
+        first: Integers = np.cumsum(self.sizes) - self.sizes
         return first
 
 
 def pack(samples: Samples, data: DataSpec) -> Packs:
-    """The examples of some samples: packs, found in the cache if made before, or one sample each without packing.
+    """Packs samples, or takes the packs from the cache; without `data.packing` a pack is one sample.
 
     Raises:
         DataError: The cache cannot be written.
@@ -90,9 +90,9 @@ def pack(samples: Samples, data: DataSpec) -> Packs:
     return Packs(samples, np.argsort(pack_of, kind="stable"), np.bincount(pack_of))
 
 
-def _load_packs(directory: Path, count: int) -> Rows:
+def _load_packs(directory: Path, count: int) -> Integers:
     try:
-        packs: Rows = np.load(directory / "packs.npy", allow_pickle=False)
+        packs: Integers = np.load(directory / "packs.npy", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(Problem(str(directory), f"damaged: {first_line(error)}")) from error
     if len(packs) != count:
@@ -101,21 +101,21 @@ def _load_packs(directory: Path, count: int) -> Rows:
 
 
 def pack_by_source(samples: Samples, data: DataSpec) -> dict[str, Packs]:
-    """The examples of each source by its name, so that each can have a loss of its own."""
+    """The packs of each source by its name, for a loss per source."""
     names = [source.spec.name for source in samples.sources]
     numbers = dict.fromkeys(samples.source.tolist())
     return {names[number]: pack(samples.subset(np.flatnonzero(samples.source == number)), data) for number in numbers}
 
 
-def best_fit_decreasing(lengths: Rows, capacity: int) -> Rows:
-    """Packs by best fit decreasing: the longest first, each into the pack that it fills most.
+def best_fit_decreasing(lengths: Integers, capacity: int) -> Integers:
+    """Packs by best fit decreasing: the longest sample first, each into the fullest pack that has room for it.
 
     Args:
         lengths: Tokens of each sample.
-        capacity: Tokens that a pack holds.
+        capacity: Tokens of a full pack.
 
     Returns:
-        The number of each sample's pack. Equal input gives equal packs.
+        The number of each sample's pack; the same for the same input.
 
     Raises:
         ValueError: A sample is longer than the capacity.

@@ -1,4 +1,4 @@
-"""Processes that share nothing with this one but what it held when they began, and files."""
+"""Preparation in several forked processes, which return results through pipes and files."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 BYTES_EACH = 1 << 30
-"""Of memory that is free for each process there may be one; they take less (docs/data.md)."""
+"""Free memory that is required for each process; they need less (docs/data.md)."""
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class WorkerError(Exception):
-    """A process that works for this one has failed; `killed_by` is the signal that ended it, if one did."""
+    """A worker process failed; `killed_by` is the signal that ended it, if one did."""
 
     def __init__(self, what: str, killed_by: int | None = None) -> None:
         super().__init__(what)
@@ -51,7 +51,7 @@ class WorkerError(Exception):
 
 
 def processes_that_fit() -> int:
-    """How many processes this machine has cores and free memory for; 1 where they cannot be forked (all but Linux)."""
+    """How many processes this machine has cores and free memory for; 1 on systems other than Linux, without fork."""
     if sys.platform != "linux":
         return 1
     import psutil
@@ -60,19 +60,19 @@ def processes_that_fit() -> int:
 
 
 def in_processes(work: Callable[[Task], Result], tasks: Sequence[Task], processes: int) -> Iterator[Result]:
-    """The results of all tasks, in their order, computed by several processes.
+    """Yields the results of all tasks, in their order, computed by several processes.
 
-    They are forked, so that what was imported and loaded here is there at once and takes its memory once. Each gets the
-    next task when it has done one. They end with this process, however it ends, and with this iterator.
+    Processes are forked, so that they share what this process has imported and loaded. Each gets its next task when it
+    has finished one. They end with this process, however it ends, and with this iterator.
 
     Args:
         work: Does one task; its result goes through a pipe.
-        tasks: What there is to do; none is needed where it is forked, but each goes through a pipe.
-        processes: How many at once.
+        tasks: Go through a pipe as well.
+        processes: How many run at once.
 
     Raises:
-        WorkerError: A process was killed, or `work` raised something, which the message tells.
-        DataError: Not one process can be started.
+        WorkerError: A process was killed, or `work` raised another exception, which the message quotes.
+        DataError: No process can be started.
         OSError, QwenTuneError: `work` raised it.
     """
     workers: dict[Connection, ForkProcess] = {}
@@ -110,7 +110,7 @@ def _assign(connection: Connection, waiting: Iterator[tuple[int, Any]], running:
     """Gives a worker the next task, if there is one."""
     if task := next(waiting, None):
         running[connection] = task[0]
-        with suppress(OSError):  # it has ended: receiving says so
+        with suppress(OSError):  # the worker has ended: `_received` reports it
             connection.send(task[1])
 
 
@@ -130,13 +130,13 @@ def _received(connection: Connection, worker: ForkProcess) -> Any:
 
 
 def _fork(work: Callable[[Any], Any]) -> tuple[Connection, ForkProcess]:
-    # Set before there is a second process: the tokenizers warn of a fork otherwise, and use one thread then as well.
+    # Tokenizers would warn after a fork, and switch to one thread as well.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     context = get_context("fork")
     ours, theirs = context.Pipe()
     worker = context.Process(target=_serve, args=(work, theirs, os.getpid()), daemon=True)
     with warnings.catch_warnings():
-        # Python warns of forking beside threads. Those of torch and the tokenizers sleep, and no worker wakes them.
+        # Python warns about forking with threads. Those of torch and the tokenizers sleep, and no worker wakes them.
         warnings.simplefilter("ignore", DeprecationWarning)
         worker.start()
     theirs.close()
@@ -144,7 +144,7 @@ def _fork(work: Callable[[Any], Any]) -> tuple[Connection, ForkProcess]:
 
 
 def _serve(work: Callable[[Any], Any], connection: Connection, parent: int) -> None:
-    # Whoever is killed takes its workers along: nothing else would tell them.
+    # A parent that is killed cannot end its workers: the kernel does.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return
@@ -163,10 +163,10 @@ def _serve(work: Callable[[Any], Any], connection: Connection, parent: int) -> N
 
 
 WORTH_PROCESSES = 8 << 20
-"""Bytes of data from which several processes take less time than one: about a second's work."""
+"""Bytes of data above which several processes are faster than one: about a second of work."""
 
 PARTS_EACH = 16
-"""Parts a process, so that none waits long for the last."""
+"""Parts per process: small enough that all processes finish at about the same time."""
 
 SMALLEST_PART, LARGEST_PART = 1 << 20, 32 << 20  # bytes
 
@@ -174,19 +174,19 @@ FIXES: dict[int | None, str] = {
     signal.SIGKILL: "free memory, which the system may have lacked, or use fewer cores: taskset -c 0,1 qwen-tune …",
     signal.SIGTERM: "run the command again",
 }
-"""What helps where a process was killed from outside; other signals are faults."""
+"""What helps after a process was killed from outside; other signals are bugs."""
 
 
 @dataclass(frozen=True)
 class Division:
-    """How a source is shared out: among how many processes, in ranges of lines of about how many bytes."""
+    """Among how many processes a source is divided, and into ranges of lines of about how many bytes."""
 
     processes: int
     part_bytes: int
 
     @classmethod
     def of(cls, data_bytes: int) -> Division:
-        """What suits so much data and this machine."""
+        """The division for an amount of data on this machine."""
         processes = processes_that_fit() if data_bytes >= WORTH_PROCESSES else 1
         part = data_bytes // (processes * PARTS_EACH)
         return cls(processes, min(max(part, SMALLEST_PART), LARGEST_PART))
@@ -194,18 +194,18 @@ class Division:
 
 @dataclass(frozen=True)
 class _Done:
-    """What a process says of a part; its batches are in the part's file."""
+    """What a process reports of a part; its batches are in the part's file."""
 
-    rows: int
+    count: int
     problems: Problems
     columns_missed: set[str] | None
     encoded_rightly: bool
 
 
 class ParallelBatcher:
-    """The examples of a source as batches, made by several processes; has what a `Batcher` has.
+    """Makes batches of the examples of a source in several processes, with the interface of `Batcher`.
 
-    They are the same batches' worth of bytes, and the same problems, however many processes there are.
+    The bytes of the batches and the problems do not depend on the number of processes.
     """
 
     def __init__(
@@ -218,17 +218,17 @@ class ParallelBatcher:
         folder: Path,
         processes: int,
     ) -> None:
-        """Takes the parts; nothing is read yet.
+        """Reads nothing yet.
 
         Args:
-            parts: A reader for each, in order.
-            source: What they are the parts of.
-            renderer: What renders examples in every process.
-            encoder: What encodes them.
+            parts: A reader for each part, in order.
+            source: The source that they are parts of.
+            renderer: Renders examples in every process.
+            encoder: Encodes them.
             folder: Where processes write their batches.
-            processes: How many at once.
+            processes: How many run at once.
         """
-        self.rows = 0
+        self.count = 0
         self.problems = Problems()
         self._parts = parts
         self._source = source
@@ -237,12 +237,12 @@ class ParallelBatcher:
         self._processes = processes
 
     def batches(self) -> Iterator[StoredBatch | None]:
-        """The batches of all parts, in order; None for examples with which something is wrong.
+        """Yields the batches of all parts in order, or None once there is a problem.
 
         Raises:
-            DataError: A process was killed, or met something that ends it.
+            DataError: A process was killed, or raised it.
             FastEncoderError: See `Encoder.encode`.
-            WorkerError: A process failed otherwise: a fault of ours, or of a library.
+            WorkerError: A process failed otherwise: a bug here or in a library.
             OSError: A process cannot write.
         """
         with TemporaryDirectory(dir=self._folder) as folder:
@@ -255,7 +255,7 @@ class ParallelBatcher:
             for number, done in enumerate(in_processes(make, range(len(self._parts)), self._processes)):
                 if not done.encoded_rightly:
                     raise FastEncoderError
-                self.rows += done.rows
+                self.count += done.count
                 self.problems.add(done.problems)
                 if done.columns_missed is not None:
                     missed.append(done.columns_missed)
@@ -286,23 +286,23 @@ class ParallelBatcher:
                     collect()
             except FastEncoderError:
                 encoded_rightly = False
-        return _Done(batcher.rows, batcher.problems, reader.columns_missed, encoded_rightly)
+        return _Done(batcher.count, batcher.problems, reader.columns_missed, encoded_rightly)
 
 
 def part_readers(
     source: SourceSpec, files: Iterable[SourceFile], division: Division, *, system: str | None
 ) -> list[SourceReader]:
-    """A reader for each part that processes take one by one; none where a single process reads the source.
+    """A reader for each part of a source; none if a single process is to read it.
 
     Args:
         source: The recipe's source.
         files: Its files.
-        division: How it is shared out.
+        division: How the source is divided.
         system: A system text for conversations that have none.
 
     Raises:
         OSError: A file cannot be read.
-        DataError: The first example cannot be.
+        DataError: The first example cannot be read.
     """
     if division.processes < 2:
         return []
@@ -321,4 +321,4 @@ def _file(folder: Path, number: int) -> Path:
 def _read(file: Path) -> Iterator[StoredBatch]:
     with file.open("rb") as stream, suppress(EOFError):
         while True:
-            yield pickle.load(stream)  # ours, from a folder that nobody else can write to
+            yield pickle.load(stream)  # our own, from a folder that nobody else can write to

@@ -1,4 +1,4 @@
-"""One data file: its bytes, unpacked where they are compressed, and the name under which it is spoken of."""
+"""One data file: its bytes, decompressed if necessary, and its name for messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 COMPRESSION_SUFFIXES = (".gz", ".gzip", ".zst", ".zstd")
 VALUE_LIMIT_BYTES = 64 << 20
-"""Longest line, or value of a list, that is read: a bound on memory, and far above any conversation."""
+"""Longest line, or value of a list, that is read: a limit on memory, far above the size of any conversation."""
 
 _MAGIC = {
     b"\x1f\x8b": "gzip",
@@ -26,19 +26,19 @@ _CHUNK_BYTES = 1 << 18
 
 
 class Record(NamedTuple):
-    """Column names and values, and where they stand (`file:line`)."""
+    """One parsed object or table row: its columns, and its place (`file:line`)."""
 
     source: str
     columns: Mapping[str, Any]
 
 
 class UnpackError(Exception):
-    """A compressed file that ends too early or is damaged."""
+    """A compressed file is cut off or damaged."""
 
 
 @dataclass(frozen=True)
 class LineRange:
-    """Whole lines of a file that is not compressed: its bytes from `start` to before `stop`, and the first's number."""
+    """Whole lines of an uncompressed file: bytes [start, stop) and the number of the first line."""
 
     start: int
     stop: int
@@ -47,10 +47,7 @@ class LineRange:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A local file to read, and its name in messages (the address, where it came from a URL).
-
-    `lines` is None for the whole file.
-    """
+    """A local file and its name for messages (the address if it was fetched); `lines` is None for the whole file."""
 
     path: Path
     name: str
@@ -58,7 +55,7 @@ class SourceFile:
 
     @cached_property
     def compression(self) -> str | None:
-        """How the content, whatever the name says, is compressed.
+        """How the content is compressed, whatever the name says.
 
         Raises:
             OSError: The file cannot be read.
@@ -69,15 +66,15 @@ class SourceFile:
 
     @property
     def is_readable(self) -> bool:
-        """Whether the content is plain, or compressed in a way that is unpacked here."""
+        """Whether the content is uncompressed, or can be decompressed here."""
         return self.compression is None or self.compression in _READABLE
 
     def open(self) -> BinaryIO:
-        """The unpacked bytes from the start (of the lines, where it is some of them), buffered.
+        """Opens the decompressed bytes, or those of the range of lines, buffered.
 
         Raises:
             OSError: The file cannot be read.
-            UnpackError: On reading, where the compressed bytes are cut off or damaged.
+            UnpackError: When reading, if the compressed bytes are cut off or damaged.
         """
         if self.lines:
             return io.BufferedReader(_Range(self.path, self.lines), _CHUNK_BYTES)
@@ -94,7 +91,7 @@ class SourceFile:
 
 
 def split_lines(file: SourceFile, size: int) -> list[SourceFile]:
-    """A file of lines in ranges of at least `size` bytes each, but for the last; read once, a piece at a time.
+    """Divides a file into ranges of lines of at least `size` bytes each, except the last; reads it once, in pieces.
 
     Raises:
         OSError: The file cannot be read.
@@ -117,8 +114,6 @@ def split_lines(file: SourceFile, size: int) -> list[SourceFile]:
 
 
 class _Range(io.RawIOBase):
-    """Some bytes of a file."""
-
     def __init__(self, path: Path, lines: LineRange) -> None:
         self._file = path.open("rb", buffering=0)
         self._file.seek(lines.start)
@@ -138,7 +133,7 @@ class _Range(io.RawIOBase):
 
 
 class _Unpacked(io.RawIOBase):
-    """Gives every failure of a decompressor one type: each library has several of its own."""
+    """Raises UnpackError for the many exceptions of the decompressors."""
 
     def __init__(self, stream: Any, name: str) -> None:
         self._stream = stream
@@ -149,10 +144,10 @@ class _Unpacked(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            # One read of what is there: a longer one would lose what came before the damage.
+            # A single read of what is available: a longer one would lose the bytes before the damage.
             data = self._stream.read1(len(buffer)) if self._name == "gzip" else self._stream.read(len(buffer))
         except EOFError:
-            raise UnpackError("the gzip data end too early") from None
+            raise UnpackError("the gzip data are cut off") from None
         except (OSError, ValueError, zlib.error) as error:
             raise UnpackError(f"the {self._name} data are damaged or cut off ({error})") from None
         buffer[: len(data)] = data
@@ -164,6 +159,6 @@ class _Unpacked(io.RawIOBase):
 
 
 def data_suffix(name: str) -> str:
-    """What kind of data file a name speaks of: the suffix in lower case, of `rows.jsonl.gz` the one before `.gz`."""
+    """The suffix of a file name in lower case, without a suffix of compression: `.jsonl` for `rows.jsonl.gz`."""
     path = Path(name.lower())
     return Path(path.stem).suffix if path.suffix in COMPRESSION_SUFFIXES else path.suffix

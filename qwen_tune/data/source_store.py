@@ -1,4 +1,4 @@
-"""One source of examples, rendered and tokenized into a store of the cache."""
+"""Renders and tokenizes a source into a store in the cache."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,34 +28,42 @@ from qwen_tune.errors import DataError, Problem, first_line
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
 
 LAYOUT = 4
-"""Raised whenever the same data would give another store: a store of an older number is made anew."""
+"""Increased whenever the same data would give another store; stores of an older layout are made again."""
 
-SECONDS_OF_SILENCE = 5.0
+REPORT_SECONDS = 5.0
 
 Stamp: TypeAlias = tuple[int, int]
-"""Size in bytes and time of the last change in nanoseconds."""
+"""Size in bytes and modification time in nanoseconds."""
 
 
 class SourceStores:
-    """Makes and finds the stores of sources, for one tokenizer, template and data section."""
+    """Opens the stores of sources, or makes them, for one tokenizer, template and data section."""
 
-    def __init__(self, data: DataSpec, template: ChatTemplate, division: Division | None = None) -> None:
-        """Takes what all sources have in common.
+    def __init__(
+        self,
+        data: DataSpec,
+        template: ChatTemplate,
+        *,
+        division: Division | None = None,
+        encoder: Encoder | None = None,
+    ) -> None:
+        """Hashes what all sources have in common.
 
         Args:
             data: The recipe's data section.
             template: The checkpoint's chat template.
-            division: How each source is shared out among processes; None for what suits its size and this machine.
+            division: How each source is divided among processes; None to choose by its size and this machine.
+            encoder: For the tokenizer; None for the default.
         """
         self.data = data
         self.template = template
         self._division = division
-        self._tools: tuple[Renderer, Encoder] | None = None
-        self._tokenizer_json: str = template.tokenizer.backend_tokenizer.to_str()
+        tokenizer_json: str = template.tokenizer.backend_tokenizer.to_str()
+        self._encoder = encoder or Encoder(template, tokenizer_json)
         self._template_key: dict[str, Any] = {
             "layout": LAYOUT,
             "versions": {name: version(name) for name in ("transformers", "tokenizers", "jinja2")},
-            "tokenizer": hashlib.sha256(self._tokenizer_json.encode()).hexdigest(),
+            "tokenizer": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
             "template": template.tokenizer.chat_template,
             "special_tokens": {name: str(token) for name, token in template.tokenizer.special_tokens_map.items()},
             "loss_on": data.loss_on,
@@ -63,14 +72,18 @@ class SourceStores:
             "special_tokens_in_text": data.special_tokens_in_text,
         }
 
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return Renderer(self.template, self.data)
+
     def open(self, source: SourceSpec) -> tuple[TokenStore, bool]:
-        """The store of a source, made where the cache has none.
+        """Opens the store of a source, after making it if the cache has none.
 
         Returns:
-            The store, and whether it was there already.
+            The store, and whether it was in the cache.
 
         Raises:
-            DataError: The source cannot be read, or holds examples that cannot be trained on: all of them are named.
+            DataError: The source cannot be read, or with a problem for every example that cannot be trained on.
         """
         files = source_files(source)
         stamps = _stamps(files)
@@ -88,17 +101,15 @@ class SourceStores:
             try:
                 self._make(pinned, files, stamps, part)
             except FastEncoderError:
-                report(f"{source.path}: once more, with the checkpoint's own tokenizer alone")
-                self._tools = Renderer(self.template, self.data), Encoder(self.template, fast=False)
+                report(f"{source.path}: tokenizing again with the checkpoint's own tokenizer only")
+                self._encoder = Encoder(self.template, fast=None)
                 self._make(pinned, files, stamps, part)
 
         return cached(key_of(ingredients), make, TokenStore)
 
     def _make(self, source: SourceSpec, files: list[SourceFile] | None, stamps: list[Stamp], directory: Path) -> None:
-        if self._tools is None:
-            self._tools = Renderer(self.template, self.data), Encoder(self.template, self._tokenizer_json)
         size = sum(size for size, _ in stamps)
-        self._tools[1].expect(size)  # before processes are forked, so that all have it
+        self._encoder.expect(size)  # before the fork, so that all processes share the fast encoder
         made, reader = self._batches(source, files, self._division or Division.of(size), directory)
         with StoreWriter(directory) as writer, collecting_by_batch() as collect:
             reported = time.monotonic()
@@ -106,10 +117,10 @@ class SourceStores:
                 if batch is not None:
                     writer.add(batch)
                 collect()
-                if time.monotonic() > reported + SECONDS_OF_SILENCE:
+                if time.monotonic() > reported + REPORT_SECONDS:
                     reported = time.monotonic()
                     # Not on stdout, where a preview may write JSON.
-                    report(f"preparing {source.path}: {made.rows:,} examples so far")
+                    report(f"preparing {source.path}: {made.count:,} examples so far")
             if made.problems:
                 raise DataError(made.problems.reported)
             if _stamps(files) != stamps:
@@ -119,19 +130,21 @@ class SourceStores:
     def _batches(
         self, source: SourceSpec, files: list[SourceFile] | None, division: Division, folder: Path
     ) -> tuple[Batcher | ParallelBatcher, SourceReader]:
-        """What makes the batches of a source, and a reader that knows the form of its examples when they are made."""
-        assert self._tools is not None
-        first_rows = source.rows if self.data.streaming else None
-        if files and first_rows is None:
+        """The batcher of a source, and a reader that knows the format of its examples afterwards."""
+        limit = source.rows if self.data.streaming else None
+        if files and limit is None:
             try:
                 parts = part_readers(source, files, division, system=self.data.system)
             except OSError as error:
                 raise _unreadable(source.path, error) from error
             if parts:
-                made = ParallelBatcher(parts, source, *self._tools, folder=folder, processes=division.processes)
+                made = ParallelBatcher(
+                    parts, source, self._renderer, self._encoder, folder=folder, processes=division.processes
+                )
                 return made, parts[0]
         reader = SourceReader(source, system=self.data.system, files=files)
-        return Batcher(_until_unreadable(itertools.islice(reader, first_rows), source), *self._tools), reader
+        examples = _until_unreadable(itertools.islice(reader, limit), source)
+        return Batcher(examples, self._renderer, self._encoder), reader
 
 
 def _until_unreadable(
@@ -148,7 +161,7 @@ def _unreadable(name: str, error: OSError) -> DataError:
 
 
 def _content_of(source: SourceSpec, files: list[SourceFile] | None) -> tuple[SourceSpec, list[list[str]]]:
-    """The source with what can move pinned, and what tells its content: names and hashes of bytes."""
+    """The source with its revision pinned, and what identifies its content: names and hashes."""
     if files is None:
         return _hub_content(source)
     try:
@@ -158,7 +171,7 @@ def _content_of(source: SourceSpec, files: list[SourceFile] | None) -> tuple[Sou
 
 
 def _stamps(files: list[SourceFile] | None) -> list[Stamp]:
-    """What changes when somebody writes to a file."""
+    """Size and modification time of each file, to detect a change while it is read."""
     stamps: list[Stamp] = []
     for file in files or ():
         try:
@@ -178,7 +191,7 @@ def _hub_content(source: SourceSpec) -> tuple[SourceSpec, list[list[str]]]:
         try:
             commit = HfApi().dataset_info(source.path, revision=source.revision).sha
         except (HfHubHTTPError, OSError):
-            commit = None  # reading it says what is wrong
+            commit = None  # reading the data set reports the problem
         if commit:
             return source.model_copy(update={"revision": commit}), [[*name, commit]]
         return source, [[*name, source.revision or "main"]]
@@ -188,6 +201,6 @@ def _hub_content(source: SourceSpec) -> tuple[SourceSpec, list[list[str]]]:
         table = datasets.load_dataset(
             source.path, name=source.subset, split=source.split or "train", revision=source.revision
         )
-    except Exception:  # of every kind; here too, reading it says what is wrong
+    except Exception:  # of any type; reading the data set reports the problem
         return source, [name]
     return source, [[*name, str(table._fingerprint)]]

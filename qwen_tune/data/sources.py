@@ -1,4 +1,4 @@
-"""The recipe's data sources, read into what is trained: one pass, an example at a time."""
+"""Reads the recipe's data sources in one pass, an example at a time."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from qwen_tune.disk import UnreadableError, read_text_file
 from qwen_tune.errors import DataError, ExampleError, Problem, first_line
 from qwen_tune.recipe.schema import DataSpec, SourceSpec
 
-PROBLEMS_KEPT = 1000  # enough to say how bad it is, few enough to say it soon
+PROBLEMS_KEPT = 1000  # reading stops after so many
 
 
 class SourceReader:
-    """The examples of one source, read anew by each iteration and never held.
+    """The examples of one source; each iteration reads them again, and none are kept.
 
-    `recognised` is None until the first example is read; then it says what form the examples have, and why.
-    `columns_missed` are those that the recipe renames and no example has had so far; None before there was an example.
+    `recognised` is the format of the examples, None until the first is read. `columns_missed` are columns that the
+    recipe renames and no example has had so far, None until the first is read.
     """
 
     def __init__(
@@ -34,14 +34,14 @@ class SourceReader:
         files: list[SourceFile] | None = None,
         recognised: Recognised | None = None,
     ) -> None:
-        """Takes the source; nothing is read yet.
+        """Reads nothing yet.
 
         Args:
             source: The recipe's source.
             system: A system text for conversations that have none.
-            files: What `source_files` said, from whoever has asked; without them each iteration asks anew.
-            recognised: What form the examples have, if these files are a part of the source. Then it is not said which
-                columns no example has.
+            files: The result of `source_files`; None to call it at each iteration.
+            recognised: The format of the examples, if these files are only a part of the source. Then columns that no
+                example has are not reported.
         """
         self.recognised = recognised
         self.columns_missed: set[str] | None = None
@@ -54,7 +54,7 @@ class SourceReader:
         """Yields each example, or the problem with it.
 
         Raises:
-            DataError: The source is not there, or the recipe says of it what cannot be.
+            DataError: The source does not exist, or its settings in the recipe do not apply to it.
         """
         source = self._source
         tools = read_tools(source.tools)
@@ -63,7 +63,7 @@ class SourceReader:
         self.recognised = self._given
         if source.format != "auto":
             self.recognised = Recognised(source.format, f"the recipe says format: {source.format}")
-        for item in _rows(source, self._files):
+        for item in _records(source, self._files):
             if isinstance(item, Problem):
                 yield item
                 continue
@@ -87,13 +87,13 @@ class SourceReader:
             except ExampleError as problem:
                 yield problem.at(item.source)
                 if self.recognised is None:
-                    return  # without a format every further example would say the same
+                    return  # every further example would have the same problem
         if self._given is None:
             yield from missed_columns(source, self.columns_missed)
 
 
 def missed_columns(source: SourceSpec, names: set[str] | None) -> list[Problem]:
-    """A problem for each column that a recipe renames and no example of the source has."""
+    """A problem for each column that the recipe renames and no example of the source has."""
     return [
         Problem(
             source.path,
@@ -104,24 +104,11 @@ def missed_columns(source: SourceSpec, names: set[str] | None) -> list[Problem]:
     ]
 
 
-def iter_source(source: SourceSpec, *, system: str | None) -> Iterator[TrainingExample | Problem]:
-    """The examples of one source, and a problem for each that cannot be trained on; see `SourceReader`.
-
-    Args:
-        source: The recipe's source.
-        system: A system text for conversations that have none.
-
-    Raises:
-        DataError: The source is not there, or the recipe says of it what cannot be.
-    """
-    return iter(SourceReader(source, system=system))
-
-
 def source_files(source: SourceSpec) -> list[SourceFile] | None:
-    """The local files of a source, fetched where it is a URL; None for a Hub data set.
+    """The local files of a source, fetched if it is a URL; None for a Hub data set.
 
     Raises:
-        DataError: There are none, or they cannot be had.
+        DataError: There are none, or they cannot be fetched.
     """
     is_remote = is_url(source.path)
     files = None if is_remote else find_files(source.path)
@@ -136,44 +123,32 @@ def source_files(source: SourceSpec) -> list[SourceFile] | None:
     return [SourceFile(file, str(file)) for file in files]
 
 
-def load_conversations(data: DataSpec, *, rows_per_source: int | None = None) -> list[TrainingExample]:
-    """Every example of `data.train`, in the recipe's order.
-
-    Args:
-        data: The recipe's data section.
-        rows_per_source: Read no more examples of a source than this (a sample for `validate`).
+def load_sources(
+    sources: Sequence[SourceSpec], *, system: str | None, limit: int | None = None
+) -> list[TrainingExample]:
+    """The examples of some sources, in order; at most `limit` of each.
 
     Raises:
-        DataError: All problems of all sources, in order of file and line.
+        DataError: With all problems of all sources, in the order of file and line.
     """
-    return load_sources(data.train, system=data.system, rows_per_source=rows_per_source)
-
-
-def load_sources(
-    sources: Sequence[SourceSpec],
-    *,
-    system: str | None,
-    rows_per_source: int | None = None,
-) -> list[TrainingExample]:
-    """Every example of some sources; see `load_conversations`."""
-    rows: list[TrainingExample] = []
+    examples: list[TrainingExample] = []
     problems: list[Problem] = []
     for source in sources:
         try:
-            for item in itertools.islice(iter_source(source, system=system), rows_per_source):
+            for item in itertools.islice(SourceReader(source, system=system), limit):
                 if isinstance(item, Problem):
                     problems.append(item)
                     if len(problems) >= PROBLEMS_KEPT:
                         raise DataError(problems)
                 else:
-                    rows.append(item)
+                    examples.append(item)
         except DataError as error:
             if len(problems) >= PROBLEMS_KEPT:
                 raise
             problems.extend(error.problems)
     if problems:
         raise DataError(problems)
-    return rows
+    return examples
 
 
 def _renamed_columns(source: SourceSpec) -> dict[str, str]:
@@ -181,8 +156,8 @@ def _renamed_columns(source: SourceSpec) -> dict[str, str]:
         raise DataError(
             Problem(
                 f"data.train[].columns ({source.name})",
-                f"{', '.join(unknown)} is not a column of any format; they have {', '.join(COLUMNS)}",
-                "write our name first, then the name in the data: messages: chat",
+                f"{', '.join(unknown)} is not a column of any format; expected one of {', '.join(COLUMNS)}",
+                "write the format's column first, then the one in the data: {messages: chat}",
             )
         )
     return dict(source.columns)
@@ -195,8 +170,10 @@ def _rename(columns: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str,
         if name in columns:
             result[ours] = columns[name]
         elif ours in REQUIRED_COLUMNS:
-            what = f'there is no column "{name}", which the recipe maps to {ours}'
-            raise ExampleError(what, f"the example has {', '.join(map(str, list(columns)[:8])) or 'no columns'}")
+            what = f'the example has no column "{name}", which the recipe maps to {ours}'
+            raise ExampleError(
+                what, f"map one of its columns: {', '.join(map(str, list(columns)[:8])) or 'it has none'}"
+            )
     return result
 
 
@@ -205,10 +182,10 @@ def _lacking(missing: list[str], columns: Mapping[str, Any], recognised: Recogni
         f"the example lacks {' and '.join(missing)}; this source is read as {recognised.name} ({recognised.reason}); "
         f"the example has {', '.join(name[:40] for name in list(columns)[:8]) or 'no columns'}"
     )
-    return ExampleError(what, "keep examples of one form in a file")
+    return ExampleError(what, "use one format per source")
 
 
-def _rows(source: SourceSpec, files: list[SourceFile] | None) -> Iterator[Record | Problem]:
+def _records(source: SourceSpec, files: list[SourceFile] | None) -> Iterator[Record | Problem]:
     files = source_files(source) if files is None else files
     if files is None:
         yield from _hub_records(source)
@@ -231,15 +208,15 @@ def _hub_records(source: SourceSpec) -> Iterator[Record | Problem]:
             name=source.subset,
             split=split,
             revision=source.revision,
-            streaming=not constants.HF_HUB_OFFLINE,  # without a network there is only what an earlier run has kept
+            streaming=not constants.HF_HUB_OFFLINE,  # offline, only the local cache is available
         )
-    except ValueError as error:  # an unknown split or subset: the message names the ones there are
+    except ValueError as error:  # an unknown split or subset: the message lists the known ones
         raise DataError(Problem(source.path, first_line(error), "set data.train[].split and .subset")) from error
     except (DatasetsError, HfHubHTTPError, OfflineModeIsEnabled, OSError, RuntimeError) as error:
         raise DataError(
             Problem(
                 source.path,
-                f"neither a local file or folder nor a data set that the Hub gives us ({first_line(error)})",
+                f"not a local file or folder, nor a data set that the Hub lets us read ({first_line(error)})",
                 "check the name; for a private data set run `hf auth login`",
             )
         ) from error
@@ -247,17 +224,17 @@ def _hub_records(source: SourceSpec) -> Iterator[Record | Problem]:
     try:
         for number, columns in enumerate(table, start=1):
             yield Record(f"{source.path}[{split}]:{number}", without_nulls(columns))
-    except Exception as error:  # files of every kind, read as they arrive, each with exceptions of its own
-        what = f"the data set cannot be read from here on: {first_line(error)}"
-        fix = "try again; if it is always this example, download the file and give its path"
+    except Exception as error:  # each file format of a data set has its own exceptions
+        what = f"the data set cannot be read beyond this example: {first_line(error)}"
+        fix = "try again; if it stops at the same example, download the file and write its path"
         raise DataError(Problem(f"{source.path}[{split}]:{number + 1}", what, fix)) from error
 
 
 def read_tools(path: str | None) -> list[Any] | None:
-    """The tools of a recipe's JSON file of them; None without one.
+    """The tools of the JSON file that a recipe names; None without one.
 
     Raises:
-        DataError: It cannot be read, or holds no tools.
+        DataError: The file cannot be read, or is not a list of tools.
     """
     if path is None:
         return None
@@ -269,21 +246,21 @@ def read_tools(path: str | None) -> list[Any] | None:
         raise DataError(problem.at(path)) from None
 
 
-SAMPLE_ROWS = 1000  # a source; reading more would make a check that is meant to be instant wait for the disk
+CHECKED_EXAMPLES = 1000  # of each source, so that the check is instant
 
 
 def check_data(data: DataSpec) -> str:
     """Reads the first examples of every local source.
 
     Returns:
-        What was read, in words.
+        What was read, for the user.
 
     Raises:
-        DataError: Every file that is missing and every example that is wrong.
+        DataError: With a problem for every file that is missing and every example that is wrong.
     """
     sources = [*data.train, *(data.eval if isinstance(data.eval, list) else ())]
     local = [source for source in sources if not is_url(source.path) and not names_hub_data_set(source.path)]
-    count = len(load_sources(local, system=data.system, rows_per_source=SAMPLE_ROWS))
-    read = f"{count:,} examples read (at most {SAMPLE_ROWS:,} of a source)"
+    count = len(load_sources(local, system=data.system, limit=CHECKED_EXAMPLES))
+    read = f"{count:,} examples read (at most {CHECKED_EXAMPLES:,} of each source)"
     remote = len(sources) - len(local)
-    return f"{read}, {remote} sources elsewhere not looked at" if remote else read
+    return f"{read}, {remote} remote sources not checked" if remote else read

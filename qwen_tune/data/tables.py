@@ -1,4 +1,4 @@
-"""Rows of tables: CSV, Parquet, and Arrow as `datasets` writes it."""
+"""Records of tables: CSV, Parquet, and Arrow as `datasets` writes it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from qwen_tune.errors import Problem, first_line
 
 _BATCH_ROWS = 256
 _BUFFER_BYTES = 1 << 20  # of each column
-_QUOTES = "put texts that hold quotes, commas or line breaks in double quotes, and double the quotes in them"
+_QUOTES = "put texts with quotes, commas or line breaks in double quotes, and double the quotes in them"
 
 
 def read_csv(file: SourceFile) -> Iterator[Record | Problem]:
-    """The examples of a table in text, with a header; a tab between the values of `.tsv`, a comma in `.csv`."""
+    """Reads a table in text with a header; values are separated by tabs in `.tsv`, by commas in `.csv`."""
     csv.field_size_limit(VALUE_LIMIT_BYTES)
     name = file.name
     with file.open() as stream:
@@ -33,28 +33,28 @@ def read_csv(file: SourceFile) -> Iterator[Record | Problem]:
             if repeated := {column for column in header if header.count(column) > 1}:
                 yield Problem(f"{name}:1", f"the header names {', '.join(sorted(repeated))[:80]} twice", "rename one")
                 return
-            any_example, line = False, reader.line_num + 1
+            any_record, line = False, reader.line_num + 1
             for values in reader:
                 source, line = f"{name}:{line}", reader.line_num + 1
-                any_example = True
+                any_record = True
                 if not values:
                     continue
                 if len(values) != len(header):
-                    what = f"the example has {len(values)} values; the header has {len(header)} columns"
+                    what = f"the line has {len(values)} values; expected {len(header)}, one per column of the header"
                     yield Problem(source, what, _QUOTES)
                 else:
                     yield Record(source, dict(zip(header, values)))  # noqa: B905
-            if not any_example:
-                yield Problem(f"{name}:1", "the file holds a header and no examples", "add examples")
+            if not any_record:
+                yield Problem(f"{name}:1", "the file has a header but no examples", "add examples")
         except csv.Error as error:
-            yield Problem(f"{name}:{line}", f"the example is not CSV: {error}", _QUOTES)
+            yield Problem(f"{name}:{line}", f"the line is not CSV: {error}", _QUOTES)
         except UnicodeDecodeError as error:
             what = f"byte {error.start + 1} of the line is not UTF-8"
             yield Problem(f"{name}:{reader.line_num + 1}", what, "save the file as UTF-8")
 
 
 def _lines(stream: BinaryIO) -> Iterator[str]:
-    """Lines with their ends, as a quoted text may go over several; decoded one by one, so that each has its number."""
+    """Lines with their ends, which quoted texts may contain; decoded one by one, for errors with line numbers."""
     first = True
     while line := stream.readline(VALUE_LIMIT_BYTES):
         if len(line) >= VALUE_LIMIT_BYTES:
@@ -64,42 +64,42 @@ def _lines(stream: BinaryIO) -> Iterator[str]:
 
 
 def read_parquet(file: SourceFile) -> Iterator[Record | Problem]:
-    """The examples of a Parquet file, a batch at a time."""
+    """Reads a Parquet file, a batch at a time."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        # Without a buffer, and with pre_buffer, a whole row group is read ahead, which in many files is the whole file.
+        # Otherwise a whole row group is read at once, which in many files is the whole file.
         with (
             _unpacked(file) as path,
             pyarrow.parquet.ParquetFile(path, memory_map=False, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table,
         ):
-            yield from _table_rows(table.iter_batches(batch_size=_BATCH_ROWS), file.name)
+            yield from _table_records(table.iter_batches(batch_size=_BATCH_ROWS), file.name)
     except _table_errors() as error:
-        yield Problem(file.name, f"the file is not Parquet: {first_line(error)}", "is it whole?")
+        yield Problem(file.name, f"the file is not Parquet: {first_line(error)}", "check that the file is complete")
 
 
 def read_arrow(file: SourceFile) -> Iterator[Record | Problem]:
-    """The examples of an Arrow file, or of an Arrow stream, which `datasets` writes under the same name."""
+    """Reads an Arrow file, or an Arrow stream, which `datasets` writes under the same name."""
     import pyarrow
 
     try:
-        # Mapped, for a batch may be the whole file: its pages are the kernel's to drop.
+        # Mapped, since a batch may be the whole file: the kernel can drop its pages.
         with _unpacked(file) as path, pyarrow.memory_map(str(path)) as source:
             is_file = source.read(6) == b"ARROW1"
             source.seek(0)
             if is_file:
                 table = pyarrow.ipc.open_file(source)
                 batches = (table.get_batch(index) for index in range(table.num_record_batches))
-                yield from _table_rows(batches, file.name)
+                yield from _table_records(batches, file.name)
             else:
-                yield from _table_rows(pyarrow.ipc.open_stream(source), file.name)
+                yield from _table_records(pyarrow.ipc.open_stream(source), file.name)
     except _table_errors() as error:
-        yield Problem(file.name, f"the file is not Arrow: {first_line(error)}", "is it whole?")
+        yield Problem(file.name, f"the file is not Arrow: {first_line(error)}", "check that the file is complete")
 
 
 def without_nulls(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """A table's example without the nulls that Arrow invents where structs of one column differ in their keys."""
+    """A table row without the nulls that Arrow adds where structs in a column differ in their keys."""
     return {name: _without_nulls(value) for name, value in columns.items()}
 
 
@@ -111,10 +111,10 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _table_rows(batches: Iterable[Any], name: str) -> Iterator[Record | Problem]:
+def _table_records(batches: Iterable[Any], name: str) -> Iterator[Record | Problem]:
     number = 0
     for batch in batches:
-        batch.validate(full=True)  # a damaged file may hold lengths and texts that crash whoever trusts them
+        batch.validate(full=True)  # wrong lengths in a damaged file can crash the process
         repeated = [column for column in batch.schema.names if batch.schema.names.count(column) > 1]
         if repeated:
             yield Problem(name, f"two columns are named {repeated[0][:40]}", "rename one")
@@ -126,7 +126,7 @@ def _table_rows(batches: Iterable[Any], name: str) -> Iterator[Record | Problem]
 
 
 def _table_errors() -> tuple[type[Exception], ...]:
-    """What a damaged table ends in; a value that Python cannot hold (a date of the year 0) is a plain error."""
+    """Exceptions of damaged tables, and of values that Python cannot represent (a date in the year 0)."""
     import pyarrow
 
     return (pyarrow.ArrowException, OSError, ValueError, ArithmeticError)
@@ -134,14 +134,14 @@ def _table_errors() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def _unpacked(file: SourceFile) -> Iterator[Path]:
-    """The file's path, or that of an unpacked copy: tables are read from their ends, which no packed stream allows."""
+    """The file's path, or that of a decompressed copy: tables are read from their end, which needs a seekable file."""
     if file.compression is None:
         yield file.path
         return
     import shutil
     import tempfile
 
-    # Without a name where that can be read: a process that is killed then leaves nothing.
+    # Without a name where possible, so that a process that is killed leaves nothing.
     nameless = sys.platform == "linux"
     with tempfile.TemporaryFile() if nameless else tempfile.NamedTemporaryFile() as copy:
         with file.open() as stream:

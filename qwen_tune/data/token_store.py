@@ -1,11 +1,11 @@
-"""Token ids and labels of one source on disk: written in one pass, read as if they were in memory.
+"""Token ids and labels of one source on disk: written in one pass, memory-mapped for reading.
 
-    ids.bin        4 bytes a token
-    learned.bin    1 byte a token: 1 where it is supervised
-    <column>.bin   a number a sample or an example (see COLUMNS), and a sketch an example
-    store.json     names, counts, and the hash of it all; written last
+    ids.bin        4 bytes per token
+    learned.bin    1 byte per token: 1 if it is supervised
+    <column>.bin   a number per sample or example (see COLUMNS), and a sketch per example
+    store.json     names, counts, and the hash of each file; written last
 
-Nothing here depends on lengths, packs, weights or seeds, so that those can change without tokenizing again.
+Nothing here depends on lengths, packs, weights or seeds, so these can change without tokenizing again.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import numpy.typing as npt
 
 from qwen_tune.chatml.encoder import EncodedSamples
 from qwen_tune.chatml.template import IGNORED, TokenizedExample
-from qwen_tune.data.mixing import Rows
+from qwen_tune.data.mixing import Integers
 from qwen_tune.data.near_duplicates import BINS, Sketches
 from qwen_tune.disk import sha256
 from qwen_tune.errors import DataError, Problem, first_line
 from qwen_tune.recipe.schema import SourceSpec
 
-WARNINGS_TOLD_APART = 63
+DISTINCT_WARNINGS = 63
 FURTHER_WARNINGS = "further kinds of warnings"
 
 COLUMNS: dict[str, np.dtype[Any]] = {
@@ -50,15 +50,13 @@ COLUMNS: dict[str, np.dtype[Any]] = {
     "warnings": np.dtype("<u8"),
     "sketch": np.dtype(("<u2", (BINS,))),
 }
-"""Every file of numbers, and what one entry is."""
-
-Integers = npt.NDArray[np.int64]
+"""The files of numbers, and the type of an entry."""
 
 
 class StoredExample(NamedTuple):
-    """What is kept of an example beside its tokens.
+    """What is stored of an example in addition to its tokens.
 
-    `digest` is a hash of what it says, `lesson` one of that and of what of it is supervised.
+    `digest` is a hash of its text, `supervision_digest` of that and of which parts are supervised.
     """
 
     source: str
@@ -70,10 +68,10 @@ class StoredExample(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredBatch:
-    """Some examples and their samples as numbers, as they stand in a store but for two columns.
+    """Some examples and their samples in the columns of a store.
 
-    `file_number` and `warnings` count within the batch: places in `files` (names) and `warnings` (those of one example
-    together).
+    Two columns differ from the store's: `file_number` and `warnings` are places in this batch's `files` (names) and
+    `warnings` (the combination of one example).
     """
 
     columns: Mapping[str, npt.NDArray[Any]]
@@ -81,11 +79,10 @@ class StoredBatch:
     warnings: tuple[tuple[str, ...], ...]
 
     @classmethod
-    def of(cls, encoded: EncodedSamples, rows: Sequence[StoredExample], sketches: Sketches) -> StoredBatch:
-        """The samples of some examples, in the order of the examples."""
+    def of(cls, encoded: EncodedSamples, examples: Sequence[StoredExample], sketches: Sketches) -> StoredBatch:
         first_tokens = np.cumsum(encoded.lengths) - encoded.lengths
         supervised = np.concatenate((np.zeros(1, np.int64), np.cumsum(encoded.loss_mask)))
-        places = [row.source.rpartition(":") for row in rows]
+        places = [example.source.rpartition(":") for example in examples]
         files: dict[str, int] = {}
         warnings: dict[tuple[str, ...], int] = {}
         values = {
@@ -96,10 +93,10 @@ class StoredBatch:
             "straddling": encoded.straddling,
             "file_number": [files.setdefault(name, len(files)) for name, _, _ in places],
             "line": [int(line) for _, _, line in places],
-            "digest": [row.digest for row in rows],
-            "lesson": [row.supervision_digest for row in rows],
-            "samples": [row.samples for row in rows],
-            "warnings": [warnings.setdefault(row.warnings, len(warnings)) for row in rows],
+            "digest": [example.digest for example in examples],
+            "lesson": [example.supervision_digest for example in examples],
+            "samples": [example.samples for example in examples],
+            "warnings": [warnings.setdefault(example.warnings, len(warnings)) for example in examples],
             "sketch": sketches,
         }
         columns = {name: np.asarray(values[name], dtype.base) for name, dtype in COLUMNS.items()}
@@ -127,7 +124,7 @@ class StoreWriter:
             file.close()
 
     def add(self, batch: StoredBatch) -> None:
-        """Adds some examples after those that are there."""
+        """Appends a batch."""
         files = [self._names.setdefault(name, len(self._names)) for name in batch.files]
         bits = [self._warning_bits(warnings) for warnings in batch.warnings]
         numbered = {"file_number": np.array(files), "warnings": np.array(bits, np.uint64)}
@@ -156,7 +153,7 @@ class StoreWriter:
     def _warning_bits(self, warnings: Sequence[str]) -> int:
         bits = 0
         for warning in warnings:
-            if warning not in self._warnings and len(self._warnings) >= WARNINGS_TOLD_APART:
+            if warning not in self._warnings and len(self._warnings) >= DISTINCT_WARNINGS:
                 warning = FURTHER_WARNINGS
             bits |= 1 << self._warnings.setdefault(warning, len(self._warnings))
         return bits
@@ -165,16 +162,15 @@ class StoreWriter:
 class TokenStore:
     """A finished store.
 
-    Samples have `lengths`, `supervised`, `straddling` (tokens); examples have `samples` (how many), `first_sample`,
-    `line`, `digests` (what they say), `supervision_digests` (what of it is supervised), `warnings` (a bit for each of
-    `warning_names`) and `sketches`.
+    Per sample: `lengths`, `supervised`, `straddling` (numbers of tokens). Per example: `samples` (how many),
+    `first_sample`, `digests`, `supervision_digests`, `warnings` (a bit for each of `warning_names`) and `sketches`.
     """
 
     def __init__(self, directory: Path) -> None:
         """Opens a store.
 
         Raises:
-            DataError: Its files are not as they were written.
+            DataError: A file is missing or is not as it was written.
         """
         try:
             self._open(directory)
@@ -189,7 +185,7 @@ class TokenStore:
         for name, expected in meta["sha256"].items():
             if sha256(directory / f"{name}.bin") != expected:
                 raise ValueError(f"{name}.bin is not as it was written")
-        # Of what trains: where examples stand may change.
+        # Of what trains; the places of the examples may change.
         self.sha256 = hashlib.sha256(
             str([meta["sha256"][name] for name in ("ids", "learned", "length")]).encode()
         ).hexdigest()
@@ -210,16 +206,15 @@ class TokenStore:
         self._first_token = np.cumsum(self.lengths) - self.lengths
 
     @property
-    def rows(self) -> int:
-        """How many examples the source has."""
+    def example_count(self) -> int:
         return len(self.samples)
 
-    def source(self, row: int) -> str:
-        """Where an example stands, as `file:line`."""
-        return f"{self.files[self._file[row]]}:{self._line[row]}"
+    def source(self, example: int) -> str:
+        """The place of an example, as `file:line`."""
+        return f"{self.files[self._file[example]]}:{self._line[example]}"
 
-    def row_of(self, sample: int) -> int:
-        """The example that a sample was made of."""
+    def example_of(self, sample: int) -> int:
+        """The number of the example that a sample was made of."""
         return int(np.searchsorted(self.first_sample, sample, side="right")) - 1
 
     def tokens(self, sample: int, limit: int | None = None) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -230,15 +225,15 @@ class TokenStore:
         return ids, np.where(self._loss_mask[start:stop], ids, IGNORED)
 
     def supervised_within(self, sample: int, limit: int) -> int:
-        """How many of a sample's first tokens are supervised."""
+        """How many of a sample's first `limit` tokens are supervised."""
         start = int(self._first_token[sample])
         return int(np.count_nonzero(self._loss_mask[start : start + limit]))
 
-    def example(self, sample: int, source_name: str, limit: int | None = None) -> TokenizedExample:
+    def sample(self, sample: int, source_name: str, limit: int | None = None) -> TokenizedExample:
         """A sample, or its first `limit` tokens."""
         ids, labels = self.tokens(sample, limit)
         return TokenizedExample(
-            self.source(self.row_of(sample)),
+            self.source(self.example_of(sample)),
             source_name,
             ids.tolist(),
             labels.tolist(),
@@ -252,33 +247,33 @@ def _mapped(path: Path, entries: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     if size != entries * dtype.itemsize:
         raise ValueError(f"{path.name} has {size} bytes; expected {entries * dtype.itemsize}")
     shape = (entries, *dtype.shape)
-    # An empty file cannot be mapped.
+    # Empty files cannot be mapped.
     return np.memmap(path, dtype.base, "r", shape=shape) if entries else np.empty(shape, dtype.base)
 
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """A source of the recipe and its tokens; `first_row` is the number of its first example in a `ExampleTable`."""
+    """A source of the recipe and its tokens; `first_example` is its first place in an `ExampleTable`."""
 
     spec: SourceSpec
     store: TokenStore
     was_cached: bool
-    first_row: int
+    first_example: int
 
 
 @dataclass(frozen=True)
 class Samples(Sequence[TokenizedExample]):
-    """Samples in order, read from disk when they are asked for.
+    """Samples in order, read from disk on access.
 
-    `source` (number of the source), `sample` (number in its store), `lengths` and `supervised` (tokens that are kept,
-    and those of them that are supervised) have one entry a sample.
+    Per sample: `source` (number of the source), `sample` (number in its store), `lengths` and `supervised` (tokens that
+    are kept, and how many of them are supervised).
     """
 
     sources: Sequence[PreparedSource]
-    source: Rows
-    sample: Rows
-    lengths: Rows
-    supervised: Rows
+    source: Integers
+    sample: Integers
+    lengths: Integers
+    supervised: Integers
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -291,25 +286,21 @@ class Samples(Sequence[TokenizedExample]):
         if isinstance(index, slice):
             return self.subset(np.arange(len(self))[index])
         source = self.sources[int(self.source[index])]
-        return source.store.example(int(self.sample[index]), source.spec.name, int(self.lengths[index]))
+        return source.store.sample(int(self.sample[index]), source.spec.name, int(self.lengths[index]))
 
     def __iter__(self) -> Iterator[TokenizedExample]:
         return (self[index] for index in range(len(self)))
 
-    def subset(self, chosen: Rows) -> Samples:
-        """Some of the samples, by their places."""
+    def subset(self, chosen: Integers) -> Samples:
+        """The samples at some places."""
         columns = ("source", "sample", "lengths", "supervised")
         return replace(self, **{name: getattr(self, name)[chosen] for name in columns})
 
-    def tokens(self, index: int) -> tuple[Rows, Rows]:
+    def tokens(self, index: int) -> tuple[Integers, Integers]:
         """Ids and labels of a sample."""
         return self.sources[int(self.source[index])].store.tokens(int(self.sample[index]), int(self.lengths[index]))
 
     def place(self, index: int) -> str:
-        """Where the example stands that a sample was made of, as `file:line`."""
+        """The place of the example that a sample was made of, as `file:line`."""
         store = self.sources[int(self.source[index])].store
-        return store.source(store.row_of(int(self.sample[index])))
-
-    def source_name(self, index: int) -> str:
-        """The recipe's name for the source of a sample."""
-        return self.sources[int(self.source[index])].spec.name
+        return store.source(store.example_of(int(self.sample[index])))

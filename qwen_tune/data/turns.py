@@ -1,4 +1,4 @@
-"""The spellings of turns, and how each becomes OpenAI's: a role and a content."""
+"""Converts the various spellings of turns to OpenAI's: a role and a content."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SHAREGPT_ROLES = {
 _TURN_FIX = 'write {"role": "user", "content": …}'
 
 
-def list_column(row: Mapping[str, Any], column: str) -> list[Any]:
-    """A column that holds a list of turns, or JSON text of one.
+def list_column(record: Mapping[str, Any], column: str) -> list[Any]:
+    """Reads a column with a list of turns, or JSON text of one.
 
     Raises:
-        ExampleError: It holds something else.
+        ExampleError: It is something else.
     """
-    value = row.get(column)
+    value = record.get(column)
     if isinstance(value, str):
         value = parse_json_text(value, column)
     if not isinstance(value, list):
@@ -37,7 +37,7 @@ def list_column(row: Mapping[str, Any], column: str) -> list[Any]:
 
 
 def spelling(turn: Any) -> str | None:
-    """How a turn is written: `role and content`, `from and value` or `human and assistant`; None if in no known way."""
+    """How a turn is written: `role and content`, `from and value` or `human and assistant`; None if unknown."""
     if not isinstance(turn, dict):
         return None
     if "role" in turn:
@@ -48,10 +48,10 @@ def spelling(turn: Any) -> str | None:
 
 
 def to_messages(turns: list[Any], column: str) -> list[Any]:
-    """Turns in any spelling as messages.
+    """Converts turns in any spelling to messages.
 
     Raises:
-        ExampleError: A turn is in none.
+        ExampleError: The spelling of a turn is unknown.
     """
     for turn in turns:
         if type(turn) is not dict or "role" not in turn:
@@ -77,13 +77,13 @@ def to_messages(turns: list[Any], column: str) -> list[Any]:
     return messages
 
 
-def history_pairs(row: Mapping[str, Any]) -> list[Any]:
-    """The turns of the column `history`: [question, answer] pairs.
+def history_pairs(record: Mapping[str, Any]) -> list[Any]:
+    """The turns of the column `history`, a list of [question, answer] pairs.
 
     Raises:
-        ExampleError: It holds something else.
+        ExampleError: It is something else.
     """
-    history = row.get("history") or []
+    history = record.get("history") or []
     if isinstance(history, str):
         history = parse_json_text(history, "history")
     fix = "write [[question, answer], …]"
@@ -99,13 +99,13 @@ def history_pairs(row: Mapping[str, Any]) -> list[Any]:
     return messages
 
 
-def text_column(row: Mapping[str, Any], column: str) -> str:
-    """A column that holds what somebody says.
+def text_column(record: Mapping[str, Any], column: str) -> str:
+    """The text of a column.
 
     Raises:
-        ExampleError: It holds no text.
+        ExampleError: It is not text, or is blank.
     """
-    return _spoken(row.get(column), column)
+    return _spoken(record.get(column), column)
 
 
 def _spoken(value: Any, at: str) -> str:
@@ -122,7 +122,7 @@ def _from_and_value(turn: dict[str, Any], at: str) -> dict[str, Any]:
     role = SHAREGPT_ROLES[speaker]
     if len(turn) == 2 and speaker != "function_call":
         return {"role": role, "content": value}
-    # Whatever else the turn says (train, reasoning_content, weight …) is read, or refused, like a message's.
+    # Other keys of the turn (train, reasoning_content, weight …) are read or refused like those of a message.
     others = {key: item for key, item in turn.items() if key not in ("from", "value")}
     if speaker == "function_call":
         call = parse_json_text(value, f"{at}.value") if isinstance(value, str) else value
@@ -133,7 +133,7 @@ def _from_and_value(turn: dict[str, Any], at: str) -> dict[str, Any]:
 
 def _human_and_assistant(turn: dict[str, Any], at: str, *, is_first: bool) -> list[Any]:
     if unknown := turn.keys() - {"human", "assistant", "system"}:
-        # The turn is two messages: nobody can say to which of them a further key belongs.
+        # The turn becomes two messages: it is unclear to which of them another key belongs.
         what = f'{at} has the key "{min(unknown)[:40]}"; expected human, assistant and system'
         raise ExampleError(what, 'remove it, or write turns with "role" and "content"')
     messages = [
@@ -142,6 +142,6 @@ def _human_and_assistant(turn: dict[str, Any], at: str, *, is_first: bool) -> li
     ]
     if turn.get("system"):
         if not is_first:
-            raise ExampleError(f"{at} has a system text; expected it in the first turn", "move it there")
+            raise ExampleError(f"{at} has a system text; expected it in the first turn only", "move it there")
         messages.insert(0, {"role": "system", "content": turn["system"]})
     return messages

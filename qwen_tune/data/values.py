@@ -1,4 +1,4 @@
-"""JSON values in data files: decoded strictly, checked, and shown in messages."""
+"""JSON values of data files: decoding (strict), checks, and descriptions for messages."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from qwen_tune.errors import ExampleError
 
 DEEPEST = 100
-"""Levels of nesting that a tool, a call's arguments or a template's argument may have."""
+"""Levels of nesting allowed in a tool, the arguments of a call, or an argument of the template."""
 
 
 def decode(text: str) -> Any:
     """Parses one JSON value.
 
     Raises:
-        ValueError: With a short reason: no JSON, a key twice, NaN or Infinity, half of a surrogate pair, a number of
-            too many digits, or nested too deeply.
+        ValueError: With a short reason: it is not JSON, has a key twice, NaN or Infinity, half of a surrogate pair, or
+            a number of too many digits, or is nested too deeply.
     """
     try:
         value = _decode_line(text)
@@ -33,10 +33,10 @@ def decode(text: str) -> Any:
 
 
 def decode_at(text: str, position: int) -> tuple[Any, int]:
-    """Parses the value that begins at a position; returns it with the position after it.
+    """Parses the value at a position; returns it and the position after it.
 
     Raises:
-        ValueError: See `decode`; a `json.JSONDecodeError`, with its place, where it is not JSON.
+        ValueError: See `decode`; a `json.JSONDecodeError`, with its place, if it is not JSON.
     """
     try:
         value, end = DECODER.raw_decode(text, position)
@@ -51,24 +51,24 @@ def decode_at(text: str, position: int) -> tuple[Any, int]:
 
 
 def check_text(value: Any, text: str) -> None:
-    """Refuses a value that no text file could hold.
+    """Checks a value parsed from a text.
 
     Raises:
-        ValueError: The value, parsed from the text, holds half of a surrogate pair, or is nested too deeply to tell.
+        ValueError: It holds half of a surrogate pair, which UTF-8 cannot encode, or is nested too deeply.
     """
-    # It can only come from an escape, so most lines skip the second look.
+    # Surrogates can only come from escapes, so most lines skip the slow check.
     if "\\u" not in text or ("\\ud" not in text and "\\uD" not in text):
         return
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError("it holds half of a surrogate pair, which no text can contain") from None
+        raise ValueError("it holds half of a surrogate pair, which is not valid text") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
 def unlike_json(value: Any, *, level: int = 0) -> str | None:
-    """What keeps a value from being written as JSON again, in words: a table's date, an infinite number, depth."""
+    """Why a value cannot be written as JSON again, for messages (a date of a table, an infinite number); else None."""
     if value is None or isinstance(value, (str, bool, int)):
         return None
     if isinstance(value, float):
@@ -82,7 +82,7 @@ def unlike_json(value: Any, *, level: int = 0) -> str | None:
 
 
 def _decode_line(text: str) -> Any:
-    # `decode` looks for white space on both sides of the value, which for a short line takes as long as parsing it.
+    # `JSONDecoder.decode` skips white space around the value, which takes as long as parsing a short line.
     if text.startswith("{"):
         value, end = DECODER.raw_decode(text)
         if text[end:] in _LINE_ENDS:
@@ -99,7 +99,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f'the key "{repeated[:40]}" stands twice')
+        raise ValueError(f'the key "{repeated[:40]}" occurs twice')
     return mapping
 
 
@@ -115,17 +115,17 @@ _SHOWN_CHARACTERS = 300
 
 
 def check_json(value: Any, name: str) -> None:
-    """Refuses what a template could not write as JSON.
+    """Checks that a template can write a value as JSON.
 
     Raises:
-        ExampleError: The value holds a table's date, an infinite number, or too many levels.
+        ExampleError: It holds a date from a table, an infinite number, or too many levels.
     """
     if found := unlike_json(value):
         raise ExampleError(f"{name} holds {found}; expected plain JSON", "write it as text or as a number")
 
 
 def parse_json_text(text: str, name: str) -> Any:
-    """Parses JSON that an example carries inside a string.
+    """Parses JSON text inside a column.
 
     Raises:
         ExampleError: The string is not JSON.
@@ -137,7 +137,7 @@ def parse_json_text(text: str, name: str) -> Any:
 
 
 def kind(value: Any) -> str:
-    """The value's JSON type in words, for messages."""
+    """The JSON type of a value, for messages."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -151,9 +151,9 @@ def kind(value: Any) -> str:
     return type(value).__name__
 
 
-def shown_example(row: Mapping[str, Any]) -> str:
-    """An example for an error message: its columns and the beginnings of their values, in at most 300 characters."""
-    text = "{" + ", ".join(f'"{name[:40]}": {_shown(value, 2)}' for name, value in row.items()) + "}"
+def shown_record(record: Mapping[str, Any]) -> str:
+    """A record for messages: columns and shortened values, in at most 300 characters."""
+    text = "{" + ", ".join(f'"{name[:40]}": {_shown(value, 2)}' for name, value in record.items()) + "}"
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 1]}…"
 
 

@@ -34,7 +34,7 @@ def examples_of_the_run(run: Path, template: ChatTemplate, count: int) -> list[T
         data = prepare_data(recipe.data, template, seed=recipe.train.seed)
     except (DataError, RecipeError):
         return []
-    return list((data.evaluation.examples if len(data.evaluation.examples) else data.train.examples)[:count])
+    return list((data.evaluation.samples if len(data.evaluation.samples) else data.train.samples)[:count])
 
 
 def plain_prompts(template: ChatTemplate) -> list[list[int]]:

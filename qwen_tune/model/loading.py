@@ -36,7 +36,7 @@ def check_dtype(model: ModelSpec) -> None:
             )
         )
     if model.dtype == "float16" and not cuda:
-        raise ModelError(Problem("model.dtype", "float16 needs a GPU, and there is none", "write dtype: auto"))
+        raise ModelError(Problem("model.dtype", "float16 needs a GPU, and no GPU is available", "write dtype: auto"))
 
 
 def training_dtype(model: ModelSpec, base: BaseCheckpoint) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""What became of the examples, with places: the balance, what was left out and why, what looks odd."""
+"""What became of the examples: the balance, what was dropped and why, and warnings, with places."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qwen_tune.data.mixing import DUPLICATE, IN_EVALUATION, NEAR_DUPLICATE, NEAR_EVALUATION, Rows
+from qwen_tune.data.mixing import DUPLICATE, IN_EVALUATION, NEAR_DUPLICATE, NEAR_EVALUATION, Integers
 from qwen_tune.data.preparation import NO_LABELS, OVERLONG, PreparedData, PreparedSplit
 from qwen_tune.recipe.schema import DataSpec
 
@@ -19,7 +19,7 @@ SHARES_KEPT = (0.9, 0.99, 1.0)
 
 IN_WORDS = {
     OVERLONG: "longer than data.max_length_tokens",
-    NO_LABELS: "nothing to learn from",
+    NO_LABELS: "no supervised tokens",
     IN_EVALUATION: "also an evaluation example",
     NEAR_EVALUATION: "almost the same as an evaluation example",
     DUPLICATE: "the same as an earlier example",
@@ -29,16 +29,16 @@ IN_WORDS = {
 
 @dataclass(frozen=True)
 class Found:
-    """Rows of one kind: what they are, how many, and where the first of them stand (`file:line`)."""
+    """Examples with one finding: what it is, how many there are, and the places of the first (`file:line`)."""
 
     what: str
-    rows: int
+    examples: int
     places: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """One source: its form and why it was taken for that, its examples, and the samples and tokens that it contributes.
+    """One source: its format and why it was recognised as that, its examples, and the samples and tokens from it.
 
     `train` and `evaluation` count samples, as often as they are drawn.
     """
@@ -47,7 +47,7 @@ class SourceFacts:
     path: str
     format: str
     why: str
-    rows: int
+    examples: int
     train: int
     evaluation: int
     tokens: int
@@ -57,10 +57,10 @@ class SourceFacts:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of all samples in tokens, before any is dropped or cut.
+    """Lengths of all samples in tokens, before any is dropped or truncated.
 
-    `bars` are (from, to, samples) of a histogram, the last of them open to the longest; `keeping` says for shares of
-    the samples (as "90%") which data.max_length_tokens would keep them; `over` samples are longer than `limit`.
+    `bars` are the (from, to, samples) of a histogram, the last extended to the longest sample; `keeping` maps shares of
+    the samples (such as "90%") to the data.max_length_tokens that would keep them; `over` samples exceed `limit`.
     """
 
     limit: int
@@ -73,8 +73,6 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Audit:
-    """See the module."""
-
     facts: Mapping[str, Any]
     sources: Sequence[SourceFacts]
     lengths: Lengths
@@ -84,12 +82,11 @@ class Audit:
     silent_sources: Sequence[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         return {**asdict(self), "facts": dict(self.facts)}
 
 
 def audit(data: PreparedData, spec: DataSpec) -> Audit:
-    """Looks at all that was prepared.
+    """Summarizes the prepared data.
 
     Args:
         data: The samples of both sides.
@@ -103,7 +100,7 @@ def audit(data: PreparedData, spec: DataSpec) -> Audit:
     duplicates = {
         IN_WORDS[DUPLICATE]: np.setdiff1d(mixture.duplicates, gone),
         IN_WORDS[NEAR_DUPLICATE]: np.setdiff1d(mixture.near_duplicates, gone),
-        "evaluated, while something similar is trained": mixture.contaminated,
+        "in the evaluation, with a similar one in training": mixture.contaminated,
     }
     return Audit(
         facts=data.facts,
@@ -116,19 +113,19 @@ def audit(data: PreparedData, spec: DataSpec) -> Audit:
     )
 
 
-def _merged(parts: Iterable[Mapping[str, Rows]]) -> dict[str, Rows]:
-    merged: dict[str, Rows] = {}
+def _merged(parts: Iterable[Mapping[str, Integers]]) -> dict[str, Integers]:
+    merged: dict[str, Integers] = {}
     for part in parts:
-        for name, rows in part.items():
-            merged[name] = np.union1d(merged[name], rows) if name in merged else rows
+        for name, examples in part.items():
+            merged[name] = np.union1d(merged[name], examples) if name in merged else examples
     return merged
 
 
-def _found(data: PreparedData, kinds: Mapping[str, Rows], in_words: Mapping[str, str]) -> list[Found]:
+def _found(data: PreparedData, kinds: Mapping[str, Integers], in_words: Mapping[str, str]) -> list[Found]:
     return [
-        Found(in_words.get(name, name), len(rows), tuple(data.place(row) for row in rows[:PLACES_SHOWN].tolist()))
-        for name, rows in kinds.items()
-        if len(rows)
+        Found(in_words.get(name, name), len(numbers), tuple(map(data.place, numbers[:PLACES_SHOWN].tolist())))
+        for name, numbers in kinds.items()
+        if len(numbers)
     ]
 
 
@@ -137,7 +134,7 @@ def _source_facts(data: PreparedData, number: int) -> SourceFacts:
     recognised = source.store.facts.get("recognised") or {"name": "none", "reason": "no examples"}
 
     def of(split: PreparedSplit) -> npt.NDArray[np.bool_]:
-        own: npt.NDArray[np.bool_] = split.examples.source == number
+        own: npt.NDArray[np.bool_] = split.samples.source == number
         return own
 
     train, evaluation = of(data.train), of(data.evaluation)
@@ -146,12 +143,12 @@ def _source_facts(data: PreparedData, number: int) -> SourceFacts:
         path=source.spec.path,
         format=recognised["name"],
         why=recognised["reason"],
-        rows=source.store.rows,
+        examples=source.store.example_count,
         train=int(train.sum()),
         evaluation=int(evaluation.sum()),
-        tokens=int(data.train.examples.lengths[train].sum() + data.evaluation.examples.lengths[evaluation].sum()),
+        tokens=int(data.train.samples.lengths[train].sum() + data.evaluation.samples.lengths[evaluation].sum()),
         supervised=int(
-            data.train.examples.supervised[train].sum() + data.evaluation.examples.supervised[evaluation].sum()
+            data.train.samples.supervised[train].sum() + data.evaluation.samples.supervised[evaluation].sum()
         ),
         was_cached=source.was_cached,
     )
@@ -166,14 +163,14 @@ def _lengths(data: PreparedData, limit: int) -> Lengths:
         median=int(lengths[len(lengths) // 2]),
         longest=int(lengths[-1]),
         over=int((lengths > limit).sum()),
-        # The longest of the shortest so many: what is not longer is kept.
+        # The longest sample of this share of the shortest ones.
         keeping={f"{share:.0%}": int(lengths[int(np.ceil(share * len(lengths))) - 1]) for share in SHARES_KEPT},
         bars=_bars(lengths, limit),
     )
 
 
-def _bars(lengths: Rows, limit: int) -> list[tuple[int, int, int]]:
-    """A histogram of lengths in ascending order, in which neither a few long ones nor a far limit squeeze the rest."""
+def _bars(lengths: Integers, limit: int) -> list[tuple[int, int, int]]:
+    """A histogram of sorted lengths, whose scale neither a few long samples nor a distant limit dominate."""
     longest = int(lengths[-1])
     most = 2 * int(lengths[int(0.99 * (len(lengths) - 1))])
     end = min(longest, max(most, limit + limit // 4 if longest > limit else 0))
@@ -186,7 +183,7 @@ def _bars(lengths: Rows, limit: int) -> list[tuple[int, int, int]]:
 
 
 def _round_number(least: float) -> int:
-    """The smallest of 1, 2, 5, 10, 20, 50 … that is not below a number."""
+    """The smallest of 1, 2, 5, 10, 20, 50 … that is at least `least`."""
     power = 1
     while True:
         for step in (1, 2, 5):

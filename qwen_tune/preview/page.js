@@ -1,6 +1,6 @@
 "use strict";
 
-// All that examples say arrives through textContent or attributes; nothing here writes HTML.
+// Text of examples is only set as textContent or attributes; nothing here writes HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
 const { audit } = data;
 const SUPERVISED = 1, CONTROL = 2, PER_PAGE = 10, LONG = 400, CONTEXT = 60;
@@ -54,7 +54,7 @@ function showCards() {
   const dropped = Object.values(rows.dropped).reduce((sum, value) => sum + value, 0);
   const fates = [[rows.trained, "train"], [rows.evaluation, "evaluate"], [rows.not_sampled, "not drawn"]];
   const parts = fates.filter(([value]) => value).map(([value, name]) => `${count(value)} ${name}`);
-  const more = samples.expanded ? ` · ${count(samples.expanded)} added by examples that make several` : "";
+  const more = samples.expanded ? ` · ${count(samples.expanded)} added by examples with several` : "";
   const again = samples.repeated ? ` · ${plural(samples.repeated, "example")} drawn again` : "";
   const cards = [
     ["Examples read", count(rows.read), [...parts, `${count(dropped)} dropped`].join(" · ")],
@@ -71,14 +71,14 @@ function showCards() {
 }
 
 function showSources() {
-  const names = ["Source", "Form", "Examples", "Train", "Evaluate", "Tokens", "Supervised"];
+  const names = ["Source", "Format", "Examples", "Train", "Evaluate", "Tokens", "Supervised"];
   const kind = (index) => (index === 6 ? "bar-cell" : index > 1 ? "number" : "");
   const cell = (index, ...content) => make("td", { class: kind(index), "data-name": names[index] }, ...content);
   const heads = names.map((name, index) => make("th", { class: kind(index) }, name));
   at("sources").append(make("thead", {}, make("tr", {}, ...heads)));
   const body = make("tbody");
   for (const source of audit.sources) {
-    const numbers = [source.rows, source.train, source.evaluation, source.tokens];
+    const numbers = [source.examples, source.train, source.evaluation, source.tokens];
     body.append(make("tr", {},
       cell(0, make("b", {}, source.name), make("span", { class: "note mono" }, source.path)),
       cell(1, source.format, make("span", { class: "note" }, source.why)),
@@ -90,7 +90,7 @@ function showSources() {
 
 function showLengths() {
   const { bars, limit, keeping, longest, median, over } = audit.lengths;
-  at("lengths").textContent = `Tokens a sample: median ${count(median)}, longest ${count(longest)}. ` +
+  at("lengths").textContent = `Tokens per sample: median ${count(median)}, longest ${count(longest)}. ` +
     (over ? `${plural(over, "sample")} longer than` : "All fit into") + ` data.max_length_tokens, ${count(limit)}.`;
   for (const [name, value] of Object.entries(keeping)) {
     at("keeping").append(make("div", {}, make("dt", {}, `${name} fit in`), make("dd", {}, count(value))));
@@ -128,16 +128,16 @@ function showLengths() {
 
 function showFindings() {
   const kinds = [["dropped", audit.dropped], ["similar", audit.duplicates], ["warning", audit.warnings]];
-  const rows = kinds.flatMap(([kind, list]) => list.map((found) => [kind, found]));
-  for (const [kind, found] of rows) {
+  const findings = kinds.flatMap(([kind, list]) => list.map((found) => [kind, found]));
+  for (const [kind, found] of findings) {
     const places = make("div", { class: "places" }, ...byFile(found.places).map((place) => make("span", {}, place)));
-    if (found.rows > found.places.length) places.append(`and ${count(found.rows - found.places.length)} more`);
-    addFinding(kind, "warn", `${plural(found.rows, "example")}: ${found.what}`, places);
+    if (found.examples > found.places.length) places.append(`and ${count(found.examples - found.places.length)} more`);
+    addFinding(kind, "warn", `${plural(found.examples, "example")}: ${found.what}`, places);
   }
-  for (const name of audit.silent_sources) addFinding("silent", "warn", `The source ${name} contributes nothing.`);
+  for (const name of audit.silent_sources) addFinding("silent", "warn", `No sample is taken from the source ${name}.`);
   if (!audit.dropped.length) addFinding("complete", "fine", "Nothing was dropped.");
   if (!audit.duplicates.length) addFinding("distinct", "fine", "No example repeats another, and none is on both sides.");
-  if (!audit.warnings.length) addFinding("clean", "fine", "No example looks odd.");
+  if (!audit.warnings.length) addFinding("clean", "fine", "No example has a warning.");
 }
 
 // ["a.jsonl:4", "a.jsonl:9"] as ["a.jsonl:4, 9"].
@@ -186,17 +186,17 @@ function sampleCard(index) {
   const block = tokensOf(sample, index);
   const head = make("header", {}, make("b", {}, `#${index + 1}`), make("span", {}, sample.source),
     make("span", { class: "mono" }, sample.at));
-  if (sample.cut) head.append(make("span", { class: "badge warn" }, "cut at the limit"));
+  if (sample.cut) head.append(make("span", { class: "badge warn" }, "truncated at the limit"));
   head.append(make("span", { class: "counts" }, counts));
   const card = make("article", { class: "sample", id: `sample-${index + 1}` }, head, block);
   if (index === jumpedTo) card.classList.add("found");
   fold(block);
   if (block.childElementCount > LONG) {
-    const more = make("button", { class: "more", type: "button", "aria-expanded": "false" }, "Show all of it");
+    const more = make("button", { class: "more", type: "button", "aria-expanded": "false" }, "Show all");
     card.classList.add("long");
     more.addEventListener("click", () => {
       const long = card.classList.toggle("long");
-      more.textContent = long ? "Show all of it" : "Show less";
+      more.textContent = long ? "Show all" : "Show less";
       more.setAttribute("aria-expanded", String(!long));
     });
     card.append(more);
@@ -224,12 +224,12 @@ function tokensOf(sample, index) {
     offset = end;
   }
   if (position < sample.tokens) {
-    block.append(make("p", { class: "note" }, `… and ${plural(sample.tokens - position, "token")} more, not in this page`));
+    block.append(make("p", { class: "note" }, `… and ${plural(sample.tokens - position, "token")} more, not on this page`));
   }
   return block;
 }
 
-// Long context leaves its place to what is supervised; what a search has found in it stays.
+// Folds long context between supervised tokens, unless the search has found something in it.
 function fold(block) {
   const runs = [];
   for (const token of block.querySelectorAll(".token")) {
@@ -257,9 +257,9 @@ function hitsIn(text) {
 }
 
 function turn(direction) {
-  const there = first + direction * PER_PAGE;
-  if (there < 0 || there >= chosen.length) return;
-  first = there;
+  const next = first + direction * PER_PAGE;
+  if (next < 0 || next >= chosen.length) return;
+  first = next;
   jumpedTo = -1;
   showSamples();
   at("samples").scrollIntoView({ block: "start" });
@@ -286,7 +286,7 @@ function showTip(event) {
   const kind = (token.classList.contains("control") ? "control token, " : "") +
     (token.classList.contains("supervised") ? "supervised" : "context");
   tip.textContent = ids.length === 1 ? `id ${ids[0]} · position ${place} · ${kind}`
-    : `ids ${ids.join(", ")} · positions ${place}–${place + ids.length - 1} · whole only together · ${kind}`;
+    : `ids ${ids.join(", ")} · positions ${place}–${place + ids.length - 1} · one character of several tokens · ${kind}`;
   const box = token.getClientRects()[0], size = tip.getBoundingClientRect();
   tip.style.left = `${Math.max(4, Math.min(box.left, innerWidth - size.width - 4))}px`;
   tip.style.top = `${box.top > size.height + 8 ? box.top - size.height - 6 : box.bottom + 6}px`;
@@ -305,7 +305,7 @@ function start() {
   const some = data.samples.length < data.of;
   const each = some ? (sources.length > 1 ? ", the first of each source" : ", the first ones") : "";
   at("extent").textContent = `${count(data.samples.length)} of ${plural(data.of, "training sample")}${each}, ` +
-    `up to ${count(data.tokens_of_a_sample)} tokens of each. Point at a token for its id.`;
+    `up to ${count(data.tokens_of_a_sample)} tokens of each. Hover over a token to see its id.`;
   at("jump").max = data.samples.length;
   at("source").addEventListener("change", choose);
   at("search").addEventListener("input", choose);

@@ -1,6 +1,6 @@
-"""The preview as one page of HTML that needs nothing else: the audit, and samples to look through token by token.
+"""The preview as one self-contained page of HTML: the audit, and samples to browse token by token.
 
-The page's parts lie beside this module. What comes from examples goes in as JSON and is shown as text, never as HTML.
+The page's parts are beside this module. Text of examples is embedded as JSON and shown as text, never as HTML.
 """
 
 from __future__ import annotations
@@ -23,32 +23,36 @@ if TYPE_CHECKING:
 
 SAMPLES = 200  # unless the command says otherwise
 TOKENS_OF_A_SAMPLE = 2_000
-TOKENS_OF_A_PAGE = 1_000_000  # some 30 MB
+TOKENS_OF_A_PAGE = 1_000_000  # about 30 MB
 
-# Inside a script element these could end it, or begin what hides its end.
+# In a script element these could end it, or start a comment that hides its end.
 ESCAPES = str.maketrans({char: f"\\u{ord(char):04x}" for char in "<>&"})
 
 SUPERVISED, CONTROL = 1, 2
 
 
 def check_target(file: Path) -> None:
-    """Raises QwenTuneError where no page can be written, before any work is done for it."""
+    """Checks that a page can be written, before any work is done.
+
+    Raises:
+        QwenTuneError: The file is a folder, or its folder does not exist.
+    """
     if file.is_dir():
-        raise QwenTuneError(Problem(str(file), "this is a folder; expected the name of a file", "add preview.html"))
+        raise QwenTuneError(Problem(str(file), "this is a folder; expected a file name", "add preview.html"))
     if not file.parent.is_dir():
-        what = f"there is no folder {file.parent} to write the page to"
-        raise QwenTuneError(Problem(str(file), what, f"mkdir -p {file.parent}, or choose another place"))
+        what = f"the folder {file.parent} does not exist"
+        raise QwenTuneError(Problem(str(file), what, f"mkdir -p {file.parent}, or choose another folder"))
 
 
 def write(file: Path, text: str) -> None:
     """Writes a page; a reader sees the old one or the new one, never a part.
 
     Raises:
-        QwenTuneError: It cannot be written there.
+        QwenTuneError: The file cannot be written.
     """
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        # A file's name may hold bytes that are not text.
+        # File names in the page may not be valid Unicode.
         part.write_text(text, encoding="utf-8", errors="replace")
         part.replace(file)
     except OSError as error:
@@ -57,19 +61,14 @@ def write(file: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
-def page(
-    recipe: Recipe,
-    inputs: Inputs,
-    audit: Audit,
-    places: Sequence[int],
-) -> str:
-    """The whole page.
+def page(recipe: Recipe, inputs: Inputs, audit: Audit, places: Sequence[int]) -> str:
+    """The page as HTML.
 
     Args:
-        recipe: Gives its name and the settings that decide what is supervised.
-        inputs: The checkpoint, its tokenizer, and everything that trains and evaluates.
+        recipe: Its name and the settings of the loss mask are shown.
+        inputs: The checkpoint, its tokenizer, and the prepared data.
         audit: What became of the examples.
-        places: The training samples to hold; as many of them as a page of sensible size has room for.
+        places: The training samples to show, at most TOKENS_OF_A_PAGE tokens of them.
     """
     facts = {
         "recipe": recipe.name,
@@ -84,7 +83,7 @@ def page(
         },
         "audit": audit.as_dict(),
         "samples": _samples(inputs, places),
-        "of": len(inputs.data.train.examples),
+        "of": len(inputs.data.train.samples),
         "tokens_of_a_sample": TOKENS_OF_A_SAMPLE,
     }
     text = json.dumps(facts, ensure_ascii=False, separators=(",", ":")).translate(ESCAPES)
@@ -103,7 +102,7 @@ def _samples(inputs: Inputs, places: Sequence[int]) -> list[dict[str, Any]]:
     samples: list[dict[str, Any]] = []
     room = TOKENS_OF_A_PAGE
     for place in places:
-        example = inputs.data.train.examples[place]
+        example = inputs.data.train.samples[place]
         shown = min(len(example.input_ids), TOKENS_OF_A_SAMPLE)
         room -= shown
         if room < 0 and samples:

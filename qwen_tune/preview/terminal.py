@@ -1,4 +1,4 @@
-"""Examples as they will train: what is supervised, what is context, and every control token in sight."""
+"""Samples as they will train, in a terminal: supervised tokens, context, and control tokens."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 CONTEXT_STYLE, SUPERVISED_STYLE, CONTROL_STYLE, MARK_STYLE = "dim", "bold green", "magenta", "yellow"
 BAR = 8  # cells
 
-# White space at the border of what is supervised decides whether an answer begins or ends as it should.
+# White space at the borders of supervised text shows whether an answer starts and ends as it should.
 BORDER = {" ": "·", "\t": "⇥", "\n": "↵\n"}
 
-# An example must not command the terminal that shows it.
+# Control characters in an example must not reach the terminal.
 HARMLESS = {
     **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"},
     0x7F: 0x2421,
@@ -39,9 +39,9 @@ HARMLESS = {
 
 @dataclass(frozen=True)
 class Piece:
-    """The smallest run of tokens that makes whole characters: mostly one token, sometimes several for one character.
+    """The smallest run of tokens that makes whole characters: usually one token, sometimes several for one character.
 
-    `control` tokens are those that the tokenizer keeps outside its vocabulary of text: `<|im_end|>`, `<think>`, …
+    `control` tokens are the tokenizer's added tokens: `<|im_end|>`, `<think>`, …
     """
 
     text: str
@@ -51,7 +51,7 @@ class Piece:
 
 
 class Spelling:
-    """What the tokens of a byte-level tokenizer say, each by itself."""
+    """The text of each token of a byte-level tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -59,7 +59,7 @@ class Spelling:
         self._bytes: dict[int, bytes] = {}
 
     def pieces(self, ids: Sequence[int], labels: Sequence[int]) -> Iterator[Piece]:
-        """A sample in pieces; tokens join only with neighbours of which as much is supervised."""
+        """A sample in pieces; supervised and context tokens are never in the same piece."""
         for supervised, group in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED):
             yield from self._of_one_kind([id_ for id_, _ in group], supervised)
 
@@ -73,7 +73,7 @@ class Spelling:
                 held.append(id_)
                 text += decoder.decode(self._bytes_of(id_))
                 if decoder.getstate()[0]:
-                    continue  # the last character is not whole yet
+                    continue  # the last character is not complete yet
             elif held:
                 text += decoder.decode(b"", final=True)
                 decoder.reset()
@@ -87,7 +87,7 @@ class Spelling:
 
     def _bytes_of(self, id_: int) -> bytes:
         if id_ not in self._bytes:
-            # An id between the vocabulary and the added tokens stands for nothing.
+            # Ids between the vocabulary and the added tokens have no token.
             token = self._tokenizer.convert_ids_to_tokens(id_) or ""
             self._bytes[id_] = bytes(_byte_of_character()[char] for char in token)
         return self._bytes[id_]
@@ -95,14 +95,14 @@ class Spelling:
 
 @lru_cache(maxsize=1)
 def _byte_of_character() -> Mapping[str, int]:
-    """How a byte-level vocabulary spells bytes: what prints as itself, the rest as the characters from U+0100 on."""
+    """The bytes of a byte-level vocabulary's characters: printable bytes as themselves, the others from U+0100 on."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printed]
     return {chr(byte): byte for byte in printed} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
 
 
 def first_of_each_source(samples: Samples, count: int) -> list[int]:
-    """Places of some samples: the first of each source, from all sources as equally many as there are."""
+    """Places of the first samples of each source, equally many from all sources as far as possible."""
     places: dict[int, list[int]] = {}
     for place, source in enumerate(samples.source.tolist()):
         own = places.setdefault(source, [])
@@ -117,8 +117,8 @@ def as_json(example: TokenizedExample, tokenizer: PreTrainedTokenizerBase, *, es
 
     Args:
         example: The sample.
-        tokenizer: Spells it.
-        escaped: Write all but ASCII as JSON's escapes, for a stream that cannot encode it.
+        tokenizer: Decodes its ids.
+        escaped: Escape all characters beyond ASCII, for a stream that cannot encode them.
     """
     runs = groupby(zip(example.input_ids, example.labels, strict=True), key=lambda pair: pair[1] != IGNORED)
     return json.dumps(
@@ -143,7 +143,7 @@ def show_samples(examples: Iterable[TokenizedExample], spelling: Spelling, conso
     """Prints samples: supervised tokens in green, context dim, control tokens in magenta."""
     for example in examples:
         tokens = f"{len(example.input_ids):,} tokens, {example.supervised:,} supervised"
-        cut = ", [yellow]cut[/]" if example.truncated else ""
+        cut = ", [yellow]truncated[/]" if example.truncated else ""
         title = Text.from_markup(f"[bold]{escape(example.source)}[/]  {tokens}{cut}")
         print_rule(console, title)
         text = coloured(spelling.pieces(example.input_ids, example.labels), console)
@@ -151,12 +151,12 @@ def show_samples(examples: Iterable[TokenizedExample], spelling: Spelling, conso
 
 
 def coloured(pieces: Iterable[Piece], console: Console, *, longest_run: int | None = None) -> Text:
-    """The text of a sample with what is supervised in sight.
+    """The text of a sample, with supervised text highlighted.
 
     Args:
         pieces: The sample.
-        console: Where it will stand; without colours ⟦ and ⟧ enclose what is supervised.
-        longest_run: Shorten what is longer than so many characters between two control tokens, and keep to one line.
+        console: Where it will be printed; without colours, ⟦ and ⟧ enclose supervised text.
+        longest_run: Print on one line, and shorten text between control tokens to so many characters.
     """
     text = Text()
     for supervised, run in groupby(pieces, key=lambda piece: piece.supervised):
@@ -179,7 +179,7 @@ def coloured(pieces: Iterable[Piece], console: Console, *, longest_run: int | No
 
 
 def _with_borders(text: str, *, first: bool, last: bool) -> str:
-    """The text with the white space at its borders made visible."""
+    """The text with visible white space at its borders."""
     start = len(text) - len(text.lstrip()) if first else 0
     stop = max(len(text.rstrip()) if last else len(text), start)
     seen = ("".join(BORDER.get(char, char) for char in part) for part in (text[:start], text[stop:]))
@@ -193,9 +193,9 @@ def _in_one_line(text: str, longest: int) -> str:
 
 
 def show_audit(audit: Audit, shown: int, console: Console) -> None:
-    """Prints what became of all examples: sources, balance, lengths; what was left out or looks odd, with places."""
+    """Prints what became of all examples: sources, balance, lengths, and findings with places."""
     facts = audit.facts
-    rows, samples, tokens = facts["rows"], facts["samples"], facts["tokens"]
+    examples, samples, tokens = facts["rows"], facts["samples"], facts["tokens"]
     print_rule(console)
     enclosed = "⟦supervised⟧" if console.color_system is None else "supervised"
     console.print(
@@ -206,20 +206,20 @@ def show_audit(audit: Audit, shown: int, console: Console) -> None:
     console.print(_sources_table(audit))
     console.print()
     balance = {
-        "train": rows["trained"],
-        "evaluate": rows["evaluation"],
-        "not drawn": rows["not_sampled"],
-        "dropped": sum(rows["dropped"].values()),
+        "train": examples["trained"],
+        "evaluate": examples["evaluation"],
+        "not drawn": examples["not_sampled"],
+        "dropped": sum(examples["dropped"].values()),
     }
     parts = " + ".join(f"{count:,} {name}" for name, count in balance.items() if count)
     counted = [f"{samples['train'] + samples['evaluation']:,}"]
     if samples["expanded"]:
-        counted.append(f"{samples['expanded']:,} added by examples that make several")
+        counted.append(f"{samples['expanded']:,} added by examples with several")
     if samples["repeated"]:
         counted.append(f"{samples['repeated']:,} {_plural('example', samples['repeated'])} drawn again")
     lines = [
-        *(("form", text) for text in _forms(audit)),
-        ("data", f"{rows['read']:,} examples read = {parts}"),
+        *(("format", text) for text in _formats(audit)),
+        ("data", f"{examples['read']:,} examples read = {parts}"),
         ("samples", ", ".join(counted)),
         ("tokens", f"{tokens['prepared']:,} = {tokens['supervised']:,} supervised + {tokens['context']:,} context"),
         ("lengths", _in_words(audit)),
@@ -231,21 +231,21 @@ def show_audit(audit: Audit, shown: int, console: Console) -> None:
 def _sources_table(audit: Audit) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     table.add_column("source", overflow="fold")
-    table.add_column("form")
+    table.add_column("format")
     for name in ("examples", "train", "evaluate", "tokens"):
         table.add_column(name, justify="right")
     table.add_column("supervised")
     for source in audit.sources:
         share = source.supervised / max(source.tokens, 1)
         cells = round(share * BAR)
-        numbers = (f"{count:,}" for count in (source.rows, source.train, source.evaluation, source.tokens))
+        numbers = (f"{count:,}" for count in (source.examples, source.train, source.evaluation, source.tokens))
         bar = f"[green]{'█' * cells}[/][dim]{'░' * (BAR - cells)}[/] {share:.0%}"
         table.add_row(escape(source.name), source.format, *numbers, bar)
     return table
 
 
 def _in_words(audit: Audit) -> str:
-    """The lengths of the samples, and what data.max_length_tokens does to them."""
+    """The lengths of the samples, and which data.max_length_tokens would keep how many."""
     lengths = audit.lengths
     text = f"median {lengths.median:,}, longest {lengths.longest:,}; "
     if not lengths.over:
@@ -254,8 +254,8 @@ def _in_words(audit: Audit) -> str:
     return f"{text}{lengths.over:,} over data.max_length_tokens {lengths.limit:,}: {needed}"
 
 
-def _forms(audit: Audit) -> Iterator[str]:
-    """What the examples were taken for and why, once for all sources of which the same is true."""
+def _formats(audit: Audit) -> Iterator[str]:
+    """The formats that were recognised and why, once for all sources with the same."""
     names: dict[str, list[str]] = {}
     for source in audit.sources:
         names.setdefault(f"{source.format}: {source.why}", []).append(source.name)
@@ -264,28 +264,28 @@ def _forms(audit: Audit) -> Iterator[str]:
 
 
 def findings(audit: Audit) -> Iterator[tuple[str, str]]:
-    """What was left out and what looks odd: a word for its kind, and a line with the first places."""
+    """What was dropped, and warnings: the kind of the finding, and a line with the first places."""
     for found in audit.dropped:
         keeps_all = f"; {audit.lengths.longest:,} would keep all" if found.what == IN_WORDS["overlong"] else ""
         yield "dropped", _with_places(found) + keeps_all
     for reason, count in audit.facts["samples"]["dropped"].items():
         if count > audit.facts["rows"]["dropped"].get(reason, 0):
-            yield "dropped", f"{count:,} {_plural('sample', count)} in all: {IN_WORDS.get(reason, reason)}"
+            yield "dropped", f"{count:,} {_plural('sample', count)} in total: {IN_WORDS.get(reason, reason)}"
     for found in audit.duplicates:
         yield "similar", _with_places(found)
     for found in audit.warnings:
         yield "warning", _with_places(found)
     for name in audit.silent_sources:
-        yield "warning", f"the source {name} contributes nothing"
+        yield "warning", f"no sample is taken from the source {name}"
 
 
 def _with_places(found: Found) -> str:
-    """As `3 examples: nothing to learn from (a.jsonl:4, 9, b.jsonl:1)`."""
+    """For example `3 examples: no supervised tokens (a.jsonl:4, 9, b.jsonl:1)`."""
     places = []
     for file, group in groupby((place.rpartition(":") for place in found.places), key=lambda parts: parts[0]):
         places.append(f"{file}:{', '.join(line for _, _, line in group)}")
-    more = ", …" if found.rows > len(found.places) else ""
-    return f"{found.rows:,} {_plural('example', found.rows)}: {found.what} ({', '.join(places)}{more})"
+    more = ", …" if found.examples > len(found.places) else ""
+    return f"{found.examples:,} {_plural('example', found.examples)}: {found.what} ({', '.join(places)}{more})"
 
 
 def _plural(word: str, count: int) -> str:

@@ -42,7 +42,7 @@ class PackReader:
     pad_id: int
 
     def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
-        packs = [self._filler() if number == FILLER else self.packs[number] for number in batch["pack"]]
+        packs = [self._filler() if number == FILLER else self.packs.pack(number) for number in batch["pack"]]
         return {name: [pack[name] for pack in packs] for name in ("input_ids", "labels", "lengths")}
 
     def _filler(self) -> dict[str, Any]:

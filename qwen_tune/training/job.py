@@ -86,7 +86,7 @@ def prepare_job(recipe: Recipe, overrides: Sequence[str], run: RunDir, plan: Pla
     dtype = training_dtype(recipe.model, base)
     check_quantization(recipe.model, base)
     inputs = load_inputs(recipe, base)
-    packs = pack(inputs.data.train.examples, recipe.data)
+    packs = pack(inputs.data.train.samples, recipe.data)
     batch_plan = choose_batch_plan(recipe, base, dtype)
     schedule = plan_schedule(recipe.train, batch_plan, packs=len(packs))
     pretrained_only = is_pretrained_only(base, inputs.tokenizer)
@@ -101,7 +101,7 @@ def prepare_job(recipe: Recipe, overrides: Sequence[str], run: RunDir, plan: Pla
         tokenizer=inputs.tokenizer,
         data=inputs.data,
         packs=packs,
-        held_out=pack_by_source(inputs.data.evaluation.examples, recipe.data),
+        held_out=pack_by_source(inputs.data.evaluation.samples, recipe.data),
         batch_plan=batch_plan,
         schedule=schedule,
         facts={**facts, **check_resume(plan, run.recorded_facts(), facts, schedule.max_steps)},

@@ -157,7 +157,7 @@ def _precision(recipe: Recipe, dtype: torch.dtype) -> str:
 def _in_sources(found: Audit) -> str:
     """The format of each source, and the share of its tokens that is supervised."""
     lines = [
-        f"{source.name}: {source.rows:,} x {source.format}, {source.supervised / max(source.tokens, 1):.0%} of "
+        f"{source.name}: {source.examples:,} x {source.format}, {source.supervised / max(source.tokens, 1):.0%} of "
         f"{source.tokens:,} tokens are supervised"
         for source in found.sources[:SOURCES_SHOWN]
     ]
@@ -167,7 +167,7 @@ def _in_sources(found: Audit) -> str:
 
 def _show_sample(console: Console, job: Job) -> None:
     """The first sample as it will train, shortened."""
-    example = job.data.train.examples[0]
+    example = job.data.train.samples[0]
     pieces = Spelling(job.tokenizer).pieces(example.input_ids, example.labels)
     print_pairs(console, [("sample", f"{example.source}, {len(example.input_ids):,} tokens")])
     console.print(Padding(coloured(pieces, console, longest_run=LONGEST_RUN), (0, 0, 0, 4), expand=False))
