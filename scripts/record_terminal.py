@@ -134,7 +134,7 @@ def main() -> None:
         assert private not in text.plain, f"the picture would show {private}"
 
     console = Console(record=True, width=options.columns, file=io.StringIO(), force_terminal=True)
-    console.print(text, highlight=False, soft_wrap=True)
+    console.print(text, "\n", highlight=False, soft_wrap=True)  # an empty line, or the last one is cut off
     # Viewers of pictures load nothing from the network, so the fonts are those of the reader's machine.
     style = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.S)
     style = re.sub(r"font-family: Fira Code, monospace", f"font-family: {FONTS}", style)
