@@ -1,24 +1,21 @@
-"""Private names of Transformers, TRL and torch, each with the reason and what would make it unnecessary.
+"""Private names of Transformers, torch and huggingface_hub, each with the reason and what would make it unnecessary.
 
 Nothing else in the package touches these. Where a release has taken one away, a LibraryError names it before anything
-is trained.
+is trained. Light: libraries are imported by the functions that need them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
-from typing import Any
-
-from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+from typing import TYPE_CHECKING, Any
 
 from qwen_tune.errors import LibraryError, Problem
 
-CHECKPOINTED_BY_CALL = "__call__" in vars(GradientCheckpointingLayer)
-"""Whether a layer is checkpointed by its `__call__`, as before Transformers 5.23, or by the `forward` that `fused`
-replaces. Can go with Transformers 5.22."""
+if TYPE_CHECKING:
+    from torch import nn
 
 TRAINER_METHODS = {
     "_get_num_items_in_batch": "the loss is divided by the supervised tokens of a step, which our batches count",
@@ -29,8 +26,10 @@ TRAINER_METHODS = {
     "_load_optimizer_and_scheduler": "pickles are never loaded",
     "_load_scaler": "pickles are never loaded",
     "_load_rng_state": "pickles are never loaded",
+    "_prepare_inputs": "it moves the batches of an evaluation to the device",
 }
-"""Methods of Transformers' Trainer that are overridden: one that it no longer calls would be skipped without a word.
+"""Methods of Transformers' Trainer that are overridden, and one that is called: an override that it no longer calls
+would be skipped without a word.
 They can go when the Trainer has public hooks for them."""
 
 
@@ -42,6 +41,32 @@ def check_trainer(trainer: type) -> None:
     """
     if missing := [f"{name} ({why})" for name, why in TRAINER_METHODS.items() if not hasattr(trainer, name)]:
         raise _gone("transformers", f"Trainer has no {', '.join(missing)}")
+
+
+@cache
+def is_checkpointed_by_call() -> bool:
+    """Whether a layer is checkpointed by its `__call__`, as before Transformers 5.23, or by the `forward` that `fused`
+    replaces. Can go with Transformers 5.22.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return "__call__" in vars(GradientCheckpointingLayer)
+
+
+def template_environment(source: str) -> Any:
+    """The Jinja environment that Transformers renders a chat template in, for which it has no public function."""
+    utils = import_module("transformers.utils.chat_template_utils")
+    return _required(utils, "_compile_jinja_template", "transformers")(source).environment
+
+
+def hub_client_factory() -> Callable[[], Any]:
+    """The function with which the Hub's client makes its HTTP session, with its own headers and hooks. The public
+    `set_client_factory` replaces it, and nothing gives back what it was.
+    """
+    factory: Callable[[], Any] = _required(
+        import_module("huggingface_hub.utils._http"), "default_client_factory", "huggingface_hub"
+    )
+    return factory
 
 
 def attention_of(config: Any) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_tune.errors import first_line
+from qwen_tune.errors import ModelError, Problem, first_line
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """`errno` of an OSError for a file that does not fit."""
@@ -35,6 +35,21 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """The JSON object of a file.
+
+    Raises:
+        ModelError: It cannot be read, or holds something else.
+    """
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(Problem(str(path), f"cannot be read as JSON ({first_line(error)})")) from None
+    if not isinstance(value, dict):
+        raise ModelError(Problem(str(path), "expected a JSON object"))
+    return value
 
 
 def make_private_folder(path: Path) -> None:

@@ -94,6 +94,15 @@ def test_no_module_imports_itself_on_a_way_round():
     TopologicalSorter(graph).prepare()
 
 
+def test_private_names_of_libraries_are_in_compat_alone():
+    for path in set(PACKAGE.rglob("*.py")) - {PACKAGE / "compat.py"}:
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            private = [part for name in modules for part in name.split(".") if re.match(r"_(?!typeshed)[a-z]", part)]
+            assert not private, f"{path}: {private}"
+
+
 def test_train_defines_no_class_and_names_its_stages_in_order():
     tree = ast.parse((PACKAGE / "train.py").read_text())
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]

@@ -234,7 +234,7 @@ def test_what_somebody_puts_there_meanwhile_is_not_lost(tmp_path):
             target.mkdir()
             (target / "thesis.txt").write_text("years")
 
-    with pytest.raises(QwenTuneError, match="no merged model of ours"):
+    with pytest.raises(QwenTuneError, match="something that qwen-tune did not merge"):
         write()
     assert (target / "thesis.txt").read_text() == "years"
     assert (tmp_path / ".model.merging" / "model.safetensors").read_text() == "hours of work"

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_tune.disk import read_json
 from qwen_tune.errors import MergeError, Problem, first_line
-from qwen_tune.model.base import METADATA_PATTERNS, BaseCheckpoint, find_base, read_json
+from qwen_tune.model.base import METADATA_PATTERNS, BaseCheckpoint, find_base
 from qwen_tune.model.tensor_files import FINGERPRINT_KEY, read_metadata
 from qwen_tune.runs.checkpoints import list_checkpoints
 from qwen_tune.runs.directory import RunDir

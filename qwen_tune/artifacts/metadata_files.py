@@ -11,8 +11,8 @@ from typing import Any
 
 from qwen_tune.artifacts.adapter_dir import AdapterDir
 from qwen_tune.chatml.template import END_OF_TURN
+from qwen_tune.disk import read_json
 from qwen_tune.errors import ModelError, Problem
-from qwen_tune.model.base import read_json
 from qwen_tune.model.tokenizer import END_OF_TEXT
 
 TOKENIZER_FILES = (

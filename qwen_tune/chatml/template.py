@@ -25,6 +25,7 @@ from qwen_tune.chatml.conversation import Conversation
 from qwen_tune.chatml.omissions import refuse_lost_answer, refuse_lost_context
 from qwen_tune.chatml.sandbox import render_with_limits
 from qwen_tune.chatml.thinking import OPEN, ReasoningPlace, as_in_content, reasoning_apart, refuse_unwanted
+from qwen_tune.compat import template_environment
 from qwen_tune.errors import ExampleError, ModelError, Problem
 
 if TYPE_CHECKING:
@@ -369,10 +370,9 @@ def _parsed(source: str) -> tuple[Environment, Template]:
         ModelError: The template is not valid Jinja.
     """
     import jinja2
-    from transformers.utils.chat_template_utils import _compile_jinja_template
 
     try:
-        environment = _compile_jinja_template(source).environment
+        environment = template_environment(source)
         return environment, environment.parse(source)
     except jinja2.TemplateSyntaxError as error:
         raise ModelError(

@@ -12,6 +12,8 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.runtime import Macro
 from jinja2.utils import Namespace
 
+from qwen_tune.compat import template_environment
+
 MARK = "\ue0f7"  # a private-use character before and after every stand-in, so that a lost one is detected
 
 
@@ -256,10 +258,8 @@ class TracedTemplate:
         Raises:
             UntraceableError: The template uses filters, tests or functions that cannot be recorded.
         """
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-
         # An overlay, because Transformers caches the compiled template.
-        environment = _compile_jinja_template(source).environment.overlay()
+        environment = template_environment(source).overlay()
         environment.concat = join
         tree = environment.parse(source)
         used = {node.name for node in tree.find_all(nodes.Filter)} - _FILTERS

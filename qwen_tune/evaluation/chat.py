@@ -77,7 +77,7 @@ class ChatModel:
 
         from qwen_tune.artifacts.adapter_dir import AdapterDir, load_with_adapters, suggest_adapter
         from qwen_tune.chatml.sandbox import render_with_limits
-        from qwen_tune.model.base import read_json
+        from qwen_tune.disk import read_json
         from qwen_tune.model.loading import automatic_dtype, own_device
 
         is_adapter = (path / "adapter").is_dir() or (path / "adapter_config.json").exists()

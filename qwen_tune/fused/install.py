@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 
-from qwen_tune.compat import CHECKPOINTED_BY_CALL, attention_of, checkpointed
+from qwen_tune.compat import attention_of, checkpointed, is_checkpointed_by_call
 from qwen_tune.families.family import Family
 from qwen_tune.families.known import FAMILIES
 from qwen_tune.fused.attention import InputWeights, attention_inputs, attention_output
@@ -124,7 +124,7 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any
     """The forward of a decoder layer; arguments are those of Transformers."""
     if args or not (self.training and torch.is_grad_enabled()) or kwargs.get("past_key_values") is not None:
         return type(self).forward(self, hidden_states, *args, **kwargs)
-    if self.gradient_checkpointing and not CHECKPOINTED_BY_CALL:
+    if self.gradient_checkpointing and not is_checkpointed_by_call():
         # As the class's own forward does it, which this one stands in front of.
         return checkpointed(self, partial(self.body, self, **kwargs), hidden_states)
     return self.body(self, hidden_states, **kwargs)

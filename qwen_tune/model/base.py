@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_tune.disk import parse_json
+from qwen_tune.disk import read_json
 from qwen_tune.errors import ModelError, Problem, first_line
 from qwen_tune.families.known import family_of
 from qwen_tune.families.shape import Shape, read_shape, stored_quantization
@@ -211,18 +211,3 @@ def _hub_base(id: str, revision: str | None, *, weights: bool) -> BaseCheckpoint
     if not (path / "config.json").exists():
         raise ModelError(Problem(id, "the repository holds no config.json; expected a Transformers checkpoint"))
     return BaseCheckpoint(id=id, revision=path.name, path=path, is_local=False)
-
-
-def read_json(path: Path) -> Mapping[str, Any]:
-    """The JSON object of a file.
-
-    Raises:
-        ModelError: It cannot be read, or holds something else.
-    """
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(Problem(str(path), f"cannot be read as JSON ({first_line(error)})")) from None
-    if not isinstance(value, dict):
-        raise ModelError(Problem(str(path), "expected a JSON object"))
-    return value

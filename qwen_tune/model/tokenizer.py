@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwen_tune.chatml.template import END_OF_TURN
-from qwen_tune.disk import UnreadableError, read_text_file
+from qwen_tune.disk import UnreadableError, read_json, read_text_file
 from qwen_tune.errors import ModelError, Problem, first_line
 from qwen_tune.families.family import EMBEDDING, HEAD
 from qwen_tune.families.shape import is_tied
-from qwen_tune.model.base import BaseCheckpoint, read_json
+from qwen_tune.model.base import BaseCheckpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

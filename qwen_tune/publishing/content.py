@@ -15,9 +15,9 @@ from pathlib import Path
 
 from qwen_tune.artifacts.adapter_dir import ADAPTER_FILE
 from qwen_tune.artifacts.metadata_files import TOKENIZER_FILES
-from qwen_tune.disk import parse_json, sha256
+from qwen_tune.disk import parse_json, read_json, sha256
 from qwen_tune.errors import ModelError, Problem, PublishError, first_line
-from qwen_tune.model.base import INDEX_FILE, BaseCheckpoint, read_json
+from qwen_tune.model.base import INDEX_FILE, BaseCheckpoint
 from qwen_tune.model.tensor_files import read_metadata, read_spans
 from qwen_tune.publishing.leaks import VOCABULARY, find_leaks
 from qwen_tune.publishing.parts import ADAPTER, MERGED, Part, PublishedBase
@@ -93,7 +93,9 @@ def collect(part: Part, base: PublishedBase, secrets: Iterable[str] = ()) -> Con
         secrets: Texts that must not be in any file, such as the token.
     """
     content = Content()
-    patterns = (*_SENT[part.kind], *_SENT_OF_ALL, *_recorded(part))
+    recorded, mismatches = _compare_with_record(part)
+    # Those of a base may have any name.
+    patterns = (*_SENT[part.kind], *_SENT_OF_ALL, *map(glob.escape, recorded))
     weights = _weights(part, content)
     for path in sorted(part.folder.iterdir()):
         name = path.name
@@ -107,7 +109,7 @@ def collect(part: Part, base: PublishedBase, secrets: Iterable[str] = ()) -> Con
         else:
             content.files[name] = _without_local_names(path, base) if name.endswith(".json") else path
     _check_complete(part, content)
-    _check_match(part, content)
+    content.problems += mismatches
     known = {str(Path.home()), str(Path.cwd()), str(part.folder.resolve().parent)}
     if part.kind == ADAPTER:
         content.problems += _config_problems(part)
@@ -118,15 +120,6 @@ def collect(part: Part, base: PublishedBase, secrets: Iterable[str] = ()) -> Con
             metadata = json.dumps(read_metadata(part.folder / name))
             content.problems += find_leaks("metadata.json", metadata, secrets, known, where=f"{where} (its metadata)")
     return content
-
-
-def _recorded(part: Part) -> tuple[str, ...]:
-    """Returns patterns for the files that merge.json lists: those of a base may have any name."""
-    try:
-        files = read_json(part.folder / "merge.json")["files"] if part.kind == MERGED else {}
-    except (ModelError, KeyError):
-        return ()
-    return tuple(glob.escape(name) for name in files if isinstance(name, str)) if isinstance(files, dict) else ()
 
 
 def _weights(part: Part, content: Content) -> set[str]:
@@ -197,16 +190,18 @@ def _check_complete(part: Part, content: Content) -> None:
             content.problems.append(Problem(str(part.folder), what, _write_again(part)))
 
 
-def _check_match(part: Part, content: Content) -> None:
-    """Compares a merged model with merge.json and with the adapter of its run."""
-    if part.kind != MERGED:
-        return
+def _compare_with_record(part: Part) -> tuple[list[str], list[Problem]]:
+    """Compares a merged model with merge.json and with the adapter of its run.
+
+    Returns:
+        The names of the files that merge.json lists, and what does not match.
+    """
     record = part.folder / "merge.json"
+    if part.kind != MERGED or not (record.is_file() or part.run):
+        return [], []
     if not record.is_file():
-        if part.run is not None:
-            what = "merge.json is missing: the merge did not finish"
-            content.problems.append(Problem(str(part.folder), what, _write_again(part)))
-        return
+        what = "merge.json is missing: the merge did not finish"
+        return [], [Problem(str(part.folder), what, _write_again(part))]
     try:
         facts = read_json(record)
         merged = [adapter["sha256"] for adapter in facts["adapters"]]
@@ -215,15 +210,15 @@ def _check_match(part: Part, content: Content) -> None:
         changed = [path for path, digest in paths.items() if path.is_file() and sha256(path) != digest]
     except (ModelError, KeyError, TypeError, AttributeError) as error:
         what = f"it is not what this version writes ({first_line(error)})"
-        content.problems.append(Problem(str(record), what, _write_again(part)))
-        return
+        return [], [Problem(str(record), what, _write_again(part))]
+    problems = []
     adapter = part.run.adapter / ADAPTER_FILE if part.run else None
     if adapter and adapter.is_file() and sha256(adapter) not in merged:
         what = "this model was not merged from the run's adapter"
-        content.problems.append(Problem(str(part.folder), what, _write_again(part)))
-    for path in changed:
-        what = "it is not the file that the merge wrote (merge.json has another sha256)"
-        content.problems.append(Problem(str(path), what, _write_again(part)))
+        problems.append(Problem(str(part.folder), what, _write_again(part)))
+    what = "it is not the file that the merge wrote (merge.json has another sha256)"
+    problems += [Problem(str(path), what, _write_again(part)) for path in changed]
+    return list(facts["files"]), problems
 
 
 def _write_again(part: Part) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qwen_tune.compat import hub_client_factory
 from qwen_tune.console import report
 from qwen_tune.errors import Problem, PublishError, first_line
 from qwen_tune.publishing.remote import Account, Repository, retrying
@@ -125,7 +126,7 @@ class HuggingFace:
             made.timeout = TIMEOUT_S if patient else SHORT_TIMEOUT_S
             return made
 
-        default_client = _default_client_factory()
+        default_client = hub_client_factory()
         set_client_factory(client)
         self._api: HfApi = HfApi()
         self.token: str | None = get_token()
@@ -138,7 +139,7 @@ class HuggingFace:
         """Restores the client's own time limits: the same process downloads the base."""
         from huggingface_hub import set_client_factory
 
-        set_client_factory(_default_client_factory())
+        set_client_factory(hub_client_factory())
 
     def account(self) -> Account:
         if self.token is None or not self.token.strip():
@@ -262,14 +263,6 @@ class HuggingFace:
         except Exception as error:  # of the client, the HTTP library or the transfer library
             what, fix = explain(error)
             raise PublishError(Problem(where, self._secrets.redact(what), fix)) from None
-
-
-def _default_client_factory() -> Callable[[], Any]:
-    """The function with which the client makes its HTTP session, with its own headers and hooks."""
-    from huggingface_hub.utils import _http
-
-    factory: Callable[[], Any] = _http.default_client_factory
-    return factory
 
 
 def _may_write(permissions: Mapping[str, Any], owners: set[str]) -> set[str]:

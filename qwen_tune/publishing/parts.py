@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_tune.artifacts.adapter_dir import suggest_adapter
+from qwen_tune.disk import read_json
 from qwen_tune.errors import Problem, PublishError
-from qwen_tune.model.base import read_json
 from qwen_tune.recipe.schema import REPO_ID_PATTERN
 from qwen_tune.runs.directory import FINISHED, RunDir
 

@@ -11,8 +11,8 @@ from typing import Any
 from jinja2 import UndefinedError
 
 from qwen_tune.artifacts.adapter_dir import ADAPTER_FILE
+from qwen_tune.disk import read_json
 from qwen_tune.errors import Problem, PublishError, RecipeError, first_line
-from qwen_tune.model.base import read_json
 from qwen_tune.publishing.card import CardInputs, Licence, compose, kept_text, languages_of, licence_of, split_card
 from qwen_tune.publishing.content import Content, collect
 from qwen_tune.publishing.curve import CURVE, draw_losses
