@@ -12,6 +12,7 @@ from pathlib import Path
 from qwen_tune.disk import NO_ROOM, flush, temporary_beside
 from qwen_tune.errors import MergeError, NoRoomError, Problem, first_line
 
+FREE_SPACE = "free some space and run the command again: it resumes after the last whole file"
 SPARE_BYTES = 64 << 20  # for all that is not a weight
 
 
@@ -81,8 +82,7 @@ def resumable_directory(target: Path, progress: str, check_free: Callable[[], No
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
-            fix = "free some space and run the command again: it resumes after the last whole file"
-            raise NoRoomError(Problem(str(part.parent), "there is no room for the model", fix)) from error
+            raise NoRoomError(Problem(str(part.parent), "there is no room for the model", FREE_SPACE)) from error
         else:
             check_free()  # it may have taken hours, and what is whole stays if it is not
             _put_in_place(part, target)

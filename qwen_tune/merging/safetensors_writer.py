@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
+from qwen_tune.artifacts.directory import FREE_SPACE
 from qwen_tune.disk import NO_ROOM, flush, parse_json, sha256, write_atomically
 from qwen_tune.errors import MergeError, NoRoomError, Problem
 from qwen_tune.merging.output_file import PART_BYTES, OutputFile, Part
@@ -176,8 +177,7 @@ class ShardWriter:
             if error.errno not in NO_ROOM:
                 raise
             what = f"there is no room for {shard.name} ({shard.length / 1e9:.1f} GB)"
-            fix = "free some space and run the command again: it resumes after the last whole file"
-            raise NoRoomError(Problem(str(self._directory.parent), what, fix)) from error
+            raise NoRoomError(Problem(str(self._directory.parent), what, FREE_SPACE)) from error
         _look_at(part, shard, changed)
         part.replace(self._directory / shard.name)
         flush(self._directory)
