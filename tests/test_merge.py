@@ -74,7 +74,7 @@ def test_nothing_but_a_merged_model_is_ever_replaced(adapter, tmp_path):
     work.mkdir()
     (work / "thesis.txt").write_text("years")
     for target in (work, tmp_path / "base", adapter, adapter / "merged", tmp_path, work / "thesis.txt"):
-        with pytest.raises(MergeError, match=r"in or around|no merged model of ours"):
+        with pytest.raises(MergeError, match=r"in or around|qwen-tune did not merge"):
             merge(adapter, output=target, overwrite=True)
     assert (work / "thesis.txt").read_text() == "years"
     assert (tmp_path / "base" / "config.json").exists()

@@ -165,7 +165,7 @@ DAMAGES = [
     (in_integers, "is stored as I8; expected one of F64, F32, F16, BF16"),
     (of_another_rank, r"has rank 8; adapter_config\.json says 4"),
     (without_alpha, "no lora_alpha; expected a number"),
-    (with_a_broken_pattern, "no regular expression"),
+    (with_a_broken_pattern, "not a regular expression"),
     (of_another_kind, "of the kind LOHA; expected LORA"),
     (started_from_the_base, "started by pissa_niter_16, which changes the base"),
     (diverged, "values that are not finite"),

@@ -115,7 +115,7 @@ class ReadPacks(Packs):
 
     read: ClassVar[list[int]] = []
 
-    def row(self, index: int):
+    def pack(self, index: int):
         self.read.append(index)
         return {"input_ids": np.array([1, 2]), "labels": np.array([-100, 2]), "lengths": np.array([2])}
 
